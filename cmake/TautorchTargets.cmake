@@ -7,9 +7,9 @@ set(TAUTORCH_KERNEL_FLAGS -fno-exceptions -fno-rtti)
 set(TAUTORCH_AVX2_FLAGS -mavx2 -mfma -mf16c)
 set(TAUTORCH_ISA_avx2 ${TAUTORCH_AVX2_FLAGS})
 set(TAUTORCH_ISA_avxvnni ${TAUTORCH_AVX2_FLAGS} -mavxvnni)
+# No -mavx512vbmi: Cascade Lake has VNNI without it.
 set(TAUTORCH_ISA_avx512vnni
-    ${TAUTORCH_AVX2_FLAGS} -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512vnni
-    -mavx512vbmi -mavx512vbmi2 -mprefer-vector-width=512)
+    ${TAUTORCH_AVX2_FLAGS} -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512vnni -mprefer-vector-width=512)
 set(TAUTORCH_ISA_neon_dotprod -march=armv8.2-a+dotprod)
 set(TAUTORCH_ISA_neon_i8mm -march=armv8.2-a+dotprod+i8mm)
 set(TAUTORCH_X86_ISAS avx2 avxvnni avx512vnni)

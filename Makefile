@@ -1,0 +1,97 @@
+# make demo    the whole way on real data: train, distil, prune, factorise, quantise, convert, save, load, report
+# make test    the test suite
+# Both make .venv, install pinned dependencies and build the extension first; a second run rebuilds nothing.
+#
+# make build   the extension alone             make bench    timings beside the peers, with figures
+# make lint    ruff, mypy, clang-format        make gpu      build, test, sanitize, bench on a GPU (STAGE=...)
+# make wheel   dist/*.whl                      make sanitize the C++ kernels under ASan and UBSan
+# make clean   forget what was built
+#
+# Variables: PYTHON, CXX, VENV, TORCH=2.13.0, TAUTORCH_CUDA=auto|on|off, PIP_ARGS, ARGS (given on to the command).
+
+VENV ?= .venv
+TORCH ?= 2.13.0
+TAUTORCH_CUDA ?= auto
+STAGE ?= all
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip install --quiet --disable-pip-version-check $(PIP_ARGS)
+STAMPS := $(VENV)/.stamps
+DEPS := $(STAMPS)/deps-$(TORCH)
+BUILT := $(STAMPS)/build-$(TAUTORCH_CUDA)
+
+ifneq ($(origin CXX),default)
+export CXX
+endif
+export TAUTORCH_CUDA
+
+CSRC := $(shell find csrc cmake -type f)
+CFORMAT := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+
+.PHONY: demo test build bench gpu lint wheel sanitize clean FORCE
+.DEFAULT_GOAL := build
+
+demo: build
+	$(VENV)/bin/tautorch demo $(ARGS)
+
+test: build
+	$(PY) -m pytest tests -q $(ARGS)
+
+bench: build
+	$(PY) -m pytest benches --benchmark-enable -q -s $(ARGS)
+
+gpu: build
+	$(PY) benches/gpu/run.py --stage $(STAGE) $(ARGS)
+
+build: $(BUILT)
+
+lint: $(STAMPS)/lint
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy --strict python/tautorch
+	$(VENV)/bin/clang-format --dry-run -Werror $(CFORMAT)
+
+wheel: $(DEPS)
+	@$(need_compiler)
+	$(PY) -m pip wheel . --quiet --no-deps --no-build-isolation --wheel-dir dist
+	@ls dist/*.whl
+
+clean:
+	rm -rf build dist $(STAMPS)/build-* python/tautorch/*.so
+
+# ---- set-up ---------------------------------------------------------------------------------------------------------
+
+# Each check is one line when it fails.
+need_compiler = for c in $${CXX:-c++ g++ clang++}; do \
+  echo 'int main() {}' | $$c -std=c++17 -x c++ -fsyntax-only - 2>/dev/null && exit 0; done; \
+  echo "tautorch: no C++17 compiler ($${CXX:-c++, g++, clang++}); install one (apt-get install g++) or give CXX=/path/to/it" >&2; exit 1
+find_python = for p in $(PYTHON) python3 python3.13 python3.12 python3.11; do \
+  $$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' >/dev/null 2>&1 && break; p=; done; \
+  test -n "$$p" || { echo "tautorch: Python 3.11, 3.12 or 3.13 not found; install one or give PYTHON=/path/to/python" >&2; exit 1; }
+
+# A virtual environment that is there is taken as it is.
+$(PY):
+	@$(need_compiler)
+	@$(find_python); \
+	"$$p" -m venv $(VENV) || { \
+	  echo "tautorch: $$p cannot make a virtual environment; install its venv module (apt-get install python3-venv)" >&2; exit 1; }
+
+$(DEPS): requirements/lock.txt requirements/triton.txt | $(PY)
+	@$(need_compiler)
+	$(PIP) -r requirements/lock.txt torch==$(TORCH)
+	$(PY) -c "import triton" 2>/dev/null || $(PIP) -r requirements/triton.txt
+	@mkdir -p $(STAMPS) && rm -f $(STAMPS)/deps-* && touch $@
+
+$(STAMPS)/lint: requirements/lint.txt $(DEPS)
+	$(PIP) -r requirements/lint.txt
+	@touch $@
+
+# The editable install maps the package's files, so it is renewed when their list changes.
+$(STAMPS)/files: FORCE
+	@mkdir -p $(STAMPS) && find python -name '*.py' | sort > $@.new && if cmp -s $@.new $@; then rm $@.new; else mv $@.new $@; fi
+
+$(BUILT): $(CSRC) CMakeLists.txt pyproject.toml $(DEPS) $(STAMPS)/files
+	@$(need_compiler)
+	@if [ "$$TAUTORCH_CUDA" = on ] || { [ "$$TAUTORCH_CUDA" = auto ] && [ -e /dev/nvidia0 ] && command -v nvcc >/dev/null; }; then \
+	  [ -n "$$TAUTORCH_CUTLASS_DIR" ] || $(PIP) --no-deps -r requirements/cuda.txt; fi
+	$(PIP) --no-build-isolation --no-deps --editable .
+	@rm -f $(STAMPS)/build-* && touch $@
