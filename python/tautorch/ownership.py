@@ -1,0 +1,256 @@
+"""Who else reads a layer's weight: the reasons why replacing a layer would change or break its neighbours.
+
+A replaced layer no longer has the float weight it had. Whoever reads that weight past the layer's own
+`forward` (a tied head, a parametrisation, a parent that calls `F.linear(x, self.fc.weight)`) would compute
+something else or fail, so `convert` asks here first.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import textwrap
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+from torch.overrides import TorchFunctionMode
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_BUILDERS = frozenset(
+    {"__init__", "__repr__", "extra_repr", "reset_parameters", "_reset_parameters", "_init_weights"}
+)
+# Children that torch's own modules read past their forward; the source scan cannot see into C++ fast paths.
+_READ_BY_TORCH: tuple[tuple[type[nn.Module], frozenset[str]], ...] = (
+    (nn.MultiheadAttention, frozenset({"out_proj"})),
+    (nn.TransformerEncoderLayer, frozenset({"linear1", "linear2", "norm1", "norm2", "self_attn"})),
+)
+# Reads of what a tensor is, not of what it holds.
+_METADATA = frozenset(
+    {
+        "__get__",
+        "is_floating_point",
+        "is_complex",
+        "size",
+        "dim",
+        "numel",
+        "stride",
+        "__len__",
+        "element_size",
+    }
+)
+
+
+def refusal(model: nn.Module, name: str) -> str | None:
+    """Why the layer `name` of `model` must not be replaced, or None. Nothing is run; `name` must exist."""
+    layer = model.get_submodule(name)
+    return (
+        _own_state(layer)
+        or _several_names(model, name, layer)
+        or _read_by_parent(model, name)
+        or _tied(model, layer)
+    )
+
+
+def _own_state(layer: nn.Module) -> str | None:
+    if isinstance(layer, torch.jit.ScriptModule):
+        return "it is a ScriptModule; convert the model before scripting it"
+    for part_name, part in layer.named_modules():
+        where = f"its child {part_name!r}" if part_name else "it"
+        if parametrize.is_parametrized(part):
+            names = ", ".join(sorted(part.parametrizations))
+            return (
+                f"{where} is parametrised ({names}); call "
+                "torch.nn.utils.parametrize.remove_parametrizations(layer, name) first"
+            )
+        if any(torch.nn.parameter.is_lazy(p) for p in part.parameters(recurse=False)):
+            return f"{where} has uninitialised (lazy) parameters; run the model once first"
+        for hooks in _HOOKS:
+            found = getattr(part, hooks, None)
+            if found:
+                hook = next(iter(found.values()))
+                label = getattr(hook, "__qualname__", type(hook).__qualname__)
+                return f"{where} has a hook ({label}) that would be lost; remove the hook first"
+        if "forward" in part.__dict__:
+            return f"{where} has its forward overridden on the instance; undo that first"
+    return None
+
+
+def _several_names(model: nn.Module, name: str, layer: nn.Module) -> str | None:
+    """A layer registered in two places would be replaced in one of them only."""
+    slots: dict[tuple[int, str], str] = {}
+    for parent_name, parent in model.named_modules():
+        for child_name, child in parent._modules.items():
+            if child is layer:
+                slots[(id(parent), child_name)] = f"{parent_name}.{child_name}".lstrip(".")
+    others = sorted(path for path in slots.values() if path != name)
+    if len(slots) > 1:
+        return f"the same module is also used as {', '.join(map(repr, others))}"
+    for parent_name, parent in model.named_modules():
+        for attribute, value in parent.__dict__.items():
+            if attribute == "_modules" or (isinstance(value, nn.Module) and value is not layer):
+                continue
+            if any(held is layer for held in _held(value)):
+                owner = parent_name or "the model"
+                return f"{owner} also holds it outside its registered children, in attribute {attribute!r}"
+    return None
+
+
+def _held(value: object) -> Iterator[object]:
+    """The value, or what a plain list, tuple or dict of them holds: one level is what people write."""
+    if isinstance(value, (list, tuple)):
+        yield from value
+    elif isinstance(value, dict):
+        yield from value.values()
+    else:
+        yield value
+
+
+def _read_by_parent(model: nn.Module, name: str) -> str | None:
+    parts = name.split(".")
+    for depth in range(len(parts)):
+        ancestor_name = ".".join(parts[:depth])
+        ancestor = model.get_submodule(ancestor_name)
+        label = f"its parent {ancestor_name or 'model'!r} ({type(ancestor).__name__})"
+        for cls, children in _READ_BY_TORCH:
+            if isinstance(ancestor, cls) and parts[depth] in children:
+                return f"{label} reads {'.'.join(parts[depth:])}.weight directly in its fast path"
+        layer = model.get_submodule(name)
+        tensors = {n for n, _ in [*layer.named_parameters(), *layer.named_buffers()]}
+        for method, chain in _attribute_chains(type(ancestor)):
+            for tensor in tensors:
+                if _matches(chain, (*parts[depth:], *tensor.split("."))):
+                    return f"{label} reads {'.'.join(parts[depth:])}.{tensor} directly in {method}"
+    return None
+
+
+def _matches(chain: tuple[str | None, ...], path: tuple[str, ...]) -> bool:
+    """Whether `self.<chain>` can mean `path`; None in a chain stands for any index, `self.layers[i]`."""
+    return len(chain) >= len(path) and all(c is None or c == p for c, p in zip(chain, path, strict=False))
+
+
+_CHAINS: dict[type, tuple[tuple[str, tuple[str | None, ...]], ...]] = {}
+
+
+def _attribute_chains(cls: type[nn.Module]) -> tuple[tuple[str, tuple[str | None, ...]], ...]:
+    """Every `self.a.b[i].c` in the methods of `cls`, as (method, ("a", "b", None, "c"))."""
+    if cls not in _CHAINS:
+        found: list[tuple[str, tuple[str | None, ...]]] = []
+        for base in cls.__mro__:
+            if base in (nn.Module, object) or base in _CONTAINERS:
+                break
+            for attribute, member in vars(base).items():
+                function = member.fget if isinstance(member, property) else inspect.unwrap(member)
+                if attribute not in _BUILDERS and inspect.isfunction(function):
+                    found += [(attribute, chain) for chain in _chains_of(function)]
+        _CHAINS[cls] = tuple(found)
+    return _CHAINS[cls]
+
+
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+
+
+def _chains_of(function: Callable[..., Any]) -> Iterator[tuple[str | None, ...]]:
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
+    except (OSError, TypeError, SyntaxError, IndentationError):
+        return  # no source (built in a REPL, C code): the run on example inputs still watches the reads
+    for node in ast.walk(tree):
+        parts: list[str | None] = []
+        while isinstance(node, (ast.Attribute, ast.Subscript)):
+            parts.append(node.attr if isinstance(node, ast.Attribute) else None)
+            node = node.value
+        if isinstance(node, ast.Name) and node.id == "self" and len(parts) > 1:
+            yield tuple(reversed(parts))
+
+
+def _extent(tensor: torch.Tensor) -> tuple[torch.device, int, int] | None:
+    """The bytes a tensor reads, as (device, first address, one past the last); None without memory."""
+    if tensor.layout != torch.strided or tensor.device.type == "meta" or tensor.numel() == 0:
+        return None
+    last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+    start = tensor.data_ptr()
+    return tensor.device, start, start + (last + 1) * tensor.element_size()
+
+
+def _tied(model: nn.Module, layer: nn.Module) -> str | None:
+    """Another module of the model that reads memory of one of the layer's tensors."""
+    inside = set(map(id, layer.modules()))
+    mine = [(n, t, _extent(t)) for n, t in [*layer.named_parameters(), *layer.named_buffers()]]
+    for other_name, other in model.named_modules():
+        if id(other) in inside:
+            continue
+        for kind, tensor_name, tensor in _direct_tensors(other):
+            theirs = _extent(tensor)
+            for n, t, extent in mine:
+                if t is tensor or (extent and theirs and _overlap(extent, theirs)):
+                    whose = f"{other_name}.{tensor_name}".lstrip(".")
+                    return f"its {n} is shared with {kind} {whose!r}"
+    return None
+
+
+def _overlap(a: tuple[torch.device, int, int], b: tuple[torch.device, int, int]) -> bool:
+    return a[0] == b[0] and a[1] < b[2] and b[1] < a[2]
+
+
+def _direct_tensors(module: nn.Module) -> Iterator[tuple[str, str, torch.Tensor]]:
+    for name, parameter in module._parameters.items():
+        if parameter is not None and not torch.nn.parameter.is_lazy(parameter):
+            yield "parameter", name, parameter
+    for name, buffer in module._buffers.items():
+        if buffer is not None and not torch.nn.parameter.is_lazy(buffer):
+            yield "buffer", name, buffer
+    for name, value in module.__dict__.items():
+        if name not in ("_parameters", "_buffers", "_modules"):
+            for held in _held(value):
+                if isinstance(held, torch.Tensor) and not torch.nn.parameter.is_lazy(held):
+                    yield "attribute", name, held
+
+
+class ReadWatch(TorchFunctionMode):
+    """While active, records which layers' tensors are passed to a torch function outside the layer's forward.
+
+    `layers` maps a name to its module, `readers` a name to the function seen reading it. Use it around a
+    forward pass: `with ReadWatch(layers) as watch: model(x)`. Reads of dtype, device or shape do not count.
+    """
+
+    def __init__(self, layers: dict[str, nn.Module]) -> None:
+        super().__init__()
+        self.readers: dict[str, str] = {}
+        self._layers = layers
+        self._owner = {id(t): name for name, layer in layers.items() for t in layer.parameters()}
+        self._inside: list[str] = []
+        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+
+    def __enter__(self) -> ReadWatch:
+        for name, layer in self._layers.items():
+            enter = lambda *_, name=name: self._inside.append(name)  # noqa: E731
+            leave = lambda *_: self._inside.pop() and None  # noqa: E731
+            self._handles.append(layer.register_forward_pre_hook(enter))
+            self._handles.append(layer.register_forward_hook(leave, always_call=True))
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *exc: Any) -> None:
+        super().__exit__(*exc)  # type: ignore[no-untyped-call]
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        label = getattr(func, "__name__", str(func))
+        if label not in _METADATA:
+            for value in [*args, *(kwargs or {}).values()]:
+                for held in _held(value):
+                    name = self._owner.get(id(held))
+                    if name is not None and name not in self._inside:
+                        self.readers.setdefault(name, label)
+        return func(*args, **(kwargs or {}))

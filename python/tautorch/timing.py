@@ -1,0 +1,123 @@
+"""Honest timing of two ways to compute the same thing, on a machine that does other things too.
+
+Two measurements taken one after the other differ by whatever the machine did in between (frequency,
+neighbours, caches). `compare` therefore alternates short samples of both (A B, B A, A B, ...) and decides on
+the ratios of neighbouring samples, whose common drift cancels. All times are seconds of wall clock per call.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+_MIN_SAMPLE_S = 100e-6  # below this the clock and the loop itself show
+_MIN_SAMPLE_CUDA_S = 2e-3  # a synchronisation costs tens of microseconds
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What `compare` measured; times are seconds per call, `ratio` above 1 means that b is faster.
+
+    `ratio` is the median of the ratios a/b of neighbouring samples, `ratio_low` and `ratio_high` its 95 %
+    confidence interval (order statistics: no assumption on the distribution).
+    """
+
+    a_s: float
+    b_s: float
+    ratio: float
+    ratio_low: float
+    ratio_high: float
+    samples: int
+
+
+def compare(
+    a: Callable[[], object],
+    b: Callable[[], object],
+    *,
+    seconds: float = 0.2,
+    min_samples: int = 9,
+    setup_a: Callable[[], object] | None = None,
+    setup_b: Callable[[], object] | None = None,
+    device: torch.device | None = None,
+) -> Comparison:
+    """Times `a` against `b`, in turns, for about `seconds` altogether and at least `min_samples` pairs.
+
+    `setup_a` / `setup_b` run before each sample of their side, outside the clock (to swap a layer, say).
+    `device`: where the work runs; a CUDA device is synchronised around each sample.
+    """
+    sync = _synchronizer(device)
+    no_setup: Callable[[], object] = lambda: None  # noqa: E731
+    sides = ((a, setup_a or no_setup), (b, setup_b or no_setup))
+    floor = _MIN_SAMPLE_S if sync is None else _MIN_SAMPLE_CUDA_S
+    repeats = [_repeats(fn, setup, floor, sync) for fn, setup in sides]
+    times: tuple[list[float], list[float]] = ([], [])
+    deadline = time.perf_counter() + seconds
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        pair = 0
+        while pair < min_samples or time.perf_counter() < deadline:
+            for side in (0, 1) if pair % 2 == 0 else (1, 0):
+                fn, setup = sides[side]
+                setup()
+                fn()  # what the other side left in the caches is not this side's cost
+                times[side].append(_sample(fn, repeats[side], sync))
+            pair += 1
+    finally:
+        if collecting:
+            gc.enable()
+    ratios = sorted(x / y for x, y in zip(times[0], times[1], strict=True))
+    low, high = _median_interval(len(ratios))
+    return Comparison(
+        a_s=statistics.median(times[0]),
+        b_s=statistics.median(times[1]),
+        ratio=statistics.median(ratios),
+        ratio_low=ratios[low],
+        ratio_high=ratios[high],
+        samples=len(ratios),
+    )
+
+
+def _synchronizer(device: torch.device | None) -> Callable[[], object] | None:
+    if device is None or device.type != "cuda":
+        return None
+    return lambda: torch.cuda.synchronize(device)
+
+
+def _sample(fn: Callable[[], object], repeats: int, sync: Callable[[], object] | None) -> float:
+    """Seconds per call of `repeats` calls."""
+    if sync is not None:
+        sync()
+    start = time.perf_counter()
+    for _ in range(repeats):
+        fn()
+    if sync is not None:
+        sync()
+    return max(time.perf_counter() - start, 1e-9) / repeats
+
+
+def _repeats(
+    fn: Callable[[], object], setup: Callable[[], object], floor: float, sync: Callable[[], object] | None
+) -> int:
+    """How many calls make a sample of at least `floor` seconds; warms up on the way."""
+    setup()
+    fn()
+    repeats = 1
+    while True:
+        took = _sample(fn, repeats, sync) * repeats
+        if took >= floor or repeats >= 1 << 16:
+            return repeats
+        repeats = max(repeats * 2, math.ceil(repeats * floor / took)) if took > floor / 50 else repeats * 8
+
+
+def _median_interval(count: int) -> tuple[int, int]:
+    """Indices of the 95 % confidence interval of the median in `count` sorted values (normal to binomial)."""
+    half = 0.98 * math.sqrt(count)
+    low = max(0, math.floor(count / 2 - half))
+    return low, count - 1 - low
