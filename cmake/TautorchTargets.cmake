@@ -134,8 +134,6 @@ function(tautorch_cutlass_dir out)
 endfunction()
 
 function(tautorch_add_cuda)
-  set(CMAKE_CUDA_ARCHITECTURES OFF)
-  enable_language(CUDA)
   set(csrc "${PROJECT_SOURCE_DIR}/csrc")
   file(GLOB cuda CONFIGURE_DEPENDS "${csrc}/kernels/*/*.cu")
   file(GLOB bindings CONFIGURE_DEPENDS "${csrc}/bindings/module_cuda*.cpp")
