@@ -1,0 +1,1 @@
+"""Triton kernels. Importing this package does not import Triton; importing one of its modules does."""

@@ -1,0 +1,197 @@
+"""int8_linear's Triton kernels without a GPU: right in the interpreter, and compiled for sm_80, 89 and 90."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+triton = pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
+torch = pytest.importorskip("torch")
+
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+from tautorch.triton_kernels import int8_linear as tk  # noqa: E402
+
+HERE = Path(__file__).parent
+CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+# Bytes of shared memory one block may have, by compute capability (CUDA C++ Programming Guide).
+SHARED_LIMIT = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024}
+POINTER = {"float32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16", "int8": "*i8", "int32": "*i32"}
+CAPABILITIES = sorted(SHARED_LIMIT)
+
+
+def test_kernels_in_the_interpreter() -> None:
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    file = str(HERE / "interpreted_int8_linear.py")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", file]
+    done = subprocess.run(
+        command,
+        check=False,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        cwd=HERE.parents[1],
+    )
+    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
+    passed = re.search(r"(\d+) passed", done.stdout)
+    assert passed and int(passed.group(1)) >= 100, done.stdout[-2000:]
+
+
+def test_importing_tautorch_does_not_import_triton() -> None:
+    code = "import sys, torch, tautorch; assert 'tautorch.triton_kernels.int8_linear' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def compile_kernel(
+    kernel: Any, capability: int, types: dict[str, str], values: dict[str, Any], **options: Any
+) -> Any:
+    """Compile with pointers and strides multiples of 16; what is in ``values`` is a compile-time constant."""
+    signature = {name: "constexpr" if name in values else types[name] for name in kernel.arg_names}
+    aligned = [i for i, name in enumerate(kernel.arg_names) if name not in values]
+    source = ASTSource(
+        kernel,
+        signature,
+        constexprs={(kernel.arg_names.index(name),): value for name, value in values.items()},
+        attrs={(i,): [["tt.divisibility", 16]] for i in aligned},
+    )
+    target = GPUTarget("cuda", capability, 32)
+    return triton.compile(source, target=target, options={"enable_fp_fusion": False, **options})
+
+
+def check_resources(compiled: Any, capability: int, tmp_path: Path) -> None:
+    """Shared memory within the device's limit and no register spilled to local memory."""
+    assert compiled.metadata.shared <= SHARED_LIMIT[capability]
+    cubin = tmp_path / "kernel.cubin"
+    cubin.write_bytes(compiled.asm["cubin"])
+    usage = subprocess.run(
+        [CUOBJDUMP, "-res-usage", cubin], capture_output=True, text=True, check=True
+    ).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)
+    assert found, usage
+    registers, stack, local = (int(v) for v in found.groups())
+    assert registers <= 255 and stack == 0 and local == 0, usage
+
+
+def types_of(kernel: Any, **pointers: str) -> dict[str, str]:
+    types = {name: "*fp32" for name in kernel.arg_names if name.endswith("_ptr")}
+    types |= {name: "*i32" for name in kernel.arg_names if name.endswith(("zero_point_ptr", "sums_ptr"))}
+    types |= {name: "i32" for name in kernel.arg_names if name in "MNK" or name.startswith("stride_")}
+    return types | {f"{name}_ptr": POINTER[dtype] for name, dtype in pointers.items()}
+
+
+def tile(config: tk.Config) -> dict[str, int]:
+    sizes = {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k}
+    return sizes | {"GROUP_M": config.group_m}
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize(
+    "dtype,static", list(itertools.product(["float32", "bfloat16", "float16"], [False, True]))
+)
+def test_quantiser_compiles(capability: int, dtype: str, static: bool, tmp_path: Path) -> None:
+    kernel = tk._quantize_rows
+    values: dict[str, Any] = {"STATIC": static, "HAS_ZERO_POINT": static, "BLOCK_K": 4096, "stride_xk": 1}
+    if not static:
+        values |= {"static_scale_ptr": None, "zero_point_ptr": None}
+    types = types_of(kernel, x=dtype, q="int8", scale="float32")
+    compiled = compile_kernel(kernel, capability, types, values, num_warps=8)
+    check_resources(compiled, capability, tmp_path)
+    ptx = compiled.asm["ptx"]
+    assert "div.rn.f32" in ptx, "the contract asks for IEEE division"
+    assert not re.search(r"\bfma\.|div\.full|div\.approx|\.ftz", ptx), (
+        "no contraction, no approximate division"
+    )
+
+
+# (out dtype, activation, zero points and bias, requantised): every branch of the epilogue at least once.
+VARIANTS = [
+    ("int32", "none", False),
+    ("int32", "none", True),
+    ("float32", "none", False),
+    ("bfloat16", "relu", True),
+    ("float16", "gelu", True),
+    ("bfloat16", "gelu_tanh", False),
+    ("bfloat16", "silu", True),
+    ("int8", "gelu", True),
+    ("int8", "none", False),
+]
+SHAPES = [
+    (1, 4096, 4096),
+    (17, 64, 64),
+    (64, 4096, 4096),
+    (128, 4096, 4096),
+    (512, 64, 64),
+    (4096, 4096, 4096),
+]
+
+
+def choices() -> list[Any]:
+    """Every tile that ``choose`` can give, with the capability it is given for."""
+    found = {(c, tk.choose(m, n, k, (c // 10, c % 10))) for c in CAPABILITIES for m, n, k in SHAPES}
+    return sorted(found, key=str)
+
+
+def epilogue(out: str, activation: str, full: bool) -> dict[str, Any]:
+    values: dict[str, Any] = {
+        "HAS_BIAS": full,
+        "HAS_OUT_ZERO_POINT": full and out == "int8",
+        "ACTIVATION": tk.ACTIVATIONS[activation],
+        "REQUANTIZE": out == "int8",
+    }
+    values |= {} if full else {"bias_ptr": None}
+    values |= {} if values["HAS_OUT_ZERO_POINT"] else {"out_zero_point_ptr": None}
+    return values | ({} if out == "int8" else {"out_scale_ptr": None})
+
+
+@pytest.mark.parametrize("capability,config", choices(), ids=str)
+def test_every_tile_compiles(capability: int, config: tk.Config, tmp_path: Path) -> None:
+    check_int8_variant(capability, config, ("bfloat16", "silu", True), tmp_path)
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_every_epilogue_compiles(capability: int, variant: tuple[str, str, bool], tmp_path: Path) -> None:
+    check_int8_variant(capability, tk.choose(64, 4096, 4096), variant, tmp_path)
+
+
+def check_int8_variant(
+    capability: int, config: tk.Config, variant: tuple[str, str, bool], tmp_path: Path
+) -> None:
+    out, activation, full = variant
+    kernel = tk._int8_linear
+    values = epilogue(out, activation, full) | tile(config)
+    values |= {"SCALE_PER_ROW": full, "HAS_ZERO_POINT": full, "RAW": out == "int32"}
+    if not full:
+        values |= {"zero_point_ptr": None, "column_sums_ptr": None}
+    types = types_of(kernel, x="int8", w="int8", y=out)
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    compiled = compile_kernel(kernel, capability, types, values, **options)
+    check_resources(compiled, capability, tmp_path)
+    ptx = compiled.asm["ptx"]
+    # wgmma needs 64 rows; a smaller tile uses mma.sync on sm_90 too.
+    wide = capability >= 90 and config.block_m >= 64
+    pattern = r"wgmma\.mma_async\S*\.s32\.s8\.s8" if wide else r"mma\.sync\S*\.s32\.s8\.s8\.s32"
+    assert re.search(pattern, ptx), f"no int8 tensor-core instruction for sm_{capability}"
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("dtype,m", list(itertools.product(["float32", "bfloat16", "float16"], [1, 64])))
+def test_weight_only_compiles(capability: int, dtype: str, m: int, tmp_path: Path) -> None:
+    kernel = tk._weight_only_linear
+    config = tk.choose_weight_only(m, getattr(torch, dtype).itemsize)
+    values = epilogue(dtype, "gelu", True) | tile(config)
+    types = types_of(kernel, x=dtype, w="int8", y=dtype)
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    compiled = compile_kernel(kernel, capability, types, values, **options)
+    check_resources(compiled, capability, tmp_path)
+    has_tensor_core = re.search(r"mma\.(sync|async)|mma_async", compiled.asm["ptx"]) is not None
+    assert has_tensor_core == (dtype != "float32"), "fp32 activations must not be rounded to tf32"
