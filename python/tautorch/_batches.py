@@ -1,0 +1,87 @@
+"""Feeding a model: what a batch may be, and running calibration batches without leaving a trace."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+#: One input of a model: its only argument, its positional arguments, or its keyword arguments.
+Batch = Tensor | tuple[Any, ...] | Mapping[str, Any]
+Batches = Iterable[Batch]
+
+
+def to_device(value: Any, device: torch.device | str | None) -> Any:
+    """Move every tensor in nested tuples, lists and mappings to `device` (None: leave where they are)."""
+    if device is None:
+        return value
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, Mapping):
+        return {key: to_device(item, device) for key, item in value.items()}
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(to_device(item, device) for item in value))
+    if isinstance(value, (list, tuple)):
+        return type(value)(to_device(item, device) for item in value)
+    return value
+
+
+def call_model(op: str, model: Callable[..., Any], batch: Any) -> Any:
+    """Call `model` with one batch: a tensor, a tuple of positional or a mapping of keyword arguments.
+
+    Raises TypeError for anything else; `op` names the caller in the message.
+    """
+    if isinstance(batch, Tensor):
+        return model(batch)
+    if isinstance(batch, Mapping):
+        return model(**batch)
+    if isinstance(batch, tuple):
+        return model(*batch)
+    raise TypeError(
+        f"{op}: a batch must be a tensor, a tuple of positional or a dict of keyword arguments, "
+        f"got {type(batch).__name__}; from a DataLoader of (input, target) pass `[x for x, _ in loader]`"
+    )
+
+
+def model_device(model: nn.Module) -> torch.device | None:
+    """The device of the first parameter or buffer, None for a model without any."""
+    first = next(chain(model.parameters(), model.buffers()), None)
+    return None if first is None else first.device
+
+
+@contextmanager
+def training_modes_kept(model: nn.Module) -> Iterator[None]:
+    """Put each module's `training` flag back on leaving, one by one (a frozen batch norm stays frozen)."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def run_calibration(op: str, model: nn.Module, batches: Batches) -> int:
+    """Run the model over `batches` in eval mode without gradients; returns the number of batches.
+
+    The training flags are put back, batches are moved to the model's device. Raises ValueError when
+    `batches` is empty, TypeError when it is not an iterable of batches.
+    """
+    if isinstance(batches, (Tensor, Mapping)) or not isinstance(batches, Iterable):
+        raise TypeError(
+            f"{op}: calibration must be an iterable of batches, got {type(batches).__name__}; "
+            "put a single batch in a list: `[batch]`"
+        )
+    device = model_device(model)
+    count = 0
+    with training_modes_kept(model), torch.no_grad():
+        model.eval()
+        for batch in batches:
+            call_model(op, model, to_device(batch, device))
+            count += 1
+    if count == 0:
+        raise ValueError(f"{op}: calibration must hold at least one batch, got none (a spent generator?)")
+    return count

@@ -1,0 +1,129 @@
+"""Distillation from inner features."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from tautorch.distill.losses import Loss
+
+
+class ChannelAdapter(nn.Module):
+    """A learned linear map of channels: dim 1 of [B, C, H, W] features, the last of any others.
+
+    `weight` is [out, in], `bias` [out], initialised as `nn.Linear`.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        linear = nn.Linear(in_channels, out_channels)
+        self.weight, self.bias = linear.weight, linear.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in] -> [..., out], or [B, in, H, W] -> [B, out, H, W]."""
+        if x.dim() == 4:
+            return F.conv2d(x, self.weight[:, :, None, None], self.bias)
+        return F.linear(x, self.weight, self.bias)
+
+
+class FeatureHint(nn.Module):
+    """L = base(student, teacher, target) + weight * mean (adapter(student's feature) - teacher's feature)^2.
+
+    Romero et al. 2015, "FitNets: Hints for Thin Deep Nets", arXiv:1412.6550.
+
+    Args:
+        student_layer, teacher_layer: qualified names of the modules whose (tensor) outputs are matched.
+        channels: (student's, teacher's) number of channels, for a learned `ChannelAdapter` in between; None
+            matches the features as they are. Its parameters must be in the optimizer: give it
+            `[*student.parameters(), *loss.parameters()]`, which `Distiller` checks.
+        base: the loss on the outputs; None for the features alone.
+        weight: of the feature term, > 0.
+
+    `Distiller` attaches it; in a loop of your own use `with hint.attached(teacher, student):` around it.
+    """
+
+    def __init__(
+        self,
+        student_layer: str,
+        teacher_layer: str,
+        *,
+        channels: tuple[int, int] | None = None,
+        base: Loss | None = None,
+        weight: float = 1.0,
+    ) -> None:
+        super().__init__()
+        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 < weight < float("inf"):
+            raise ValueError(f"FeatureHint: weight must be a finite number > 0, got {weight!r}")
+        self.student_layer, self.teacher_layer = student_layer, teacher_layer
+        self.adapter = ChannelAdapter(*channels) if channels is not None else None
+        self.base = base
+        self.weight = float(weight)
+        self._features: dict[str, Tensor] = {}
+
+    @contextmanager
+    def attached(self, teacher: nn.Module, student: nn.Module) -> Iterator[None]:
+        """While open, remember the features of each forward pass; ValueError for an unknown layer."""
+        handles = []
+        try:
+            for role, model, name in (
+                ("student", student, self.student_layer),
+                ("teacher", teacher, self.teacher_layer),
+            ):
+                handles.append(_find(role, model, name).register_forward_hook(self._watch(role)))
+            if isinstance(self.base, FeatureHint):
+                with self.base.attached(teacher, student):
+                    yield
+            else:
+                yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            self._features.clear()
+
+    def _watch(self, role: str) -> Any:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            if not isinstance(output, Tensor):
+                kind = type(output).__name__
+                raise TypeError(f"FeatureHint: the {role}'s layer must give a tensor, got {kind}")
+            self._features[role] = output
+
+        return hook
+
+    def forward(self, student_out: Any, teacher_out: Any, target: Any) -> Tensor:
+        """The loss of the batch that both models have just seen, a scalar."""
+        missing = {"student", "teacher"} - self._features.keys()
+        if missing:
+            raise ValueError(
+                f"FeatureHint: the layer of the {' and '.join(sorted(missing))} must run in the forward "
+                "pass, got no feature; check its name, and use `with hint.attached(teacher, student):`"
+            )
+        mine, theirs = self._features.pop("student"), self._features.pop("teacher").detach()
+        if self.adapter is not None:
+            want, dim = self.adapter.weight.shape[1], 1 if mine.dim() == 4 else -1
+            if mine.shape[dim] != want:
+                raise ValueError(
+                    f"FeatureHint: the student's feature must have {want} channels in dim {dim}, "
+                    f"got {list(mine.shape)}"
+                )
+            mine = self.adapter(mine)
+        if mine.shape != theirs.shape:
+            raise ValueError(
+                f"FeatureHint: features must have one shape, got {list(mine.shape)} from the student and "
+                f"{list(theirs.shape)} from the teacher; set channels=(student's, teacher's) or other layers"
+            )
+        kind = torch.promote_types(mine.dtype, torch.float32)
+        total = self.weight * F.mse_loss(mine.to(kind), theirs.to(kind))
+        return total if self.base is None else total + self.base(student_out, teacher_out, target)
+
+
+def _find(role: str, model: nn.Module, name: str) -> nn.Module:
+    modules: dict[str, nn.Module] = dict(model.named_modules())
+    if name not in modules or not name:
+        shown = ", ".join([key for key in modules if key][:12])
+        raise ValueError(f"FeatureHint: {role}_layer must name a module, got {name!r}; it has {shown}")
+    return modules[name]

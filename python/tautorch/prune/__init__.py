@@ -1,0 +1,28 @@
+"""Pruning: masks under the kernels' patterns, schedules, and masks that survive fine-tuning."""
+
+from tautorch.prune.importance import Importance, importance_scores, input_norms
+from tautorch.prune.patterns import Pattern, Ranking, make_global_masks, make_mask, parse_pattern
+from tautorch.prune.pruner import MaskHandle, apply_masks, compute_masks, hold_masks, masks_from_zeros, prune
+from tautorch.prune.report import LayerSparsity, SparsityReport, sparsity_report
+from tautorch.prune.schedule import Schedule
+
+__all__ = [
+    "Importance",
+    "LayerSparsity",
+    "MaskHandle",
+    "Pattern",
+    "Ranking",
+    "Schedule",
+    "SparsityReport",
+    "apply_masks",
+    "compute_masks",
+    "hold_masks",
+    "importance_scores",
+    "input_norms",
+    "make_global_masks",
+    "make_mask",
+    "masks_from_zeros",
+    "parse_pattern",
+    "prune",
+    "sparsity_report",
+]

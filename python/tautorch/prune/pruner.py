@@ -1,0 +1,215 @@
+"""Pruning a model: masks from scores, applied to the weights, held there, and reported."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from tautorch._batches import Batches
+from tautorch._layers import layer_groups, select_layers
+from tautorch.prune.importance import Importance, importance_scores
+from tautorch.prune.patterns import (
+    Ranking,
+    check_ranking,
+    check_sparsity,
+    make_global_masks,
+    make_mask,
+    parse_pattern,
+)
+
+
+def compute_masks(
+    model: nn.Module,
+    importance: Importance = "magnitude",
+    pattern: str = "unstructured",
+    sparsity: float = 0.5,
+    layers: Iterable[str] | None = None,
+    calibration: Batches | None = None,
+    ranking: Ranking | None = None,
+) -> dict[str, Tensor]:
+    """The masks that `prune` would apply, by layer name; the model is left as it is. Arguments as there."""
+    return _masks("compute_masks", model, importance, pattern, sparsity, layers, calibration, ranking)
+
+
+def prune(
+    model: nn.Module,
+    importance: Importance = "magnitude",
+    pattern: str = "unstructured",
+    sparsity: float = 0.5,
+    layers: Iterable[str] | None = None,
+    calibration: Batches | None = None,
+    ranking: Ranking | None = None,
+) -> nn.Module:
+    """Set the least important weights of a model's Linear and Conv2d layers to zero, in place.
+
+    Args:
+        model: changed in place and returned; unchanged if anything fails.
+        importance: "magnitude", "activation" (Wanda, needs `calibration`) or a callable (name, layer) ->
+            score; see `tautorch.prune.importance`.
+        pattern: "unstructured", "n:m", "4x1", "16x16", "32x32" or "64x64"; see `tautorch.prune.patterns`.
+        sparsity: share to remove, in [0, 1). n:m patterns take exactly 1 - n / m.
+        layers: names or shell patterns ("encoder.*"); None takes every layer that owns its weight alone.
+        calibration: batches of what the model takes, run in eval mode.
+        ranking: "local" ranks within a layer, "row" within a row of blocks, "global" over all the layers.
+            None is "row" for unstructured "activation", as its paper has it, and "local" otherwise.
+
+    Zeros alone do not last through training: see `hold_masks` and `Schedule`.
+    """
+    masks = _masks("prune", model, importance, pattern, sparsity, layers, calibration, ranking)
+    apply_masks(model, masks)
+    return model
+
+
+def _masks(
+    op: str,
+    model: nn.Module,
+    importance: Importance,
+    pattern: str,
+    sparsity: float,
+    layers: Iterable[str] | None,
+    calibration: Batches | None,
+    ranking: Ranking | None,
+) -> dict[str, Tensor]:
+    form = parse_pattern(op, pattern)
+    share = check_sparsity(op, sparsity)
+    as_paper: Ranking = "row" if importance == "activation" and pattern == "unstructured" else "local"
+    chosen = ranking if ranking is not None else as_paper
+    check_ranking(op, chosen, form)
+    targets = select_layers(op, model, layers)
+    for name, layer in targets.items():
+        if not bool(torch.isfinite(layer.weight).all()):
+            raise ValueError(f"{op}: the weight of layer {name!r} must be finite, got NaN or Inf")
+    scores = importance_scores(op, model, targets, importance, calibration)
+    groups = {name: layer_groups(layer) for name, layer in targets.items()}
+    if chosen == "global":
+        return make_global_masks(scores, pattern, share, groups)
+    return {name: make_mask(score, pattern, share, groups[name], chosen) for name, score in scores.items()}
+
+
+def apply_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
+    """Zero the weights of the named layers where their mask is False; checks every mask before the first."""
+    for name, mask in masks.items():
+        _check_mask("apply_masks", model, name, mask)
+    with torch.no_grad():
+        for name, mask in masks.items():
+            weight = _weight(model, name)
+            weight.masked_fill_(~mask.to(weight.device), 0.0)
+
+
+def masks_from_zeros(model: nn.Module, layers: Iterable[str] | None = None) -> dict[str, Tensor]:
+    """Masks of the weights that are not zero, for the layers that have zeros.
+
+    With `layers` None, a layer of nothing but zeros is left out: that is how some layers are initialised,
+    and no pruning here leaves one.
+    """
+    masks: dict[str, Tensor] = {}
+    for name, layer in select_layers("masks_from_zeros", model, layers).items():
+        mask = layer.weight.detach() != 0
+        if layers is not None or (bool(mask.any()) and not bool(mask.all())):
+            masks[name] = mask
+    return masks
+
+
+def hold_masks(
+    model: nn.Module, masks: Mapping[str, Tensor] | None = None, optimizer: Optimizer | None = None
+) -> MaskHandle:
+    """Keep pruned weights at zero through fine-tuning.
+
+    Args:
+        masks: by layer name; None takes the zeros that are in the weights now.
+        optimizer: the masks are applied after each of its steps, by a hook, until `remove()`. Without it,
+            call `apply()` after each step, or give the handle to `Distiller(callbacks=[handle])`.
+
+    Raises ValueError when the model has no zeros to hold, or a mask does not fit its layer.
+    """
+    found = dict(masks) if masks is not None else masks_from_zeros(model)
+    if not found:
+        raise ValueError("hold_masks: the model must have pruned weights, got none; call prune first")
+    return MaskHandle(model, found, optimizer)
+
+
+class MaskHandle:
+    """Masks held on a model; see `hold_masks`. A context manager that removes itself, and a callback."""
+
+    def __init__(
+        self, model: nn.Module, masks: Mapping[str, Tensor], optimizer: Optimizer | None = None
+    ) -> None:
+        self._model = model
+        self._masks: dict[str, Tensor] = {}
+        self.update(masks)
+        self._hook: RemovableHandle | None = None
+        if optimizer is not None:
+            self._hook = optimizer.register_step_post_hook(lambda *_: self.apply())
+
+    @property
+    def masks(self) -> dict[str, Tensor]:
+        """The masks by layer name (empty once removed)."""
+        return dict(self._masks)
+
+    def update(self, masks: Mapping[str, Tensor]) -> None:
+        """Hold these masks from now on, and apply them at once; ValueError/TypeError if one does not fit."""
+        for name, mask in masks.items():
+            _check_mask("hold_masks", self._model, name, mask)
+        self._masks = {name: mask.clone() for name, mask in masks.items()}
+        self.apply()
+
+    def apply(self) -> None:
+        """Set the masked weights to zero, now."""
+        with torch.no_grad():
+            for name, mask in self._masks.items():
+                weight = _weight(self._model, name)
+                if mask.device != weight.device:
+                    mask = self._masks[name] = mask.to(weight.device)
+                weight.masked_fill_(~mask, 0.0)
+
+    def on_step(self, distiller: Any) -> None:
+        """The Distiller's callback after each optimizer step."""
+        self.apply()
+
+    def remove(self) -> None:
+        """Let the weights go; they stay zero until trained."""
+        if self._hook is not None:
+            self._hook.remove()
+            self._hook = None
+        self._masks = {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """The masks, for a checkpoint."""
+        return {"masks": {name: mask.clone() for name, mask in self._masks.items()}}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Hold the masks of a checkpoint."""
+        self.update(state["masks"])
+
+    def __enter__(self) -> MaskHandle:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.remove()
+
+
+def _weight(model: nn.Module, name: str) -> Tensor:
+    weight = model.get_submodule(name).weight
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"prune: layer {name!r} must have a weight tensor, got {type(weight).__name__}")
+    return weight
+
+
+def _check_mask(op: str, model: nn.Module, name: str, mask: Tensor) -> None:
+    layer = select_layers(op, model, [name])[name]
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        kind = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+        raise TypeError(f"{op}: the mask of layer {name!r} must be bool (True = kept), got {kind}")
+    if mask.shape != layer.weight.shape:
+        raise ValueError(
+            f"{op}: the mask of layer {name!r} must be {list(layer.weight.shape)} like its weight, "
+            f"got {list(mask.shape)}"
+        )

@@ -1,0 +1,167 @@
+"""Pruning little by little while the model trains."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal, get_args
+
+from torch import Tensor, nn
+
+from tautorch._batches import Batches
+from tautorch._layers import select_layers
+from tautorch.prune.importance import Importance
+from tautorch.prune.patterns import Ranking, check_ranking, check_sparsity, parse_pattern
+from tautorch.prune.pruner import MaskHandle, compute_masks
+
+Kind = Literal["oneshot", "cubic", "steps"]
+
+
+class Schedule:
+    """Raise a model's sparsity over its training, and keep the masks in between.
+
+    Call `step()` after each optimizer step, or give it to `Distiller(callbacks=[schedule])`. Step t is the
+    number of calls so far; masks are made again, from the weights of that moment, where t is due.
+
+    - "oneshot": the whole sparsity at step `begin`.
+    - "cubic": s_t = s (1 - (1 - (t - begin) / (end - begin))^3) every `every` steps from `begin` to `end`
+      (Zhu & Gupta 2017, "To prune, or not to prune", arXiv:1710.01878).
+    - "steps": the sparsities of `steps`, a mapping {step: sparsity} whose last one is the final.
+
+    An n:m pattern passes through ceil((1 - s_t) m):m on its way (Evci et al. 2023 decay N so).
+
+    Args:
+        model: pruned in place, step by step; nothing happens before the first step that is due.
+        sparsity: the final one, in [0, 1); with "steps" it may be left out.
+        every, begin, end: optimizer steps; `end` is needed by "cubic".
+        pattern, importance, layers, calibration, ranking: as in `prune`; `calibration` must be re-iterable.
+
+    Raises ValueError/TypeError for arguments out of range, before anything changes.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        sparsity: float | None = None,
+        *,
+        pattern: str = "unstructured",
+        importance: Importance = "magnitude",
+        kind: Kind = "cubic",
+        begin: int = 0,
+        end: int | None = None,
+        every: int = 1,
+        steps: Mapping[int, float] | None = None,
+        layers: Iterable[str] | None = None,
+        calibration: Batches | None = None,
+        ranking: Ranking | None = None,
+    ) -> None:
+        if kind not in get_args(Kind):
+            raise ValueError(f"Schedule: kind must be one of {', '.join(get_args(Kind))}, got {kind!r}")
+        if not isinstance(layers, (str, type(None))):
+            layers = list(layers)
+        self._form = parse_pattern("Schedule", pattern)
+        if ranking is not None:
+            check_ranking("Schedule", ranking, self._form)
+        if calibration is not None and iter(calibration) is calibration:
+            raise ValueError("Schedule: calibration must be re-iterable, got an iterator; pass a list")
+        if importance == "activation" and calibration is None:
+            raise ValueError('Schedule: calibration must hold batches for importance "activation", got None')
+        targets = select_layers("Schedule", model, layers)
+        self._plan = _plan(kind, sparsity, begin, end, every, steps)
+        self._final = self._plan[max(self._plan)]
+        if self._form.of and abs(self._final - (1 - self._form.keep / self._form.of)) > 1e-6:
+            fixed = 1 - self._form.keep / self._form.of
+            raise ValueError(f"Schedule: sparsity must be {fixed:g} for pattern {pattern}, got {self._final}")
+        self._model = model
+        self._options: dict[str, Any] = {
+            "importance": importance,
+            "layers": list(targets),
+            "calibration": calibration,
+            "ranking": ranking,
+        }
+        self._handle = MaskHandle(model, {})
+        self.steps_done = 0
+        self.sparsity = 0.0
+
+    @property
+    def masks(self) -> dict[str, Tensor]:
+        """The masks held now, by layer name; empty before the first due step."""
+        return self._handle.masks
+
+    @property
+    def done(self) -> bool:
+        """Whether the final sparsity is reached."""
+        return self.steps_done >= max(self._plan)
+
+    def step(self) -> float:
+        """Count one optimizer step, renew the masks if due, apply them; returns the sparsity in force."""
+        due = self._plan.get(self.steps_done + 1)
+        if due is not None and due != self.sparsity:
+            pattern, share = self._at(due)
+            if pattern is not None:
+                masks = compute_masks(self._model, pattern=pattern, sparsity=share, **self._options)
+                self._handle.update(masks)
+            self.sparsity = due
+        else:
+            self._handle.apply()
+        self.steps_done += 1
+        return self.sparsity
+
+    def _at(self, sparsity: float) -> tuple[str | None, float]:
+        """The pattern and sparsity for now; no pattern where an n:m one would still keep everything."""
+        if not self._form.of:
+            return self._form.name, sparsity
+        keep = max(self._form.keep, math.ceil((1 - sparsity) * self._form.of - 1e-9))
+        if keep == self._form.of:
+            return None, 0.0
+        return f"{keep}:{self._form.of}", 1 - keep / self._form.of
+
+    def on_step(self, distiller: Any) -> None:
+        """The Distiller's callback after each optimizer step."""
+        self.step()
+
+    def remove(self) -> None:
+        """Stop holding the masks; the weights stay zero until trained."""
+        self._handle.remove()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Steps done, sparsity and masks, for a checkpoint."""
+        return {"steps_done": self.steps_done, "sparsity": self.sparsity, **self._handle.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from a checkpoint; ValueError/TypeError, and no change, if its masks do not fit."""
+        self._handle.load_state_dict(state)
+        self.steps_done = int(state["steps_done"])
+        self.sparsity = float(state["sparsity"])
+
+
+def _plan(
+    kind: Kind,
+    sparsity: float | None,
+    begin: int,
+    end: int | None,
+    every: int,
+    steps: Mapping[int, float] | None,
+) -> dict[int, float]:
+    """{step: sparsity}, steps counted from 1."""
+    if (steps is not None) != (kind == "steps"):
+        raise ValueError(f'Schedule: steps must be given with kind "steps" and only there, got kind {kind!r}')
+    if begin < 0 or every < 1:
+        raise ValueError(f"Schedule: begin must be >= 0 and every >= 1, got {begin} and {every}")
+    if steps is not None:
+        plan = {int(step): check_sparsity("Schedule", value) for step, value in sorted(steps.items())}
+        values = list(plan.values())
+        if not plan or min(plan) < 1 or values != sorted(values):
+            raise ValueError(f"Schedule: steps must be {{step >= 1: rising sparsity}}, got {dict(steps)}")
+        if sparsity is not None and check_sparsity("Schedule", sparsity) != values[-1]:
+            raise ValueError(f"Schedule: sparsity must equal the last of steps, {values[-1]}, got {sparsity}")
+        return plan
+    if sparsity is None:
+        raise ValueError(f"Schedule: sparsity must be given for kind {kind!r}, got None")
+    final = check_sparsity("Schedule", sparsity)
+    if kind == "oneshot":
+        return {max(begin, 1): final}
+    if end is None or end <= begin:
+        raise ValueError(f'Schedule: end must be a step after begin={begin} for kind "cubic", got {end}')
+    due = sorted({*range(begin, end, every), end} - {0})
+    return {t: final if t == end else final * (1 - (1 - (t - begin) / (end - begin)) ** 3) for t in due}
