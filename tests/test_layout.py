@@ -1,0 +1,264 @@
+"""One operator is one row of files with one name, and the arrows between the parts point one way.
+
+Both are read off the tree (file names, `ast`, `#include` lines), so that a new operator or module is checked
+by being there.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+import tautorch
+
+ROOT = Path(__file__).resolve().parents[1]
+CSRC = ROOT / "csrc"
+PACKAGE = ROOT / "python" / "tautorch"
+
+OPERATORS = sorted(p.name for p in (CSRC / "kernels").iterdir() if p.is_dir() and p.name != "common")
+
+ROW = (
+    "csrc/kernels/{op}/{op}.h",
+    "csrc/kernels/{op}/{op}.cpp",
+    "csrc/bindings/{op}.cpp",
+    "python/tautorch/ops/{op}.py",
+    "python/tautorch/reference/{op}.py",
+    "python/tautorch/nn/{op}.py",
+    "benches/bench_{op}.py",
+)
+
+# What these folders hold beside the operators. A file that is in neither is misnamed.
+SHARED = {
+    "csrc/bindings": {"module_cpu", "module_cuda"},
+    "python/tautorch/ops": {"__init__"},
+    "python/tautorch/reference": {"__init__", "common", "layouts", "quantizer"},
+    "python/tautorch/triton_kernels": {"__init__"},
+    "python/tautorch/nn": {"__init__", "packed"},
+}
+
+ARCHITECTURES = {"scalar", "avx2", "avxvnni", "avx512vnni", "amx", "neon_dotprod", "neon_i8mm"}
+ARCHITECTURES |= {"sm80", "sm90", "sm90a", "sm100a", "sm120"}
+
+# Who may know whom: a part, and the parts it may import. A part is the first name after `tautorch.`.
+HELPERS = {"_batches", "_layers", "capture", "ownership", "timing"}
+METHODS = {"distill", "prune", "quantize", "factorize", "students"}
+MODULES = {"nn", "ops", "dispatch"} | HELPERS
+CONVERT = {"convert", "fuse"} | MODULES
+ARROWS: dict[str, set[str]] = {
+    "reference": set(),
+    "triton_kernels": set(),
+    "testing": {"reference"},
+    "_batches": set(),
+    "_layers": set(),
+    "timing": set(),
+    "ownership": {"_layers"},
+    "capture": {"_batches"},
+    "dispatch": {"_C", "_cuda"},
+    "ops": {"dispatch", "reference", "triton_kernels", "_C", "_cuda"},
+    "nn": {"ops", "dispatch", "reference"},
+    "fuse": MODULES,
+    "convert": MODULES,
+    **dict.fromkeys(METHODS, MODULES | METHODS),
+    "storage": CONVERT | METHODS,
+    "compress": CONVERT | METHODS | {"storage"},
+    "demo": CONVERT | METHODS | {"storage", "compress"},
+    "cli": CONVERT | METHODS | {"storage", "compress", "demo"},
+}
+
+
+def camel(op: str) -> str:
+    """int8_linear -> Int8Linear, lowrank_linear -> LowRankLinear."""
+    return "".join({"lowrank": "LowRank"}.get(word, word.capitalize()) for word in op.split("_"))
+
+
+def test_there_are_operators() -> None:
+    assert "int8_linear" in OPERATORS
+
+
+@pytest.mark.parametrize("op", OPERATORS)
+def test_row_is_whole(op: str) -> None:
+    missing = [name.format(op=op) for name in ROW if not (ROOT / name.format(op=op)).is_file()]
+    if not list((ROOT / "tests").rglob(f"test_{op}.py")):
+        missing.append(f"tests/**/test_{op}.py")
+    assert not missing
+
+
+@pytest.mark.parametrize("folder", SHARED)
+def test_folder_holds_operators_only(folder: str) -> None:
+    stems = {p.stem for p in (ROOT / folder).iterdir() if p.suffix in {".py", ".cpp"}}
+    odd = {s for s in stems - SHARED[folder] - set(OPERATORS) if not s.startswith("_")}
+    assert not odd, f"{folder}: {sorted(odd)} belong to no operator"
+
+
+def test_kernel_files_carry_their_operators_name() -> None:
+    for op in OPERATORS:
+        for path in (CSRC / "kernels" / op).iterdir():
+            assert path.stem == op or path.stem.startswith(f"{op}_"), path
+    for path in (CSRC / "kernels").rglob("*"):
+        suffix = re.search(r"_((?:avx|neon|sm\d|amx|sse)\w*)$", path.stem)
+        assert suffix is None or suffix[1] in ARCHITECTURES, (
+            f"{path.name}: {suffix and suffix[1]} is not known"
+        )
+
+
+@pytest.mark.parametrize("op", OPERATORS)
+def test_names_agree(op: str) -> None:
+    public = getattr(tautorch.ops, op)
+    truth = getattr(__import__(f"tautorch.reference.{op}", fromlist=[op]), op)
+    assert (
+        inspect.signature(public, eval_str=False).parameters.keys()
+        == inspect.signature(truth).parameters.keys()
+    )
+    module = getattr(tautorch.nn, camel(op))
+    assert module.__name__ == camel(op) and module.op == op and tautorch.nn.MODULES[camel(op)] is module
+    assert hasattr(torch.ops.tautorch, op)
+
+
+# ---- arrows, Python ----
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imported(node: ast.AST, path: Path) -> list[str]:
+    """The full names an import statement brings in, `from a import b` as a.b."""
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    if isinstance(node, ast.ImportFrom):
+        base = node.module or ""
+        if node.level:
+            package = module_name(path).split(".")
+            package = package if path.name == "__init__.py" else package[:-1]
+            base = ".".join([*package[: len(package) - node.level + 1], *([base] if base else [])])
+        return [f"{base}.{alias.name}" for alias in node.names]
+    return []
+
+
+def imports(path: Path) -> Iterator[tuple[str, ast.AST]]:
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree):
+        for name in imported(node, path):
+            yield name, node
+
+
+def part_of(name: str) -> str | None:
+    """tautorch.nn.packed -> nn, tautorch.convert_report -> convert.
+
+    None for the package itself (its version, a public name) and for other people's modules.
+    """
+    words = name.split(".")
+    if words[0] != "tautorch" or len(words) == 1:
+        return None
+    word = words[1]
+    if word in ("_C", "_cuda"):
+        return word
+    if not (PACKAGE / word).is_dir() and not (PACKAGE / f"{word}.py").exists():
+        return None
+    return next((part for part in ARROWS if word.startswith(f"{part}_")), word)
+
+
+PYTHON = sorted(PACKAGE.rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", PYTHON, ids=module_name)
+def test_python_arrows(path: Path) -> None:
+    part = part_of(module_name(path))
+    if part is None:  # the package's own __init__ re-exports
+        return
+    assert part in ARROWS, f"{part} is new: say in ARROWS what it may import"
+    for name, node in imports(path):
+        target = part_of(name)
+        if name.split(".")[0] == "tautorch":
+            assert target is not None, (
+                f"line {node.lineno}: {name}: import from the part, not from the package"
+            )
+            assert target == part or target in ARROWS[part], (
+                f"line {node.lineno}: {part} may not import {target}"
+            )
+        assert name.split(".")[0] not in {"tests", "benches", "examples"}, (
+            f"{name} is not part of the product"
+        )
+
+
+@pytest.mark.parametrize("path", PYTHON, ids=module_name)
+def test_no_import_hides_in_a_function(path: Path) -> None:
+    functions = (
+        n
+        for n in ast.walk(ast.parse(path.read_text()))
+        if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)
+    )
+    hidden = {
+        (node.lineno, name)
+        for function in functions
+        for node in ast.walk(function)
+        for name in imported(node, path)
+        if name.split(".")[0] == "tautorch"
+    }
+    # Triton is optional: its kernels are imported where they are first run.
+    hidden = {(line, name) for line, name in hidden if part_of(name) != "triton_kernels"}
+    assert not hidden
+
+
+def test_package_init_only_reexports() -> None:
+    allowed = (ast.Import, ast.ImportFrom, ast.Assign, ast.AnnAssign, ast.Expr)
+    body = ast.parse((PACKAGE / "__init__.py").read_text()).body
+    assert all(isinstance(node, allowed) for node in body), "tautorch/__init__.py holds more than re-exports"
+
+
+def test_arrows_have_no_cycle_below_the_top() -> None:
+    """The table itself is a hierarchy, but for the methods, which are one layer."""
+    seen: set[str] = {"_C", "_cuda"}
+    left = {part: targets - METHODS - {part} for part, targets in ARROWS.items()}
+    while ready := {part for part, targets in left.items() if targets <= seen}:
+        seen |= ready
+        left = {part: targets for part, targets in left.items() if part not in ready}
+    assert not left
+
+
+def benches() -> list[Path]:
+    return sorted((ROOT / "benches").rglob("bench_*.py"))
+
+
+def test_benches_use_the_public_api() -> None:
+    for path in benches():
+        for name, _ in imports(path):
+            words = name.split(".")
+            assert words[0] != "tests", path.name
+            assert words[0] != "tautorch" or not any(w.startswith("_") for w in words[1:2]), (
+                f"{path.name}: {name}"
+            )
+
+
+# ---- arrows, C++ ----
+
+SOURCES = sorted(p for p in CSRC.rglob("*") if p.suffix in {".cpp", ".h", ".cu", ".cuh"})
+FRAMEWORK = re.compile(r"^(?:torch|ATen|c10|caffe2|pybind11|Python\.h|numpy|triton)\b")
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(CSRC)))
+def test_cpp_arrows(path: Path) -> None:
+    layer, *inner = path.relative_to(CSRC).parts
+    own = f"kernels/{inner[0]}/" if layer == "kernels" else f"{layer}/"
+    reach = {
+        "core": ("core/",),
+        "kernels": ("core/", "kernels/common/", own),
+        "bindings": ("core/", "kernels/", "bindings/"),
+    }[layer]
+    for quote, name in re.findall(r'^\s*#\s*include\s*([<"])([^>"]+)[>"]', path.read_text(), re.MULTILINE):
+        if quote == '"':
+            assert (CSRC / name).exists(), f"{name}: write includes from csrc/"
+            assert name.startswith(reach), f"{layer} may not include {name}"
+        elif layer != "bindings":
+            assert not FRAMEWORK.match(name), f"{layer} knows no framework, but includes {name}"
+        else:
+            assert not re.match(r"(?:torch|ATen|c10|caffe2)\b", name), (
+                f"building needs no torch, but includes {name}"
+            )
