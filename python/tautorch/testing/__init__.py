@@ -1,0 +1,1 @@
+"""Cases, tolerances and timers that tests and benches share."""
