@@ -1,0 +1,68 @@
+"""numpy, the reference and every kernel compute the integers whose hashes are committed."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tautorch.reference.layouts import encode
+from tautorch.reference.quantizer import quantize_rows, quantize_samples, quantize_static
+
+from .generate import GOLDEN, STATIC_SCALE, ZERO_POINT, Golden, cases, digest, hashes
+
+CASES = {case.name: case for case in cases()}
+COMMITTED: dict[str, dict[str, str]] = json.loads(GOLDEN.read_text())
+
+
+def call(case: Golden) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments of the functional form for the raw accumulators."""
+    tensors = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in case.inputs.items()}
+    kwargs: dict[str, Any] = {**case.config, "out_dtype": torch.int32}
+    if case.mode == "static":
+        kwargs["x_scale"] = torch.tensor([STATIC_SCALE])
+        kwargs["x_zero_point"] = torch.tensor([ZERO_POINT], dtype=torch.int32)
+    x = tensors["x"]
+    if "down" in tensors:
+        kwargs.update(down_scale=tensors["down_scale"], up_scale=torch.ones(tensors["up"].shape[0]))
+        return (x, tensors["down"], tensors["up"]), kwargs
+    weight = tensors["weight"]
+    scale = torch.ones(weight.shape[0])
+    if "mask" not in tensors:
+        return (x, weight, scale), kwargs
+    layout = encode(weight, tensors["mask"], kwargs["pattern"], kwargs.get("groups", 1))
+    if case.op == "sparse_linear":
+        kwargs["out_features"] = weight.shape[0]
+    else:
+        kwargs["weight_shape"] = tuple(weight.shape)
+    return (x, *layout, scale), kwargs
+
+
+def test_numpy_still_agrees_with_the_committed_file() -> None:
+    assert hashes() == COMMITTED
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_reference(name: str) -> None:
+    case = CASES[name]
+    fn = getattr(importlib.import_module(f"tautorch.reference.{case.op}"), case.op)
+    args, kwargs = call(case)
+    assert digest(fn(*args, **kwargs).numpy()) == COMMITTED[name]["acc"]
+
+
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if "q" in case.outputs])
+def test_quantiser(name: str) -> None:
+    case = CASES[name]
+    x = torch.from_numpy(case.inputs["x"])
+    samples = x.dim() == 4
+    if case.mode == "static":
+        point = torch.tensor([ZERO_POINT], dtype=torch.int32)
+        q, scale = quantize_static(x, torch.tensor([STATIC_SCALE]), point, samples=samples)
+    else:
+        q, scale = quantize_samples(x) if samples else quantize_rows(x)
+    assert digest(q.reshape(x.shape[0], -1).numpy()) == COMMITTED[name]["q"]
+    assert digest(scale.numpy()) == COMMITTED[name]["scale"]
