@@ -1,0 +1,109 @@
+// tautorch._C: the CPU kernels. Takes addresses and sizes as integers; links neither torch nor OpenMP.
+#include "bindings/call.h"
+#include "core/arch.h"
+#include "core/parallel.h"
+
+#include <array>
+#include <atomic>
+
+namespace tautorch::bindings {
+namespace {
+
+constexpr std::array<const char *, 6> kOps = {"int8_linear", "sparse_linear", "lowrank_linear",
+                                              "int8_conv2d", "sparse_conv2d", "lowrank_conv2d"};
+std::array<std::atomic<const char *>, kOps.size()> last_used_kernel;
+
+int64_t integer(const py::dict &d, const char *key) { return d[key].cast<int64_t>(); }
+
+} // namespace
+
+int op_slot(const char *op) {
+    for (size_t i = 0; i < kOps.size(); ++i)
+        if (std::strcmp(kOps[i], op) == 0)
+            return static_cast<int>(i);
+    throw py::value_error(std::string("unknown operator ") + op);
+}
+
+void note_used(int slot, const char *kernel) {
+    last_used_kernel[static_cast<size_t>(slot)].store(kernel, std::memory_order_relaxed);
+}
+
+const PackHeader &checked_header(const char *op, const uint8_t *packed, int64_t bytes) {
+    const auto fail = [op](const std::string &what) -> const PackHeader & {
+        throw py::value_error(std::string(op) + ": packed weights " + what);
+    };
+    if (!packed || bytes < static_cast<int64_t>(sizeof(PackHeader)))
+        return fail("are shorter than their header");
+    const PackHeader &h = header_of(packed);
+    if (h.magic != kPackMagic || h.version != kPackVersion)
+        return fail("have no header of this version; pack the weights again");
+    if (h.total > bytes)
+        return fail("are cut short: header says " + std::to_string(h.total) + " bytes, got " +
+                    std::to_string(bytes));
+    const Isa *isa = find_isa(h.isa);
+    if (!isa)
+        return fail("were made for a kernel this build does not have; pack the weights again");
+    if (!isa_supported(*isa))
+        return fail(std::string("were made for ") + isa->name +
+                    ", which this CPU lacks; pack the weights again");
+    return h;
+}
+
+Epilogue epilogue_of(const py::dict &d) {
+    Epilogue e;
+    e.w_scale = at<const float>(integer(d, "weight_scale"));
+    e.bias = at<const float>(integer(d, "bias"));
+    e.activation = static_cast<Activation>(integer(d, "activation"));
+    if (const float *s = at<const float>(integer(d, "out_scale")))
+        e.out_inv_scale = 1.0f / *s;
+    if (const int32_t *z = at<const int32_t>(integer(d, "out_zero_point")))
+        e.out_zero_point = *z;
+    return e;
+}
+
+ActQuant quant_of(const py::dict &d) {
+    ActQuant q;
+    q.mode = static_cast<ActQuant::Mode>(integer(d, "mode"));
+    const float *scale = at<const float>(integer(d, "x_scale"));
+    if (q.mode == ActQuant::given) {
+        q.given_scale = scale;
+        q.given_scales = integer(d, "x_scales");
+    } else if (q.mode == ActQuant::fixed) {
+        q.scale = *scale;
+    }
+    if (const int32_t *z = at<const int32_t>(integer(d, "x_zero_point")))
+        q.zero_point = *z;
+    return q;
+}
+
+} // namespace tautorch::bindings
+
+PYBIND11_MODULE(_C, m) {
+    using namespace tautorch;
+    namespace b = tautorch::bindings;
+    m.doc() = "CPU kernels of tautorch; see csrc/kernels/<op>/<op>.h for each operator's contract.";
+    m.def("isas", [] {
+        pybind11::dict d;
+        int n = 0;
+        const IsaEntry *t = isa_table(&n);
+        for (int i = n - 1; i >= 0; --i)
+            d[t[i].isa->name] = t[i].supported;
+        return d;
+    });
+    m.def("set_thread_pool", [](int64_t parallel_for, int64_t num_threads) {
+        set_thread_pool(reinterpret_cast<ParallelForFn>(parallel_for),
+                        reinterpret_cast<NumThreadsFn>(num_threads));
+    });
+    m.def("max_threads", &max_threads);
+    // n tasks of nothing, for measuring the cost of a fork-join.
+    m.def("fork_join", [](int64_t repeats, int64_t tasks) {
+        for (int64_t i = 0; i < repeats; ++i)
+            parallel_tasks(tasks, [](int64_t) {});
+    });
+    m.def("last_used", [](const std::string &op) -> pybind11::object {
+        const char *k = b::last_used_kernel[static_cast<size_t>(b::op_slot(op.c_str()))];
+        return k ? pybind11::object(pybind11::str(k)) : pybind11::none();
+    });
+    b::bind_pack(m);
+    b::bind_int8_linear(m);
+}

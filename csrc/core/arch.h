@@ -1,0 +1,14 @@
+// CPU features, read once. Kernel tables ask these; nothing else looks at cpuid.
+#pragma once
+
+namespace tautorch {
+
+struct CpuFeatures {
+    bool avx2 = false;        // AVX2 + FMA + F16C
+    bool avx_vnni = false;    // the VEX-encoded vpdpbusd
+    bool avx512_vnni = false; // AVX-512 F, BW, DQ, VL and VNNI
+};
+
+const CpuFeatures &cpu_features();
+
+} // namespace tautorch

@@ -1,0 +1,81 @@
+// One table of primitives per instruction set. Operators are written once, over this table; only the
+// primitives are compiled with wide-instruction flags (isa_<name>.cpp).
+#pragma once
+
+#include "kernels/common/types.h"
+
+namespace tautorch {
+
+constexpr int kTileN = 64; // leading dimension of an accumulator tile, and the widest weight panel
+
+struct Isa {
+    const char *name;
+    int32_t id;    // stored in packed weights
+    ActKind act;   // operand form of the dense int8 kernel
+    int32_t nr;    // outputs per dense weight panel; the last panel is narrower, a multiple of nr_step
+    int32_t nr_step;
+    int32_t kr;    // inputs interleaved in a dense int8 panel
+
+    // Rows of a tile for a panel of `width` outputs.
+    int32_t (*mr)(int32_t width);
+
+    // acc[r][n] = sum over taps t and k of rows[t * ld + r][k] * panel[t][k][n], exact.
+    // rows point at act elements; kq = number of kr-groups per tap; acc is [mr][kTileN].
+    void (*dot_i8)(const void *const *rows, int64_t ld, int mr, int64_t taps, int64_t kq,
+                   const int8_t *panel, int width, int32_t *acc);
+    // The same with float rows; panel is float or (weight_i8) int8, [t][k][width]. k per tap.
+    void (*dot_f32)(const void *const *rows, int64_t ld, int mr, int64_t taps, int64_t k, const void *panel,
+                    bool weight_i8, int width, float *acc);
+
+    // Largest |x|; sets *finite to false if any element is NaN or Inf (then the value is meaningless).
+    float (*amax)(const void *x, DType dtype, int64_t n, bool *finite);
+    // out[i] = clamp(rint(x[i] * inv) + zp, lo, hi) + shift in the given form; i8 input is copied (shifted).
+    void (*quantize)(const void *x, DType dtype, int64_t n, float inv, int32_t zp, int32_t lo, int32_t hi,
+                     ActKind act, void *out);
+    void (*to_f32)(const void *x, DType dtype, int64_t n, float *out);
+
+    // rows x cols tile, acc [row][ld]. Lines run along outputs (along_m false: line = one row m, columns
+    // n0.. ) or along rows of x (along_m true: line = one output n, columns m). row_scale holds the scale
+    // of each m of the tile, or null for 1. out advances by line_stride elements per line.
+    void (*epilogue)(const Epilogue &e, const void *acc, int64_t ld, int lines, int cols, bool along_m,
+                     int64_t n0, const float *row_scale, void *out, int64_t line_stride);
+
+    // out[k][w] = rows[w][k], bytes or 32-bit words. w is 16 or 64; null rows read as `fill`.
+    void (*transpose_u8)(const uint8_t *const *rows, int w, int64_t k, uint8_t *out);
+    void (*transpose_32)(const uint32_t *const *rows, int w, int64_t k, uint32_t *out);
+
+    // Sparse, over a panel x[k][w] (w = 16 or 64). Group g covers `gs` (1 or 4) outputs that share the
+    // inputs idx[4 * start[g] .. 4 * start[g + 1]); weights are [quad][gs][4]. acc is [(g1 - g0) * gs][w].
+    void (*sparse_i8)(int gs, int w, const uint8_t *x, const uint32_t *start, const uint16_t *idx,
+                      const int8_t *values, int64_t g0, int64_t g1, int32_t *acc);
+    // The same without quads: entry e of a group multiplies input idx[e] by values[e][gs].
+    void (*sparse_f32)(int gs, int w, const float *x, const uint32_t *start, const uint16_t *idx,
+                       const float *values, int64_t g0, int64_t g1, float *acc);
+    // In which column of an int8 panel of width 64 row r of x belongs, so that sparse_i8's interleave
+    // gives back rows in order.
+    const uint8_t *panel_order;
+
+    // acc[c] += x[c] * w[c] over `taps` pointers, for depthwise convolution. x bytes are u8_shifted.
+    void (*depthwise)(const uint8_t *const *taps, int64_t n_taps, const int8_t *w, int64_t w_stride,
+                      int64_t channels, int32_t *acc);
+};
+
+extern const Isa isa_scalar;
+#if defined(__x86_64__)
+extern const Isa isa_avx2;
+extern const Isa isa_avxvnni;
+extern const Isa isa_avx512vnni;
+#endif
+
+// All tables built into this library, best last; `supported` tells whether this CPU runs it.
+struct IsaEntry {
+    const Isa *isa;
+    bool supported;
+};
+const IsaEntry *isa_table(int *count);
+// Null if there is no such name, or (by id) no such id.
+const Isa *find_isa(const char *name);
+const Isa *find_isa(int32_t id);
+bool isa_supported(const Isa &isa);
+
+} // namespace tautorch

@@ -1,0 +1,29 @@
+// AVX2 without VNNI. Both operands are widened to 16 bits: vpmaddubsw would saturate at 2 * 255 * 127.
+#define TT_LANES 8
+#include "kernels/common/epilogue.h"
+#include "kernels/common/isa.h"
+#include "kernels/common/panel.h"
+#include "kernels/common/sparse_plain.h"
+
+namespace tautorch {
+namespace {
+constexpr int kKr = 2;
+inline __m256i load_w(const int8_t *p) {
+    return _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i *>(p)));
+}
+inline __m256i madd(__m256i acc, __m256i x, __m256i w) {
+    return _mm256_add_epi32(acc, _mm256_madd_epi16(x, w));
+}
+} // namespace
+} // namespace tautorch
+
+#include "kernels/common/dot_ymm.h"
+
+namespace tautorch {
+
+const Isa isa_avx2 = {
+    "avx2", 1, ActKind::s16, 16, 8, kKr, mr_of, dot_i8, dot_f32, amax, quantize, to_f32, epilogue,
+    transpose_u8, transpose_32, sparse_i8_plain, sparse_f32_plain, kPlainOrder, depthwise,
+};
+
+} // namespace tautorch

@@ -1,0 +1,274 @@
+// AVX-512 with VNNI (no VBMI: Cascade Lake has none). vpdpbusd multiplies unsigned by signed bytes, so
+// activations are q + 128 and the epilogue takes 128 * colsum away.
+#define TT_LANES 16
+#include "kernels/common/epilogue.h"
+#include "kernels/common/isa.h"
+#include "kernels/common/panel.h"
+
+namespace tautorch {
+namespace {
+
+// Rows of a tile by panel width. 6 x 64 and 12 x 32 keep 24 accumulators: two vpdpbusd a cycle at a latency
+// of 4 to 5 need 10 in flight, and 6 + 4 loads per 24 products stay under two loads a cycle.
+int32_t mr_of(int32_t width) { return width == 64 ? 6 : width == 48 ? 8 : 12; }
+
+inline __m512i load512(const void *p) { return _mm512_loadu_si512(p); }
+inline __m512i broadcast4(const void *p) {
+    int32_t v;
+    __builtin_memcpy(&v, p, 4);
+    return _mm512_set1_epi32(v);
+}
+
+template <int MR, int NV>
+void dot_i8_t(const void *const *rows, int64_t ld, int64_t taps, int64_t kq, const int8_t *b, int32_t *out) {
+    // Narrow tiles have too few chains to hide the latency: split them over U groups of inputs.
+    constexpr int U = MR * NV >= 8 ? 1 : MR * NV >= 4 ? 2 : 4;
+    __m512i acc[U][MR][NV];
+    for (int u = 0; u < U; ++u)
+        for (int r = 0; r < MR; ++r)
+            for (int v = 0; v < NV; ++v)
+                acc[u][r][v] = _mm512_setzero_si512();
+    for (int64_t t = 0; t < taps; ++t) {
+        const uint8_t *a[MR];
+        for (int r = 0; r < MR; ++r)
+            a[r] = static_cast<const uint8_t *>(rows[t * ld + r]);
+        int64_t q = 0;
+        const auto step = [&](int64_t at, __m512i(&c)[MR][NV]) __attribute__((always_inline)) {
+            __m512i w[NV];
+            for (int v = 0; v < NV; ++v)
+                w[v] = load512(b + 64 * v);
+            b += 64 * NV;
+#pragma GCC unroll 12
+            for (int r = 0; r < MR; ++r) {
+                const __m512i x = broadcast4(a[r] + 4 * at);
+#pragma GCC unroll 4
+                for (int v = 0; v < NV; ++v)
+                    c[r][v] = _mm512_dpbusd_epi32(c[r][v], x, w[v]);
+            }
+        };
+        for (; q + U <= kq; q += U)
+#pragma GCC unroll 4
+            for (int u = 0; u < U; ++u)
+                step(q + u, acc[u]);
+        for (; q < kq; ++q)
+            step(q, acc[0]);
+    }
+    for (int r = 0; r < MR; ++r)
+        for (int v = 0; v < NV; ++v) {
+            __m512i s = acc[0][r][v];
+            for (int u = 1; u < U; ++u)
+                s = _mm512_add_epi32(s, acc[u][r][v]);
+            _mm512_storeu_si512(out + r * kTileN + 16 * v, s);
+        }
+}
+
+template <int MR, int NV, bool I8>
+void dot_f32_t(const void *const *rows, int64_t ld, int64_t taps, int64_t k, const void *panel, float *out) {
+    __m512 acc[MR][NV];
+    for (int r = 0; r < MR; ++r)
+        for (int v = 0; v < NV; ++v)
+            acc[r][v] = _mm512_setzero_ps();
+    const float *bf = static_cast<const float *>(panel);
+    const int8_t *bi = static_cast<const int8_t *>(panel);
+    for (int64_t t = 0; t < taps; ++t) {
+        const float *a[MR];
+        for (int r = 0; r < MR; ++r)
+            a[r] = static_cast<const float *>(rows[t * ld + r]);
+        for (int64_t i = 0; i < k; ++i) {
+            __m512 w[NV];
+            for (int v = 0; v < NV; ++v) {
+                if constexpr (I8)
+                    w[v] = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(
+                        _mm_loadu_si128(reinterpret_cast<const __m128i *>(bi + 16 * v))));
+                else
+                    w[v] = _mm512_loadu_ps(bf + 16 * v);
+            }
+            bf += 16 * NV;
+            bi += 16 * NV;
+#pragma GCC unroll 12
+            for (int r = 0; r < MR; ++r) {
+                const __m512 x = _mm512_set1_ps(a[r][i]);
+#pragma GCC unroll 4
+                for (int v = 0; v < NV; ++v)
+                    acc[r][v] = _mm512_fmadd_ps(x, w[v], acc[r][v]);
+            }
+        }
+    }
+    for (int r = 0; r < MR; ++r)
+        for (int v = 0; v < NV; ++v)
+            _mm512_storeu_ps(out + r * kTileN + 16 * v, acc[r][v]);
+}
+
+using DotI8 = void (*)(const void *const *, int64_t, int64_t, int64_t, const int8_t *, int32_t *);
+using DotF32 = void (*)(const void *const *, int64_t, int64_t, int64_t, const void *, float *);
+
+// [vectors of the panel - 1][rows - 1]
+constexpr DotI8 kDotI8[4][12] = {
+    {dot_i8_t<1, 1>, dot_i8_t<2, 1>, dot_i8_t<3, 1>, dot_i8_t<4, 1>, dot_i8_t<5, 1>, dot_i8_t<6, 1>,
+     dot_i8_t<7, 1>, dot_i8_t<8, 1>, dot_i8_t<9, 1>, dot_i8_t<10, 1>, dot_i8_t<11, 1>, dot_i8_t<12, 1>},
+    {dot_i8_t<1, 2>, dot_i8_t<2, 2>, dot_i8_t<3, 2>, dot_i8_t<4, 2>, dot_i8_t<5, 2>, dot_i8_t<6, 2>,
+     dot_i8_t<7, 2>, dot_i8_t<8, 2>, dot_i8_t<9, 2>, dot_i8_t<10, 2>, dot_i8_t<11, 2>, dot_i8_t<12, 2>},
+    {dot_i8_t<1, 3>, dot_i8_t<2, 3>, dot_i8_t<3, 3>, dot_i8_t<4, 3>, dot_i8_t<5, 3>, dot_i8_t<6, 3>,
+     dot_i8_t<7, 3>, dot_i8_t<8, 3>},
+    {dot_i8_t<1, 4>, dot_i8_t<2, 4>, dot_i8_t<3, 4>, dot_i8_t<4, 4>, dot_i8_t<5, 4>, dot_i8_t<6, 4>},
+};
+template <bool I8>
+constexpr DotF32 kDotF32[4][12] = {
+    {dot_f32_t<1, 1, I8>, dot_f32_t<2, 1, I8>, dot_f32_t<3, 1, I8>, dot_f32_t<4, 1, I8>, dot_f32_t<5, 1, I8>,
+     dot_f32_t<6, 1, I8>, dot_f32_t<7, 1, I8>, dot_f32_t<8, 1, I8>, dot_f32_t<9, 1, I8>, dot_f32_t<10, 1, I8>,
+     dot_f32_t<11, 1, I8>, dot_f32_t<12, 1, I8>},
+    {dot_f32_t<1, 2, I8>, dot_f32_t<2, 2, I8>, dot_f32_t<3, 2, I8>, dot_f32_t<4, 2, I8>, dot_f32_t<5, 2, I8>,
+     dot_f32_t<6, 2, I8>, dot_f32_t<7, 2, I8>, dot_f32_t<8, 2, I8>, dot_f32_t<9, 2, I8>, dot_f32_t<10, 2, I8>,
+     dot_f32_t<11, 2, I8>, dot_f32_t<12, 2, I8>},
+    {dot_f32_t<1, 3, I8>, dot_f32_t<2, 3, I8>, dot_f32_t<3, 3, I8>, dot_f32_t<4, 3, I8>, dot_f32_t<5, 3, I8>,
+     dot_f32_t<6, 3, I8>, dot_f32_t<7, 3, I8>, dot_f32_t<8, 3, I8>},
+    {dot_f32_t<1, 4, I8>, dot_f32_t<2, 4, I8>, dot_f32_t<3, 4, I8>, dot_f32_t<4, 4, I8>, dot_f32_t<5, 4, I8>,
+     dot_f32_t<6, 4, I8>},
+};
+
+void dot_i8(const void *const *rows, int64_t ld, int mr, int64_t taps, int64_t kq, const int8_t *panel,
+            int width, int32_t *acc) {
+    kDotI8[width / 16 - 1][mr - 1](rows, ld, taps, kq, panel, acc);
+}
+void dot_f32(const void *const *rows, int64_t ld, int mr, int64_t taps, int64_t k, const void *panel,
+             bool weight_i8, int width, float *acc) {
+    (weight_i8 ? kDotF32<true> : kDotF32<false>)[width / 16 - 1][mr - 1](rows, ld, taps, k, panel, acc);
+}
+
+// Byte unpacking works within 128-bit lanes: interleaving four panel rows of 64 gives accumulator j the
+// bytes 16 l + 4 j + i at element 4 l + i. Storing row 16 j + 4 l + i there makes the result come in order.
+constexpr uint8_t order_at(int r) { return static_cast<uint8_t>(16 * (r / 4 % 4) + 4 * (r / 16) + r % 4); }
+struct Order {
+    uint8_t at[64];
+};
+constexpr Order make_order() {
+    Order o = {};
+    for (int r = 0; r < 64; ++r)
+        o.at[r] = order_at(r);
+    return o;
+}
+constexpr Order kOrder = make_order();
+
+template <int GS>
+void sparse_i8_64(const uint8_t *x, const uint32_t *start, const uint16_t *idx, const int8_t *values,
+                  int64_t g0, int64_t g1, int32_t *out) {
+    for (int64_t g = g0; g < g1; ++g, out += GS * 64) {
+        __m512i c[GS][4];
+        for (auto &row : c)
+            for (auto &v : row)
+                v = _mm512_setzero_si512();
+        for (int64_t q = start[g], e = start[g + 1]; q < e; ++q) {
+            const uint16_t *i = idx + 4 * q;
+            const __m512i r0 = load512(x + int64_t{i[0]} * 64), r1 = load512(x + int64_t{i[1]} * 64);
+            const __m512i r2 = load512(x + int64_t{i[2]} * 64), r3 = load512(x + int64_t{i[3]} * 64);
+            const __m512i l01 = _mm512_unpacklo_epi8(r0, r1), h01 = _mm512_unpackhi_epi8(r0, r1);
+            const __m512i l23 = _mm512_unpacklo_epi8(r2, r3), h23 = _mm512_unpackhi_epi8(r2, r3);
+            const __m512i t[4] = {_mm512_unpacklo_epi16(l01, l23), _mm512_unpackhi_epi16(l01, l23),
+                                  _mm512_unpacklo_epi16(h01, h23), _mm512_unpackhi_epi16(h01, h23)};
+#pragma GCC unroll 4
+            for (int r = 0; r < GS; ++r) {
+                const __m512i w = broadcast4(values + (q * GS + r) * 4);
+#pragma GCC unroll 4
+                for (int j = 0; j < 4; ++j)
+                    c[r][j] = _mm512_dpbusd_epi32(c[r][j], t[j], w);
+            }
+        }
+        for (int r = 0; r < GS; ++r)
+            for (int j = 0; j < 4; ++j)
+                _mm512_storeu_si512(out + r * 64 + 16 * j, c[r][j]);
+    }
+}
+
+// 16 rows: four panel rows side by side in one register, transposed to [row][4 inputs] by a dword and a
+// byte shuffle.
+template <int GS>
+void sparse_i8_16(const uint8_t *x, const uint32_t *start, const uint16_t *idx, const int8_t *values,
+                  int64_t g0, int64_t g1, int32_t *out) {
+    const __m512i dwords = _mm512_set_epi32(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0);
+    const __m512i bytes = _mm512_broadcast_i32x4(
+        _mm_set_epi8(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0));
+    const auto row = [x](uint16_t i) {
+        return _mm_loadu_si128(reinterpret_cast<const __m128i *>(x + int64_t{i} * 16));
+    };
+    const auto interleave = [&](const uint16_t *i) __attribute__((always_inline)) {
+        __m512i v = _mm512_castsi128_si512(row(i[0]));
+        v = _mm512_inserti32x4(v, row(i[1]), 1);
+        v = _mm512_inserti32x4(v, row(i[2]), 2);
+        v = _mm512_inserti32x4(v, row(i[3]), 3);
+        return _mm512_shuffle_epi8(_mm512_permutexvar_epi32(dwords, v), bytes);
+    };
+    for (int64_t g = g0; g < g1; ++g, out += GS * 16) {
+        __m512i c[2][GS];
+        for (auto &half : c)
+            for (auto &v : half)
+                v = _mm512_setzero_si512();
+        int64_t q = start[g];
+        const int64_t e = start[g + 1];
+        const auto step = [&](int64_t at, __m512i(&acc)[GS]) __attribute__((always_inline)) {
+            const __m512i t = interleave(idx + 4 * at);
+#pragma GCC unroll 4
+            for (int r = 0; r < GS; ++r)
+                acc[r] = _mm512_dpbusd_epi32(acc[r], t, broadcast4(values + (at * GS + r) * 4));
+        };
+        for (; q + 2 <= e; q += 2) {
+            step(q, c[0]);
+            step(q + 1, c[1]);
+        }
+        if (q < e)
+            step(q, c[0]);
+        for (int r = 0; r < GS; ++r)
+            _mm512_storeu_si512(out + r * 16, _mm512_add_epi32(c[0][r], c[1][r]));
+    }
+}
+
+void sparse_i8(int gs, int w, const uint8_t *x, const uint32_t *start, const uint16_t *idx,
+               const int8_t *values, int64_t g0, int64_t g1, int32_t *acc) {
+    if (w == 64)
+        (gs == 4 ? sparse_i8_64<4> : sparse_i8_64<1>)(x, start, idx, values, g0, g1, acc);
+    else
+        (gs == 4 ? sparse_i8_16<4> : sparse_i8_16<1>)(x, start, idx, values, g0, g1, acc);
+}
+
+template <int GS, int NV>
+void sparse_f32_t(const float *x, const uint32_t *start, const uint16_t *idx, const float *values, int64_t g0,
+                  int64_t g1, float *out) {
+    for (int64_t g = g0; g < g1; ++g, out += GS * NV * 16) {
+        __m512 c[GS][NV];
+        for (auto &row : c)
+            for (auto &v : row)
+                v = _mm512_setzero_ps();
+        for (int64_t e = start[g], end = start[g + 1]; e < end; ++e) {
+            const float *xk = x + int64_t{idx[e]} * (16 * NV);
+            __m512 xv[NV];
+            for (int v = 0; v < NV; ++v)
+                xv[v] = _mm512_loadu_ps(xk + 16 * v);
+#pragma GCC unroll 4
+            for (int r = 0; r < GS; ++r) {
+                const __m512 w = _mm512_set1_ps(values[e * GS + r]);
+#pragma GCC unroll 4
+                for (int v = 0; v < NV; ++v)
+                    c[r][v] = _mm512_fmadd_ps(xv[v], w, c[r][v]);
+            }
+        }
+        for (int r = 0; r < GS; ++r)
+            for (int v = 0; v < NV; ++v)
+                _mm512_storeu_ps(out + (r * NV + v) * 16, c[r][v]);
+    }
+}
+
+void sparse_f32(int gs, int w, const float *x, const uint32_t *start, const uint16_t *idx, const float *values,
+                int64_t g0, int64_t g1, float *acc) {
+    if (w == 64)
+        (gs == 4 ? sparse_f32_t<4, 4> : sparse_f32_t<1, 4>)(x, start, idx, values, g0, g1, acc);
+    else
+        (gs == 4 ? sparse_f32_t<4, 1> : sparse_f32_t<1, 1>)(x, start, idx, values, g0, g1, acc);
+}
+
+} // namespace
+
+const Isa isa_avx512vnni = {
+    "avx512vnni", 3, ActKind::u8_shifted, 64, 16, 4, mr_of, dot_i8, dot_f32, amax, quantize, to_f32,
+    epilogue, transpose_u8, transpose_32, sparse_i8, sparse_f32, kOrder.at, depthwise,
+};
+
+} // namespace tautorch

@@ -1,0 +1,25 @@
+// AVX-VNNI: vpdpbusd on 256 bits (client cores since Alder Lake, Zen 5). Activations are q + 128.
+#define TT_LANES 8
+#include "kernels/common/epilogue.h"
+#include "kernels/common/isa.h"
+#include "kernels/common/panel.h"
+#include "kernels/common/sparse_plain.h"
+
+namespace tautorch {
+namespace {
+constexpr int kKr = 4;
+inline __m256i load_w(const int8_t *p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i *>(p)); }
+inline __m256i madd(__m256i acc, __m256i x, __m256i w) { return _mm256_dpbusd_avx_epi32(acc, x, w); }
+} // namespace
+} // namespace tautorch
+
+#include "kernels/common/dot_ymm.h"
+
+namespace tautorch {
+
+const Isa isa_avxvnni = {
+    "avxvnni", 2, ActKind::u8_shifted, 16, 8, kKr, mr_of, dot_i8, dot_f32, amax, quantize, to_f32,
+    epilogue, transpose_u8, transpose_32, sparse_i8_plain, sparse_f32_plain, kPlainOrder, depthwise,
+};
+
+} // namespace tautorch

@@ -1,0 +1,50 @@
+// Portable primitives: the same packing and drivers as the wide ones, in plain C++.
+#define TT_LANES 4
+#include "kernels/common/epilogue.h"
+#include "kernels/common/isa.h"
+#include "kernels/common/panel.h"
+#include "kernels/common/sparse_plain.h"
+
+namespace tautorch {
+namespace {
+
+int32_t mr_of(int32_t) { return 4; }
+
+void dot_i8(const void *const *rows, int64_t ld, int mr, int64_t taps, int64_t kq, const int8_t *panel,
+            int width, int32_t *acc) {
+    for (int r = 0; r < mr; ++r)
+        for (int n = 0; n < width; ++n)
+            acc[r * kTileN + n] = 0;
+    for (int64_t t = 0; t < taps; ++t)
+        for (int64_t q = 0; q < kq; ++q, panel += 2 * width)
+            for (int r = 0; r < mr; ++r) {
+                const int16_t *a = static_cast<const int16_t *>(rows[t * ld + r]) + 2 * q;
+                for (int n = 0; n < width; ++n)
+                    acc[r * kTileN + n] += a[0] * panel[2 * n] + a[1] * panel[2 * n + 1];
+            }
+}
+
+void dot_f32(const void *const *rows, int64_t ld, int mr, int64_t taps, int64_t k, const void *panel,
+             bool weight_i8, int width, float *acc) {
+    for (int r = 0; r < mr; ++r)
+        for (int n = 0; n < width; ++n)
+            acc[r * kTileN + n] = 0;
+    const float *wf = static_cast<const float *>(panel);
+    const int8_t *wi = static_cast<const int8_t *>(panel);
+    for (int64_t i = 0; i < taps * k; ++i)
+        for (int r = 0; r < mr; ++r) {
+            const float a = static_cast<const float *>(rows[i / k * ld + r])[i % k];
+            for (int n = 0; n < width; ++n)
+                acc[r * kTileN + n] += a * (weight_i8 ? static_cast<float>(wi[i * width + n]) : wf[i * width + n]);
+        }
+}
+
+} // namespace
+
+const Isa isa_scalar = {
+    "scalar",     0,    ActKind::s16, 16,           8,            2, mr_of,       dot_i8,
+    dot_f32,      amax, quantize,     to_f32,       epilogue,     transpose_u8, transpose_32, sparse_i8_plain,
+    sparse_f32_plain, kPlainOrder, depthwise,
+};
+
+} // namespace tautorch

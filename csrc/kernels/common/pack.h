@@ -1,0 +1,80 @@
+// Packed weights: one block of bytes that starts with a header, so that it can be checked, run, and
+// unpacked again by any build of the library.
+#pragma once
+
+#include "kernels/common/isa.h"
+
+namespace tautorch {
+
+enum class PackKind : int32_t {
+    dense_i8 = 0,     // panels for dot_i8
+    dense_f32 = 1,    // float panels for dot_f32
+    dense_w8 = 2,     // int8 panels for dot_f32 (weight-only)
+    sparse_i8 = 3,    // quads of kept inputs for sparse_i8
+    sparse_f32 = 4,   // kept inputs for sparse_f32
+    depthwise_i8 = 5, // [taps][channels]
+};
+
+struct PackHeader {
+    uint32_t magic;
+    int32_t version;
+    PackKind kind;
+    int32_t isa; // Isa::id
+    int32_t nr, nr_step, kr;
+    int32_t gs;      // outputs per sparse group
+    int64_t groups;  // convolution groups; n, k, taps are per group
+    int64_t n, k, taps;
+    int64_t entries;    // sparse: quads (sparse_i8) or entries (sparse_f32) in all
+    int64_t colsum_off; // int32 [groups * n], int8 kinds
+    int64_t start_off;  // sparse: uint32 [sparse groups + 1]
+    int64_t index_off;  // sparse: uint16
+    int64_t data_off;
+    int64_t total; // bytes
+};
+constexpr uint32_t kPackMagic = 0x4b505454; // "TTPK"
+constexpr int32_t kPackVersion = 1;
+
+inline const PackHeader &header_of(const uint8_t *packed) {
+    return *reinterpret_cast<const PackHeader *>(packed);
+}
+
+// Weight element (g, n, k, tap) of the canonical tensor is at (g * n_per_group + n) * sn + k * sk + tap * st.
+struct WeightStrides {
+    int64_t n, k, tap;
+};
+
+// Header with every offset and the total size filled in.
+PackHeader dense_header(const Isa &isa, PackKind kind, int64_t groups, int64_t n, int64_t k, int64_t taps);
+// w is float for dense_f32, int8 otherwise. out has header.total bytes.
+void dense_pack(const PackHeader &h, const void *w, WeightStrides s, uint8_t *out);
+void dense_unpack(const uint8_t *packed, void *w, WeightStrides s);
+
+// First byte of a group's panel and its width.
+inline int32_t panel_width(const PackHeader &h, int64_t panel) {
+    const int64_t left = h.n - panel * h.nr;
+    return static_cast<int32_t>(left >= h.nr ? h.nr : round_up(left, h.nr_step));
+}
+inline int64_t panels(const PackHeader &h) { return div_up(h.n, h.nr); }
+inline int64_t group_bytes(const PackHeader &h) {
+    return round_up(h.n, h.nr_step) * round_up(h.k, h.kr) * h.taps * (h.kind == PackKind::dense_f32 ? 4 : 1);
+}
+inline const uint8_t *panel_data(const uint8_t *packed, int64_t group, int64_t panel) {
+    const PackHeader &h = header_of(packed);
+    const int64_t per_output = round_up(h.k, h.kr) * h.taps * (h.kind == PackKind::dense_f32 ? 4 : 1);
+    return packed + h.data_off + group * group_bytes(h) + panel * h.nr * per_output;
+}
+
+// Sparse. Entries come grouped: sparse group s (gs consecutive outputs of one convolution group, or what
+// is left of it) keeps inputs k (0 .. taps * k_per_tap) listed in counts[s], index, and values
+// [entry][gs]. Input order is (tap, k): the caller has reordered convolution weights.
+struct SparseEntries {
+    int64_t sparse_groups; // in all convolution groups
+    const uint32_t *start; // [sparse_groups + 1], in entries
+    const uint16_t *index; // [entries]
+    const void *values;    // int8 or float [entries][gs]
+};
+PackHeader sparse_header(const Isa &isa, PackKind kind, int gs, int64_t groups, int64_t n, int64_t k,
+                         int64_t taps, const SparseEntries &e);
+void sparse_pack(const PackHeader &h, const SparseEntries &e, uint8_t *out);
+
+} // namespace tautorch

@@ -1,0 +1,184 @@
+// Vectors for one instruction set, through the compiler's vector extension. Included by isa_<name>.cpp
+// after TT_LANES (32-bit lanes per vector) is defined; everything here is static, so that no copy compiled
+// with wide instructions can be linked into another file.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "kernels/common/types.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace tautorch {
+namespace {
+
+typedef float vf __attribute__((vector_size(4 * TT_LANES)));
+typedef int32_t vi __attribute__((vector_size(4 * TT_LANES)));
+typedef uint32_t vu __attribute__((vector_size(4 * TT_LANES)));
+typedef int16_t vs16 __attribute__((vector_size(2 * TT_LANES)));
+typedef uint16_t vu16 __attribute__((vector_size(2 * TT_LANES)));
+typedef int8_t vs8 __attribute__((vector_size(TT_LANES)));
+typedef uint8_t vu8 __attribute__((vector_size(TT_LANES)));
+
+constexpr int L = TT_LANES;
+
+template <class V> inline V load(const void *p) {
+    V v;
+    std::memcpy(&v, p, sizeof v);
+    return v;
+}
+template <class V> inline void store(void *p, V v) { std::memcpy(p, &v, sizeof v); }
+
+inline vf splat(float x) { return x - vf{}; } // x - 0 is x, for NaN and -0 too
+inline vi splat(int32_t x) { return x - vi{}; }
+inline vu as_bits(vf v) { return (vu)v; }
+inline vf as_float(vu v) { return (vf)v; }
+inline vf abs(vf v) { return as_float(as_bits(v) & 0x7fffffffu); }
+
+// Nearest integer, ties to even, of |v| < 2^22: adding 1.5 * 2^23 leaves the integer in the low bits.
+constexpr float kMagic = 12582912.0f;
+constexpr int32_t kMagicBits = 0x4B400000;
+inline vi round_to_int(vf v) { return (vi)(v + kMagic) - kMagicBits; }
+
+inline float f16_to_f32(uint16_t h) {
+    const uint32_t sign = uint32_t(h & 0x8000) << 16, em = h & 0x7fff;
+    uint32_t bits;
+    if (em >= 0x7c00) {
+        bits = sign | 0x7f800000u | (em & 0x3ff) << 13;
+    } else if (em >= 0x400) {
+        bits = sign | ((em + (112u << 10)) << 13);
+    } else { // subnormal or zero: em * 2^-24
+        const float f = static_cast<float>(em) * 5.9604644775390625e-8f;
+        std::memcpy(&bits, &f, 4);
+        bits |= sign;
+    }
+    float out;
+    std::memcpy(&out, &bits, 4);
+    return out;
+}
+
+inline uint16_t f32_to_f16(float x) {
+    uint32_t b;
+    std::memcpy(&b, &x, 4);
+    const uint32_t sign = (b >> 16) & 0x8000;
+    b &= 0x7fffffff;
+    if (b > 0x7f800000)
+        return static_cast<uint16_t>(sign | 0x7e00);
+    if (b >= 0x477ff000) // rounds past the largest half, 65504
+        return static_cast<uint16_t>(sign | 0x7c00);
+    if (b < 0x38800000) { // subnormal half: adding 0.5 aligns the mantissa, rounding to even
+        float f;
+        std::memcpy(&f, &b, 4);
+        f += 0.5f;
+        uint32_t r;
+        std::memcpy(&r, &f, 4);
+        return static_cast<uint16_t>(sign | (r - 0x3f000000));
+    }
+    b += 0xfff + ((b >> 13) & 1);
+    return static_cast<uint16_t>(sign | ((b - (112u << 23)) >> 13));
+}
+
+inline vf load_f16(const void *p) {
+#if TT_LANES == 16
+    return (vf)_mm512_cvtph_ps(_mm256_loadu_si256(static_cast<const __m256i *>(p)));
+#elif TT_LANES == 8 && defined(__F16C__)
+    return (vf)_mm256_cvtph_ps(_mm_loadu_si128(static_cast<const __m128i *>(p)));
+#else
+    vf v;
+    for (int i = 0; i < L; ++i) {
+        uint16_t h;
+        std::memcpy(&h, static_cast<const char *>(p) + 2 * i, 2);
+        v[i] = f16_to_f32(h);
+    }
+    return v;
+#endif
+}
+
+inline void store_f16(void *p, vf v) {
+#if TT_LANES == 16
+    _mm256_storeu_si256(static_cast<__m256i *>(p), _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT));
+#elif TT_LANES == 8 && defined(__F16C__)
+    _mm_storeu_si128(static_cast<__m128i *>(p), _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
+#else
+    for (int i = 0; i < L; ++i) {
+        const uint16_t h = f32_to_f16(v[i]);
+        std::memcpy(static_cast<char *>(p) + 2 * i, &h, 2);
+    }
+#endif
+}
+
+inline vf load_bf16(const void *p) { return as_float(__builtin_convertvector(load<vu16>(p), vu) << 16); }
+inline void store_bf16(void *p, vf v) {
+    const vu b = as_bits(v);
+    vu r = (b + 0x7fffu + ((b >> 16) & 1u)) >> 16;
+    r = (v == v) ? r : (vu)(splat(int32_t{0x7fc0}));
+    store(p, __builtin_convertvector(r, vu16));
+}
+
+template <DType T> inline vf load_as_f32(const void *p) {
+    if constexpr (T == DType::f32)
+        return load<vf>(p);
+    else if constexpr (T == DType::bf16)
+        return load_bf16(p);
+    else
+        return load_f16(p);
+}
+template <DType T> inline void store_from_f32(void *p, vf v) {
+    if constexpr (T == DType::f32)
+        store(p, v);
+    else if constexpr (T == DType::bf16)
+        store_bf16(p, v);
+    else
+        store_f16(p, v);
+}
+
+// e^x to about 1 ulp for finite results; NaN stays NaN.
+inline vf exp(vf x) {
+    x = x > 88.72f ? splat(88.72f) : x;
+    x = x < -87.33f ? splat(-87.33f) : x;
+    const vf t = x * 1.44269504f + kMagic;
+    const vi n = (vi)t - kMagicBits;
+    const vf nf = t - kMagic;
+    const vf r = (x - nf * 0.693359375f) - nf * -2.12194440e-4f;
+    vf p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    // Two factors, so that neither 2^128 nor a subnormal is needed on the way.
+    const vi half = n >> 1;
+    const vf a = (vf)((half + 127) << 23), b = (vf)((n - half + 127) << 23);
+    return p * a * b;
+}
+
+template <Activation A> inline vf activate(vf x) {
+    if constexpr (A == Activation::relu) {
+        return x < 0.0f ? vf{} : x;
+    } else if constexpr (A == Activation::silu) {
+        return x / (1.0f + exp(-x));
+    } else if constexpr (A == Activation::gelu_tanh) {
+        // 0.5 (1 + tanh u) is the logistic function of 2u.
+        const vf u = 1.5957691216f * (x + 0.044715f * x * x * x);
+        return x / (1.0f + exp(-u));
+    } else if constexpr (A == Activation::gelu) {
+        // Abramowitz & Stegun 7.1.26: |error of erf| <= 1.5e-7, written for erfc(|z|) so that the small
+        // tail of negative x does not cancel.
+        const vf z = abs(x) * 0.70710678118f;
+        const vf t = 1.0f / (1.0f + 0.3275911f * z);
+        vf p = t * 1.061405429f - 1.453152027f;
+        p = p * t + 1.421413741f;
+        p = p * t - 0.284496736f;
+        p = p * t + 0.254829592f;
+        const vf erfc = p * t * exp(-z * z);
+        return x * (x < 0.0f ? 0.5f * erfc : 1.0f - 0.5f * erfc);
+    } else {
+        return x;
+    }
+}
+
+} // namespace
+} // namespace tautorch

@@ -1,0 +1,98 @@
+#include "kernels/int8_linear/int8_linear.h"
+
+#include "core/parallel.h"
+
+#include <algorithm>
+
+namespace tautorch {
+namespace {
+
+// Operand rows of one chunk: quantised, converted to float, or float rows as they are.
+struct Operand {
+    const char *data;
+    int64_t stride; // bytes
+};
+
+int64_t operand_stride(const Isa &isa, const PackHeader &h) {
+    return h.kind == PackKind::dense_i8 ? round_up(round_up(h.k, h.kr) * act_bytes(isa.act), 64) : 4 * h.k;
+}
+
+Operand prepare(const Isa &isa, const Int8LinearArgs &a, const PackHeader &h, int64_t m0, int64_t rows,
+                uint8_t *buffer, float *row_scale) {
+    const char *x = static_cast<const char *>(a.x);
+    if (h.kind == PackKind::dense_i8) {
+        const int64_t stride = operand_stride(isa, h);
+        quantize_rows(isa, a.quant, isa.act, x, a.x_stride, m0, rows, h.k, round_up(h.k, h.kr), buffer,
+                      stride, row_scale);
+        return {reinterpret_cast<char *>(buffer), stride};
+    }
+    if (a.quant.dtype == DType::f32)
+        return {x + 4 * m0 * a.x_stride, 4 * a.x_stride};
+    for (int64_t r = 0; r < rows; ++r)
+        isa.to_f32(x + (m0 + r) * a.x_stride * size_of(a.quant.dtype), a.quant.dtype, h.k,
+                   reinterpret_cast<float *>(buffer) + r * h.k);
+    return {reinterpret_cast<char *>(buffer), 4 * h.k};
+}
+
+void multiply(const Isa &isa, const Int8LinearArgs &a, const Output &out, Operand x, int64_t m0, int64_t rows,
+              int64_t p0, int64_t p1, const float *row_scale) {
+    const void *pointers[kBlockRows];
+    for (int64_t b = 0; b < rows; b += kBlockRows) {
+        const int n = static_cast<int>(std::min<int64_t>(kBlockRows, rows - b));
+        for (int r = 0; r < n; ++r)
+            pointers[r] = x.data + (b + r) * x.stride;
+        gemm_block(isa, a.packed, 0, pointers, kBlockRows, n, p0, p1, out, m0 + b,
+                   row_scale ? row_scale + b : nullptr);
+    }
+}
+
+} // namespace
+
+void int8_linear(const Int8LinearArgs &a) {
+    const PackHeader &h = header_of(a.packed);
+    const Isa &isa = *find_isa(h.isa);
+    if (a.m == 0 || h.n == 0)
+        return;
+    const bool integer = h.kind == PackKind::dense_i8;
+    Output out = a.out;
+    out.epilogue.acc_float = !integer;
+    if (integer) {
+        out.epilogue.colsum = reinterpret_cast<const int32_t *>(a.packed + h.colsum_off);
+        out.epilogue.correction =
+            -(act_shift(isa.act) + (a.quant.mode == ActQuant::dynamic ? 0 : a.quant.zero_point));
+    }
+    const int64_t stride = operand_stride(isa, h);
+    const Split split = split_gemm(a.m, panels(h), a.m * h.n * h.k, h.total);
+    const auto buffers = [&](int64_t rows, float **scale) {
+        *scale = integer ? static_cast<float *>(scratch(Scratch::scales, static_cast<size_t>(4 * rows)))
+                         : nullptr;
+        return static_cast<uint8_t *>(scratch(Scratch::rows, static_cast<size_t>(rows * stride + 64)));
+    };
+    if (split.tn == 1) {
+        // Every thread quantises its own rows, a block at a time, and runs all panels over them.
+        parallel_tasks(split.tm, [&](int64_t t) {
+            const int64_t end = chunk_begin(a.m, split.tm, t + 1);
+            for (int64_t m0 = chunk_begin(a.m, split.tm, t); m0 < end; m0 += kBlockRows) {
+                const int64_t rows = std::min<int64_t>(kBlockRows, end - m0);
+                float *scale = nullptr;
+                uint8_t *buffer = buffers(rows, &scale);
+                const Operand x = prepare(isa, a, h, m0, rows, buffer, scale);
+                multiply(isa, a, out, x, m0, rows, 0, panels(h), scale);
+            }
+        });
+        return;
+    }
+    // Few rows: quantise them here, then spread the panels.
+    float *scale = nullptr;
+    uint8_t *buffer = buffers(a.m, &scale);
+    const Operand x = prepare(isa, a, h, 0, a.m, buffer, scale);
+    parallel_tasks(split.tm * split.tn, [&](int64_t t) {
+        const int64_t i = t / split.tn, j = t % split.tn;
+        const int64_t m0 = chunk_begin(a.m, split.tm, i), m1 = chunk_begin(a.m, split.tm, i + 1);
+        multiply(isa, a, out, {x.data + m0 * x.stride, x.stride}, m0, m1 - m0,
+                 chunk_begin(panels(h), split.tn, j), chunk_begin(panels(h), split.tn, j + 1),
+                 scale ? scale + m0 : nullptr);
+    });
+}
+
+} // namespace tautorch

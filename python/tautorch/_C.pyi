@@ -1,0 +1,52 @@
+"""CPU kernels. Pointers are integers (``Tensor.data_ptr()``); whoever calls keeps the memory alive."""
+
+def isas() -> dict[str, bool]: ...
+def set_thread_pool(parallel_for: int, num_threads: int) -> None: ...
+def max_threads() -> int: ...
+def fork_join(repeats: int, tasks: int) -> None: ...
+def last_used(op: str) -> str | None: ...
+def dense_pack_bytes(kernel: str, kind: int, groups: int, n: int, k: int, taps: int) -> int: ...
+def dense_pack(
+    kernel: str,
+    kind: int,
+    groups: int,
+    n: int,
+    k: int,
+    taps: int,
+    w: int,
+    sn: int,
+    sk: int,
+    st: int,
+    out: int,
+) -> None: ...
+def dense_unpack(packed: int, bytes: int, w: int, sn: int, sk: int, st: int) -> None: ...
+def sparse_pack_bytes(
+    kernel: str,
+    kind: int,
+    gs: int,
+    groups: int,
+    n: int,
+    k: int,
+    taps: int,
+    sparse_groups: int,
+    start: int,
+) -> int: ...
+def sparse_pack(
+    kernel: str,
+    kind: int,
+    gs: int,
+    groups: int,
+    n: int,
+    k: int,
+    taps: int,
+    sparse_groups: int,
+    start: int,
+    index: int,
+    values: int,
+    out: int,
+) -> None: ...
+def pack_info(packed: int, bytes: int) -> dict[str, int | str]: ...
+def int8_linear_plan(packed: int, bytes: int, k: int, tail: dict[str, int]) -> bytes: ...
+def int8_linear_run(
+    plan: bytes, x: int, x_dtype: int, m: int, x_stride: int, out: int, out_dtype: int, /
+) -> None: ...

@@ -1,0 +1,229 @@
+"""The kernel table: which kernels an operator has, which of them can run a problem, and which one did.
+
+A choice is data: rows of (op, name, device, supports). ``choose`` takes the first row that supports the
+problem, best first; ``force`` (or ``TAUTORCH_FORCE=int8_linear:avx2,...``) takes the named one or fails.
+An automatic choice never leaves the tensor's device.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import pathlib
+import types
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+
+from . import _C
+
+OPS = (
+    "int8_linear",
+    "sparse_linear",
+    "lowrank_linear",
+    "int8_conv2d",
+    "sparse_conv2d",
+    "lowrank_conv2d",
+)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What a kernel is asked to do.
+
+    ``n`` and ``k`` are the rows and columns of the weight's matrix, ``details`` what only some operators
+    have (``pattern``, ``groups``, ``weight_only``, ...).
+    """
+
+    op: str
+    device: str = "cpu"
+    n: int = 0
+    k: int = 0
+    details: dict[str, object] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A row of the table. ``supports`` returns None, or in one sentence why not."""
+
+    op: str
+    name: str
+    device: str
+    supports: Callable[[Problem], str | None]
+
+
+_table: list[Kernel] = []
+_forced: dict[str, str] = {}
+# Changes whenever a choice made earlier may no longer hold; modules compare it at every call.
+epoch = 0
+
+
+def register(kernel: Kernel) -> None:
+    """Add a row. Rows registered earlier are preferred."""
+    _table.append(kernel)
+
+
+def kernels(op: str | None = None) -> list[Kernel]:
+    """The rows of ``op``, or of all operators, best first."""
+    if op is not None and op not in OPS:
+        raise ValueError(f"kernels: op must be one of {', '.join(OPS)}, got {op!r}")
+    return [k for k in _table if op is None or k.op == op]
+
+
+def refusals(problem: Problem) -> dict[str, str | None]:
+    """For each kernel of the problem's operator and device: None, or the reason it cannot run it."""
+    return {k.name: k.supports(problem) for k in kernels(problem.op) if k.device == problem.device}
+
+
+def choose(problem: Problem) -> str:
+    """Name of the kernel to run.
+
+    Raises:
+        ValueError: the forced kernel cannot run the problem, or none can; with every reason.
+    """
+    rows = [k for k in kernels(problem.op) if k.device == problem.device]
+    forced = _forced.get(problem.op)
+    if forced is not None:
+        for row in rows:
+            if row.name == forced:
+                reason = row.supports(problem)
+                if reason is None:
+                    return forced
+                raise ValueError(f"{problem.op}: kernel {forced!r} is forced, but {reason}")
+        raise ValueError(
+            f"{problem.op}: kernel {forced!r} is forced, but there is none of that name for "
+            f"{problem.device}; there are {', '.join(r.name for r in rows) or 'none'}"
+        )
+    reasons = []
+    for row in rows:
+        if row.name == "reference":  # never chosen silently
+            continue
+        reason = row.supports(problem)
+        if reason is None:
+            return row.name
+        reasons.append(f"{row.name}: {reason}")
+    raise ValueError(
+        f"{problem.op}: no kernel for {problem.device}: {'; '.join(reasons) or 'none is built for it'}"
+    )
+
+
+class _Force(contextlib.AbstractContextManager[None]):
+    def __init__(self, op: str, previous: str | None) -> None:
+        self._op, self._previous = op, previous
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: types.TracebackType | None,
+    ) -> None:
+        _set_forced(self._op, self._previous)
+
+
+def _set_forced(op: str, name: str | None) -> None:
+    global epoch
+    if name is None:
+        _forced.pop(op, None)
+    else:
+        _forced[op] = name
+    epoch += 1
+
+
+def force(op: str, name: str | None) -> contextlib.AbstractContextManager[None]:
+    """Run ``op`` by kernel ``name`` from now on; None lifts it. As a context manager: for its duration.
+
+    Raises:
+        ValueError: there is no such operator or kernel. That the kernel cannot run on this machine or on a
+            given problem is said when it is asked to.
+    """
+    names = [k.name for k in kernels(op)]
+    if name is not None and name not in names:
+        raise ValueError(f"force: {op} has kernels {', '.join(names)}; got {name!r}")
+    previous = _forced.get(op)
+    _set_forced(op, name)
+    return _Force(op, previous)
+
+
+def forced(op: str) -> str | None:
+    """The kernel ``op`` is forced to, or None."""
+    return _forced.get(op)
+
+
+_last_python: dict[str, tuple[str, int]] = {}
+
+
+def note_used(op: str, name: str) -> None:
+    """Record that a kernel outside the CPU extension ran."""
+    _last_python[op] = (name, 0)
+
+
+def last_used(op: str) -> str | None:
+    """Name of the kernel that ran ``op`` last in this process, or None."""
+    if op not in OPS:
+        raise ValueError(f"last_used: op must be one of {', '.join(OPS)}, got {op!r}")
+    if op in _last_python:
+        return _last_python[op][0]
+    return _C.last_used(op)
+
+
+def clear_last_python(op: str) -> None:
+    """The CPU extension is about to run ``op``: what it records counts again."""
+    _last_python.pop(op, None)
+
+
+# ---- CPU rows -------------------------------------------------------------------------------------------
+
+_CPU_NEEDS = {
+    "avx512vnni": "AVX-512 with VNNI",
+    "avxvnni": "AVX-VNNI",
+    "avx2": "AVX2, FMA and F16C",
+}
+
+
+def _cpu_row(op: str, name: str, available: bool) -> Kernel:
+    def supports(problem: Problem) -> str | None:
+        if not available:
+            return f"this CPU has no {_CPU_NEEDS.get(name, name)}"
+        return None
+
+    return Kernel(op, name, "cpu", supports)
+
+
+for _op in OPS:
+    for _name, _available in _C.isas().items():
+        register(_cpu_row(_op, _name, _available))
+    for _device in ("cpu", "cuda"):
+        register(Kernel(_op, "reference", _device, lambda problem: None))
+
+
+def _force_from_environment() -> None:
+    for item in filter(None, os.environ.get("TAUTORCH_FORCE", "").split(",")):
+        op, _, name = item.partition(":")
+        force(op.strip(), name.strip())
+
+
+_force_from_environment()
+
+
+# ---- threads --------------------------------------------------------------------------------------------
+
+
+def _use_torch_threads() -> bool:
+    """Hand torch's own pool to the kernels; False where this torch does not offer it (before 2.10)."""
+    folder = pathlib.Path(torch.__file__).parent / "lib"
+    for name in ("libtorch_cpu.so", "libtorch_cpu.dylib"):
+        if (folder / name).exists():
+            lib = ctypes.CDLL(str(folder / name))
+            try:
+                symbols = [lib.torch_parallel_for, lib.torch_get_num_threads]
+            except AttributeError:
+                return False
+            run, count = (ctypes.cast(s, ctypes.c_void_p).value or 0 for s in symbols)
+            _C.set_thread_pool(run, count)
+            return True
+    return False
+
+
+threaded = _use_torch_threads()

@@ -1,0 +1,258 @@
+"""What the operators share: registration, argument checks, the plan's tail, packing caches, gradients."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tautorch import _C, dispatch
+from tautorch.reference.common import ACTIVATIONS, apply_activation
+from tautorch.reference.quantizer import MAX_K
+
+LIB = torch.library.Library("tautorch", "DEF")
+
+# Codes of csrc/kernels/common/types.h.
+DTYPE_CODE: dict[torch.dtype, int] = {
+    torch.float32: 0,
+    torch.bfloat16: 1,
+    torch.float16: 2,
+    torch.int8: 3,
+    torch.int32: 4,
+}
+ACTIVATION_CODE: dict[str, int] = {name: i for i, name in enumerate(ACTIVATIONS)}
+DENSE_I8, DENSE_F32, DENSE_W8, SPARSE_I8, SPARSE_F32, DEPTHWISE_I8 = range(6)
+DYNAMIC, STATIC, GIVEN, NONE = range(4)
+
+# The tail of every operator's schema.
+TAIL_SCHEMA = (
+    "Tensor? x_scale=None, Tensor? x_zero_point=None, bool weight_only=False, str activation='none', "
+    "Tensor? out_scale=None, Tensor? out_zero_point=None, ScalarType? out_dtype=None"
+)
+
+
+def define(
+    name: str,
+    schema: str,
+    cpu: Callable[..., Tensor],
+    fake: Callable[..., Tensor],
+    setup: Callable[..., None],
+    backward: Callable[..., Any],
+) -> None:
+    """Register ``tautorch::name`` with its CPU kernel, fake kernel and gradient."""
+    LIB.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
+    LIB.impl(name, cpu, "CPU")
+    torch.library.register_fake(f"tautorch::{name}", fake, lib=LIB)
+    torch.library.register_autograd(f"tautorch::{name}", backward, setup_context=setup, lib=LIB)
+
+
+# ---- arguments ------------------------------------------------------------------------------------------
+
+
+def output_dtype(x: Tensor, out_scale: Tensor | None, out_dtype: torch.dtype | None) -> torch.dtype:
+    """Dtype of an operator's output."""
+    if out_scale is not None:
+        return torch.int8
+    if out_dtype is not None:
+        return out_dtype
+    return x.dtype if x.dtype.is_floating_point else torch.float32
+
+
+def _one(op: str, name: str, t: Tensor | None, dtype: torch.dtype) -> None:
+    if t is not None and (t.dtype != dtype or t.numel() != 1):
+        raise ValueError(f"{op}: {name} must be one {dtype} value, got {t.dtype} {list(t.shape)}")
+
+
+def check_tail(
+    op: str,
+    x: Tensor,
+    *,
+    n: int,
+    weight_scale: Tensor | None,
+    bias: Tensor | None,
+    x_scale: Tensor | None,
+    x_zero_point: Tensor | None,
+    weight_only: bool,
+    activation: str,
+    out_scale: Tensor | None,
+    out_zero_point: Tensor | None,
+    out_dtype: torch.dtype | None,
+    rows: int,
+    float_weight: bool = False,
+) -> None:
+    """Check what all operators take alike; ``rows`` is how many scales int8 x may have.
+
+    Raises:
+        TypeError: a dtype that is not supported.
+        ValueError: a shape, device or combination that does not fit.
+    """
+    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.int8):
+        raise TypeError(f"{op}: x must be float32, bfloat16, float16 or int8, got {x.dtype}; cast it first")
+    for name, t in (("weight_scale", weight_scale), ("bias", bias)):
+        if t is None:
+            continue
+        if t.shape != (n,):
+            raise ValueError(f"{op}: {name} must be [{n}] as the weight has {n} outputs, got {list(t.shape)}")
+        if t.device != x.device:
+            raise ValueError(f"{op}: {name} must be on {x.device} like x, got {t.device}; move it there")
+        if not t.dtype.is_floating_point:
+            raise TypeError(f"{op}: {name} must be floating, got {t.dtype}")
+    if weight_scale is not None and weight_scale.dtype != torch.float32:
+        raise TypeError(f"{op}: weight_scale must be float32, got {weight_scale.dtype}")
+    if activation not in ACTIVATION_CODE:
+        raise ValueError(f"{op}: activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+    _one(op, "x_zero_point", x_zero_point, torch.int32)
+    _one(op, "out_scale", out_scale, torch.float32)
+    _one(op, "out_zero_point", out_zero_point, torch.int32)
+    integer = not (weight_only or float_weight)
+    if x.dtype == torch.int8:
+        if not integer:
+            raise TypeError(f"{op}: x must be floating for weight-only or float weights, got torch.int8")
+        if x_scale is None:
+            raise ValueError(f"{op}: x_scale must be given for int8 x (one value, or one a row), got None")
+        if x_scale.dtype != torch.float32 or x_scale.numel() not in (1, rows):
+            raise ValueError(
+                f"{op}: x_scale must be float32 with 1 or {rows} values, got {x_scale.dtype} "
+                f"{list(x_scale.shape)}"
+            )
+    else:
+        _one(op, "x_scale", x_scale, torch.float32)
+    if x_scale is None and x_zero_point is not None:
+        raise ValueError(f"{op}: x_zero_point needs x_scale, got None; dynamic quantisation is symmetric")
+    if not integer and x_scale is not None:
+        raise ValueError(f"{op}: x_scale must be None for weight-only or float weights, which do not quantise x")
+    if out_dtype is not None and out_dtype not in DTYPE_CODE:
+        raise TypeError(f"{op}: out_dtype must be float32, bfloat16, float16, int8 or int32, got {out_dtype}")
+    if out_dtype == torch.int32 and not integer:
+        raise ValueError(f"{op}: out_dtype must be floating without int8 products, got torch.int32")
+    if out_dtype == torch.int8 and out_scale is None:
+        raise ValueError(f"{op}: out_scale must be given for out_dtype torch.int8, got None")
+    if out_scale is not None and out_dtype not in (None, torch.int8):
+        raise ValueError(f"{op}: out_dtype must be torch.int8 or None with out_scale, got {out_dtype}")
+    if out_zero_point is not None and out_scale is None:
+        raise ValueError(f"{op}: out_scale must be given with out_zero_point, got None")
+
+
+def check_k(op: str, k: int) -> None:
+    """Raise ValueError where int32 accumulators could overflow."""
+    if k > MAX_K:
+        raise ValueError(f"{op}: K must be at most {MAX_K} for int32 accumulation to be exact, got {k}")
+
+
+def tail(
+    *,
+    weight_scale: Tensor | None,
+    bias: Tensor | None,
+    mode: int,
+    x_scale: Tensor | None,
+    x_zero_point: Tensor | None,
+    activation: str,
+    out_scale: Tensor | None = None,
+    out_zero_point: Tensor | None = None,
+) -> tuple[dict[str, int], list[Tensor]]:
+    """The dict of codes and addresses a plan takes, and the tensors to keep alive as long as the plan."""
+    keep = []
+
+    def address(t: Tensor | None, dtype: torch.dtype) -> int:
+        if t is None:
+            return 0
+        t = t.detach().to(dtype).contiguous()
+        keep.append(t)
+        return t.data_ptr()
+
+    d = {
+        "weight_scale": address(weight_scale, torch.float32),
+        "bias": address(bias, torch.float32),
+        "activation": ACTIVATION_CODE[activation],
+        "mode": mode,
+        "x_scale": address(x_scale, torch.float32),
+        "x_scales": 0 if x_scale is None else x_scale.numel(),
+        "x_zero_point": address(x_zero_point, torch.int32),
+        "out_scale": address(out_scale, torch.float32),
+        "out_zero_point": address(out_zero_point, torch.int32),
+    }
+    return d, keep
+
+
+def quant_mode(x_dtype: torch.dtype, x_scale: Tensor | None, float_input: bool) -> int:
+    """Code of how x becomes an operand."""
+    if float_input:
+        return NONE
+    if x_dtype == torch.int8:
+        return GIVEN
+    return DYNAMIC if x_scale is None else STATIC
+
+
+# ---- packing --------------------------------------------------------------------------------------------
+
+
+class PackCache:
+    """Packed weights of canonical tensors, kept as long as the tensor lives and stays unchanged."""
+
+    def __init__(self) -> None:
+        self._entries: dict[int, tuple[weakref.ref[Tensor], int, object, Tensor]] = {}
+
+    def get(self, weight: Tensor, key: object, pack: Callable[[], Tensor]) -> Tensor:
+        """The pack of ``weight`` for ``key`` (kernel, kind, ...)."""
+        if weight.is_inference():  # no version counter: an edit could not be seen
+            return pack()
+        token = id(weight)
+        entry = self._entries.get(token)
+        version = weight._version
+        if entry is not None and entry[0]() is weight and entry[1] == version and entry[2] == key:
+            return entry[3]
+        packed = pack()
+        entries = self._entries
+        ref = weakref.ref(weight, lambda _: entries.pop(token, None))
+        entries[token] = (ref, version, key, packed)
+        return packed
+
+
+def dense_pack(
+    kernel: str, kind: int, w: Tensor, groups: int, n: int, k: int, taps: int, strides: tuple[int, int, int]
+) -> Tensor:
+    """Packed weights (uint8) of contiguous ``w``, element (n, k, tap) at the given strides."""
+    out = torch.empty(_C.dense_pack_bytes(kernel, kind, groups, n, k, taps), dtype=torch.uint8)
+    _C.dense_pack(kernel, kind, groups, n, k, taps, w.data_ptr(), *strides, out.data_ptr())
+    return out
+
+
+def pack_info(packed: Tensor) -> dict[str, int | str]:
+    """Header of packed weights."""
+    return _C.pack_info(packed.data_ptr(), packed.numel())
+
+
+# ---- gradients ------------------------------------------------------------------------------------------
+
+
+def activation_grad(grad: Tensor, pre: Tensor, activation: str) -> Tensor:
+    """fp32 gradient with respect to the pre-activation."""
+    g, z = grad.to(torch.float32), pre
+    if activation == "none":
+        return g
+    if activation == "relu":
+        return g * (z > 0)
+    if activation == "silu":
+        s = torch.sigmoid(z)
+        return g * s * (1 + z * (1 - s))
+    if activation == "gelu":
+        cdf = 0.5 * (1 + torch.erf(z * 0.7071067811865476))
+        return g * (cdf + z * torch.exp(-0.5 * z * z) * 0.3989422804014327)
+    u = 0.7978845608028654 * (z + 0.044715 * z**3)
+    t = torch.tanh(u)
+    return g * (0.5 * (1 + t) + 0.5 * z * (1 - t * t) * 0.7978845608028654 * (1 + 3 * 0.044715 * z * z))
+
+
+def inside_range(x: Tensor, x_scale: Tensor | None, x_zero_point: Tensor | None) -> Tensor | None:
+    """Where a static quantiser does not clip (the straight-through gradient passes), or None: everywhere."""
+    if x_scale is None:
+        return None
+    q = torch.round(x.to(torch.float32) * (1.0 / x_scale))
+    zp = 0 if x_zero_point is None else x_zero_point
+    return (q + zp >= -128) & (q + zp <= 127)
+
+
+__all__ = ["LIB", "apply_activation", "check_tail", "define", "dispatch", "tail"]
