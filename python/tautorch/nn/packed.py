@@ -1,0 +1,230 @@
+"""The base of all replacement layers: canonical weights outside, packed weights inside.
+
+A module is in one of two states. *Canonical*: the buffers of its ``state_dict`` hold the weight. *Packed*:
+those buffers are None and ``packed`` holds the kernel's layout; the memory is held once. Packing happens at
+the first call; reading ``module.weight``, ``.to``, ``load_state_dict``, copying and pickling give the
+canonical form back, and the next call packs again. A tensor read this way stays connected: edited in place
+after a later call, it is packed anew.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from tautorch import dispatch
+
+
+class Canonical:
+    """Descriptor of a buffer that exists in the canonical state: reading it leaves the packed state."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    def __get__(self, module: PackedModule | None, owner: type) -> Any:
+        if module is None:
+            return self
+        if module._buffers.get("packed") is not None:
+            module.unpack_()
+        return module._buffers[self.name]
+
+    def __set__(self, module: PackedModule, value: Tensor) -> None:
+        raise AttributeError(f"{self.name} is a buffer")  # nn.Module.__setattr__ comes first
+
+
+class PackedModule(nn.Module):
+    """See the module's docstring. Subclasses name their canonical buffers and implement the two hooks."""
+
+    op: ClassVar[str]
+    #: canonical buffers that packing replaces
+    packed_names: ClassVar[tuple[str, ...]]
+    #: buffers and parameters that stay fp32 through ``.half()`` and the like
+    fp32_names: ClassVar[tuple[str, ...]] = ("weight_scale", "bias", "x_scale")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("packed", None, persistent=False)
+        self._reset()
+
+    # ---- hooks ------------------------------------------------------------------------------------------
+
+    def _pack(self, kernel: str) -> Tensor:
+        """Packed weights (uint8) of the canonical buffers for ``kernel``."""
+        raise NotImplementedError
+
+    def _unpack(self, packed: Tensor) -> dict[str, Tensor]:
+        """The canonical buffers of packed weights."""
+        raise NotImplementedError
+
+    def _make_plans(self, packed: Tensor) -> None:
+        """Set up what ``forward`` needs; append to ``self._keep`` the tensors whose addresses it uses."""
+        raise NotImplementedError
+
+    def _problem(self) -> dispatch.Problem:
+        """What this layer asks of a kernel."""
+        raise NotImplementedError
+
+    # ---- states -----------------------------------------------------------------------------------------
+
+    def _reset(self) -> None:
+        d = self.__dict__
+        d["_epoch"] = -1  # of dispatch when the plans were made; -1: none
+        d["_keep"] = []  # tensors whose addresses the plans hold
+        d["_bias_address"] = 0
+        d["_handed"] = {}  # canonical tensors given out: name -> (weak reference, version)
+        d["_plans"] = {}
+
+    def ready(self) -> bool:
+        """Whether the plans made earlier still hold."""
+        d = self.__dict__
+        buffers = d["_buffers"]
+        if d["_epoch"] != dispatch.epoch or buffers["packed"] is None:
+            return False
+        for name in self.packed_names:
+            if buffers[name] is not None:
+                return False
+        bias = d["_parameters"]["bias"]
+        if bias is not None and bias.data_ptr() != d["_bias_address"]:
+            return False
+        return not d["_handed"] or self._handed_unchanged()
+
+    def _handed_unchanged(self) -> bool:
+        for name, (ref, version) in list(self._handed.items()):
+            tensor = ref()
+            if tensor is None:
+                del self._handed[name]
+            elif not tensor.is_inference() and tensor._version != version:
+                return False
+        return True
+
+    def prepare(self) -> None:
+        """Pack if need be and make the plans: what the first call does. Safe to call at any time."""
+        buffers = self._buffers
+        kernel = dispatch.choose(self._problem())
+        if kernel == "reference":
+            self._epoch = -1
+            return
+        edited = not self._handed_unchanged()
+        present = [n for n in self.packed_names if buffers[n] is not None]
+        if edited or (present and buffers["packed"] is not None):
+            self.unpack_()
+        if buffers["packed"] is None or self._kernel_of_pack() != kernel:
+            self.unpack_()
+            for name in self.packed_names:
+                self._check_finite(name)
+            packed = self._pack(kernel)
+            handed = {}
+            for name in self.packed_names:
+                tensor = buffers[name]
+                if tensor is not None:
+                    version = -1 if tensor.is_inference() else tensor._version
+                    handed[name] = (weakref.ref(tensor), version)
+                del tensor
+                buffers[name] = None
+            self._handed = handed
+            buffers["packed"] = packed
+        self._keep = []
+        packed = buffers["packed"]
+        assert packed is not None
+        for name in self.fp32_names:
+            self._check_finite(name)
+        self._make_plans(packed)
+        bias = self._parameters["bias"]
+        self._bias_address = 0 if bias is None else bias.data_ptr()
+        self._epoch = dispatch.epoch
+
+    def unpack_(self) -> None:
+        """Go to the canonical state."""
+        buffers = self._buffers
+        packed = buffers["packed"]
+        if packed is None:
+            return
+        fresh = self._unpack(packed)
+        for name in self.packed_names:
+            handed = self._handed.get(name)
+            tensor = handed[0]() if handed else None
+            if buffers[name] is None:  # else the user has put a tensor there
+                buffers[name] = fresh[name] if tensor is None else tensor
+        buffers["packed"] = None
+        self._reset()
+
+    def _kernel_of_pack(self) -> str:
+        raise NotImplementedError
+
+    def _check_finite(self, name: str) -> None:
+        tensor = self._buffers.get(name)
+        if tensor is None:
+            tensor = self._parameters.get(name)
+        if tensor is not None and tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise ValueError(f"{self.op}: {name} must be finite, got NaN or Inf; mend the float layer first")
+
+    # ---- nn.Module's own ways in ------------------------------------------------------------------------
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedModule:
+        self.unpack_()
+        # detach(): nn.Module changes parameters through .data, under the same object
+        before = {n: t.detach() for n in self.fp32_names if (t := self._fp32(n)) is not None}
+        super()._apply(fn, recurse)
+        for name, old in before.items():
+            new = self._fp32(name)
+            if new is not None and new.dtype != old.dtype:
+                new.data = old.to(new.device)
+        self._reset()
+        return self
+
+    def _fp32(self, name: str) -> Tensor | None:
+        tensor = self._parameters.get(name)
+        return tensor if tensor is not None else self._buffers.get(name)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        packed = self._buffers["packed"]
+        if packed is not None:
+            fresh = self._unpack(packed)
+            for name in self.packed_names:
+                destination[prefix + name] = fresh[name]
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.unpack_()
+        super()._load_from_state_dict(*args, **kwargs)
+        self._reset()
+
+    def __getstate__(self) -> dict[str, Any]:
+        self.unpack_()
+        state = self.__dict__.copy()
+        for name in ("_epoch", "_keep", "_bias_address", "_handed", "_plans"):
+            state.pop(name, None)
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._reset()
+
+    # ---- what users ask ---------------------------------------------------------------------------------
+
+    def get_config(self) -> dict[str, Any]:
+        """Keyword arguments (JSON-able) that make an empty twin, into which ``load_state_dict`` fits."""
+        raise NotImplementedError
+
+    def to_float(self) -> nn.Module:
+        """A plain layer with the weight this one stands for."""
+        raise NotImplementedError
+
+    def kernel(self) -> str:
+        """Name of the kernel that runs this layer."""
+        return dispatch.choose(self._problem())
+
+    def packed_bytes(self) -> int:
+        """Bytes of the packed weights; packs if that has not happened."""
+        if not self.ready():
+            self.prepare()
+        packed = self._buffers["packed"]
+        return 0 if packed is None else packed.numel()
+
+    def refusals(self) -> dict[str, str | None]:
+        """For each kernel of this layer's operator and device: None, or why it cannot run it."""
+        return dispatch.refusals(self._problem())

@@ -1,0 +1,49 @@
+"""Argument handling the modules share."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from tautorch.reference.common import ACTIVATIONS
+
+QUANTS = ("dynamic", "static", "weight_only")
+
+
+def check_activation(op: str, activation: str) -> None:
+    """Raise ValueError for an unknown activation."""
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"{op}: activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+
+
+def static_tensors(
+    op: str,
+    quant: str,
+    x_scale: Tensor | float | None,
+    x_zero_point: Tensor | int | None,
+    device: torch.device | str | None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """The buffers ``x_scale`` (float32 [1]) and ``x_zero_point`` (int32 [1]) of a static layer, checked.
+
+    Raises:
+        ValueError: given without ``quant="static"`` or missing with it, not finite and positive, or a zero
+            point outside [-128, 127].
+    """
+    if quant != "static":
+        if x_scale is not None or x_zero_point is not None:
+            raise ValueError(f'{op}: x_scale and x_zero_point need quant="static", got quant={quant!r}')
+        return None, None
+    if x_scale is None:
+        raise ValueError(f'{op}: quant="static" needs x_scale, got None; see tautorch.quantize.calibrate')
+    scale = float(x_scale)
+    zero_point = 0 if x_zero_point is None else int(x_zero_point)
+    if not (math.isfinite(scale) and scale > 0):
+        raise ValueError(f"{op}: x_scale must be finite and positive, got {scale}")
+    if not -128 <= zero_point <= 127:
+        raise ValueError(f"{op}: x_zero_point must lie in [-128, 127], got {zero_point}")
+    return (
+        torch.tensor([scale], dtype=torch.float32, device=device),
+        torch.tensor([zero_point], dtype=torch.int32, device=device),
+    )
