@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tautorch._batches import Batches, run_calibration
-from tautorch._layers import Layer
+from tautorch._batches import Batches
+from tautorch._layers import Layer, observe_inputs, require_seen
 
 #: "magnitude", "activation", or a callable (layer name, layer) -> score of the weight's shape.
 Importance = str | Callable[[str, nn.Module], Tensor]
@@ -60,28 +59,12 @@ def input_norms(
     """
     squares: dict[str, Tensor] = {}
 
-    def watch(name: str, layer: Layer) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            x = (args[0] if args else kwargs["input"]).detach().double()
-            total = _linear_squares(x) if isinstance(layer, nn.Linear) else _conv_squares(x, layer)
-            squares[name] = squares[name] + total if name in squares else total
+    def see(name: str, layer: Layer, x: Tensor) -> None:
+        wide = x.double()
+        total = _linear_squares(wide) if isinstance(layer, nn.Linear) else _conv_squares(wide, layer)
+        squares[name] = squares[name] + total if name in squares else total
 
-        return hook
-
-    handles = [
-        layer.register_forward_pre_hook(watch(name, layer), with_kwargs=True)
-        for name, layer in layers.items()
-    ]
-    try:
-        run_calibration(op, model, batches)
-    finally:
-        for handle in handles:
-            handle.remove()
-    for name in layers:
-        if name not in squares:
-            raise ValueError(f"{op}: calibration must reach layer {name!r}; leave it out with layers=[...]")
-        if not bool(torch.isfinite(squares[name]).all()):
-            raise ValueError(f"{op}: calibration must give finite inputs, got NaN or Inf at layer {name!r}")
+    require_seen(op, layers, observe_inputs(op, model, layers, batches, see))
     return {name: total.sqrt() for name, total in squares.items()}
 
 

@@ -1,0 +1,52 @@
+"""Static ranges of the inputs of layers, from calibration batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+from torch import Tensor, nn
+
+from tautorch._batches import Batches
+from tautorch._layers import Layer, observe_inputs, require_seen, select_layers
+from tautorch.quantize.observers import MinMax, Mse, Observer, Percentile
+from tautorch.quantize.qparams import QParams
+
+OBSERVERS: dict[str, Callable[[], Observer]] = {"minmax": MinMax, "percentile": Percentile, "mse": Mse}
+
+
+def calibrate(
+    model: nn.Module,
+    batches: Batches,
+    observer: str | Callable[[], Observer] = "mse",
+    layers: Iterable[str] | None = None,
+    symmetric: bool = False,
+) -> dict[str, QParams]:
+    """The static scale and zero point of the input of each Linear and Conv2d, by qualified name.
+
+    Args:
+        model: run over `batches` in eval mode; it is not changed.
+        batches: batches of what the model takes.
+        observer: "minmax", "percentile" (99.99 %), "mse", or a callable that makes an `Observer`, such as
+            `functools.partial(Percentile, 99.9)`.
+        layers: names or shell patterns. None takes every layer that owns its weight alone, and leaves out
+            those that never ran; a named layer that never ran is a ValueError.
+        symmetric: zero point 0.
+
+    Raises ValueError for an unknown observer, an empty calibration, and NaN or Inf in a layer's input.
+    """
+    if isinstance(observer, str) and observer not in OBSERVERS:
+        raise ValueError(
+            f"calibrate: observer must be one of {', '.join(OBSERVERS)} or make one, got {observer!r}"
+        )
+    make = OBSERVERS[observer] if isinstance(observer, str) else observer
+    targets = select_layers("calibrate", model, layers)
+    observers: dict[str, Observer] = {}
+
+    def see(name: str, layer: Layer, x: Tensor) -> None:
+        if name not in observers:
+            observers[name] = make()
+        observers[name].observe(x)
+
+    seen = observe_inputs("calibrate", model, targets, batches, see)
+    require_seen("calibrate", targets if layers is not None else (), seen)
+    return {name: observers[name].qparams(symmetric) for name in targets if name in seen}

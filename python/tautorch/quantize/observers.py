@@ -1,0 +1,158 @@
+"""Observers: watch the values of a tensor, batch by batch, and choose the range to quantise.
+
+All but `MinMax` keep a histogram whose bin width is a power of two, so that a wider range merges bins exactly
+and the result does not depend on the order of the batches. Exact zeros are counted apart: they always
+quantise without error, and after a ReLU they would otherwise bias the bin next to zero.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from tautorch.quantize.qparams import QParams, qparams_of_range
+
+# Bins over [-2^k, 2^k): at least 8 for each of 256 quantisation steps of a one-sided range.
+_BINS = 8192
+# Ranges tried along each side; the finest resolves 1/128 of it.
+_CUTS = 128
+
+
+class Observer(Protocol):
+    """Sees tensors, then gives their parameters."""
+
+    def observe(self, x: Tensor) -> None:
+        """Take in the values of x: finite, at least one."""
+
+    def qparams(self, symmetric: bool = False) -> QParams:
+        """The parameters for what was seen; ValueError if nothing was."""
+
+
+class MinMax:
+    """The whole range seen: nothing clips."""
+
+    def __init__(self) -> None:
+        self.low, self.high = math.inf, -math.inf
+
+    def observe(self, x: Tensor) -> None:
+        """Widen the range to that of x."""
+        low, high = torch.aminmax(x.detach().float())
+        self.low, self.high = min(self.low, float(low)), max(self.high, float(high))
+
+    def qparams(self, symmetric: bool = False) -> QParams:
+        """The parameters of [min, max]."""
+        if self.low > self.high:
+            raise ValueError(f"{type(self).__name__}: observe must be called before qparams")
+        return qparams_of_range(self.low, self.high, symmetric)
+
+
+class Histogram(MinMax):
+    """The range, and float64 counts of the values other than zero on `_BINS` bins of width 2^k."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.zeros = 0
+        self.counts = torch.zeros(_BINS, dtype=torch.float64)
+        self._exponent: int | None = None
+
+    def observe(self, x: Tensor) -> None:
+        """Count the values of x."""
+        super().observe(x)
+        values = x.detach().double().flatten()
+        values = values[values != 0]
+        self.zeros += x.numel() - values.numel()
+        if values.numel() == 0:
+            return
+        top = float(values.abs().max())
+        self._grow(math.frexp(top)[1])
+        index = (values / self.width).floor_().long() + _BINS // 2
+        # frexp puts top below 2^exponent, so only -2^exponent itself is at the edge, and it is inside.
+        self.counts += torch.bincount(index, minlength=_BINS).double().cpu()
+
+    @property
+    def width(self) -> float:
+        """Of one bin."""
+        return 2.0 ** ((self._exponent or 0) + 1) / _BINS
+
+    @property
+    def centres(self) -> Tensor:
+        """float64 [_BINS], the middle of each bin."""
+        return (torch.arange(_BINS, dtype=torch.float64) - _BINS // 2 + 0.5) * self.width
+
+    def _grow(self, exponent: int) -> None:
+        """Cover [-2^exponent, 2^exponent): each doubling merges the bins two by two, away from the middle."""
+        if self._exponent is None:
+            self._exponent = exponent
+        while self._exponent < exponent:
+            merged = self.counts.reshape(-1, 2).sum(1)
+            self.counts = torch.zeros_like(self.counts)
+            self.counts[_BINS // 4 : _BINS // 4 + _BINS // 2] = merged
+            self._exponent += 1
+
+
+class Percentile(Histogram):
+    """The range without the share (100 - percentile) % of the values at each end.
+
+    Wu et al. 2020, "Integer Quantization for Deep Learning Inference", arXiv:2004.09602, section 5.
+    """
+
+    def __init__(self, percentile: float = 99.99) -> None:
+        super().__init__()
+        if not 50 < percentile <= 100:
+            raise ValueError(f"Percentile: percentile must be in (50, 100], got {percentile}")
+        self.percentile = percentile
+
+    def qparams(self, symmetric: bool = False) -> QParams:
+        """The parameters of the range between the percentiles, to within a bin."""
+        if self.low > self.high:
+            raise ValueError("Percentile: observe must be called before qparams")
+        total = float(self.counts.sum()) + self.zeros
+        allowed = total * (1 - self.percentile / 100)
+        middle = _BINS // 2
+        # Values outside each candidate end, walking inwards from the far end to zero.
+        above = self.counts[middle:].flip(0).cumsum(0).flip(0)
+        below = self.counts[:middle].cumsum(0)
+        high = float((above > allowed + 1e-9).sum()) * self.width
+        low = -float((below > allowed + 1e-9).sum()) * self.width
+        return qparams_of_range(max(low, min(self.low, 0.0)), min(high, max(self.high, 0.0)), symmetric)
+
+
+class Mse(Histogram):
+    """The range with the least expected squared error of rounding and clipping together.
+
+    Each end is searched in turn over cuts of 1/128, from the full range (Banner et al. 2019, "Post training
+    4-bit quantization", arXiv:1810.05723, choose it from a formula; Nagel et al. 2021, arXiv:2106.08295,
+    section 3.1, by search).
+    """
+
+    def qparams(self, symmetric: bool = False) -> QParams:
+        """The parameters with the least error on the histogram."""
+        best = super().qparams(symmetric)
+        filled = self.counts > 0
+        if not bool(filled.any()):
+            return best
+        centres, counts = self.centres[filled], self.counts[filled]
+        low, high = min(self.low, 0.0), max(self.high, 0.0)
+        cut_low = cut_high = 0
+        for side in ("both",) if symmetric else ("high", "low", "high", "low"):
+            trials = [
+                (cut if side != "high" else cut_low, cut if side != "low" else cut_high)
+                for cut in range(_CUTS)
+            ]
+            params = [
+                qparams_of_range(low * (1 - a / _CUTS), high * (1 - b / _CUTS), symmetric) for a, b in trials
+            ]
+            winner = int(_errors(params, centres, counts).argmin())
+            best, (cut_low, cut_high) = params[winner], trials[winner]
+        return best
+
+
+def _errors(params: list[QParams], centres: Tensor, counts: Tensor) -> Tensor:
+    """Sum of squared errors of each of `params` on a histogram, float64 [len(params)]."""
+    scale = torch.tensor([p.scale for p in params], dtype=torch.float64).unsqueeze(1)
+    zero = torch.tensor([p.zero_point for p in params], dtype=torch.float64).unsqueeze(1)
+    q = (torch.round(centres / scale) + zero).clamp_(-128, 127)
+    return ((q - zero) * scale - centres).square() @ counts
