@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import chain
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 #: One input of a model: its only argument, its positional arguments, or its keyword arguments.
 Batch = Tensor | tuple[Any, ...] | Mapping[str, Any]
 Batches = Iterable[Batch]
+_M = TypeVar("_M", bound=nn.Module)
 
 
 def to_device(value: Any, device: torch.device | str | None) -> Any:
@@ -85,3 +86,49 @@ def run_calibration(op: str, model: nn.Module, batches: Batches) -> int:
     if count == 0:
         raise ValueError(f"{op}: calibration must hold at least one batch, got none (a spent generator?)")
     return count
+
+
+def observe_inputs(
+    op: str,
+    model: nn.Module,
+    layers: Mapping[str, _M],
+    batches: Batches,
+    see: Callable[[str, _M, Tensor], None],
+) -> set[str]:
+    """Run `batches` in eval mode and call `see(name, layer, input)` for each call of each layer.
+
+    Returns the names of the layers that ran. The hooks are gone afterwards, whatever happens. Raises
+    ValueError for an empty calibration and for an input that holds NaN or Inf, naming the layer.
+    """
+    seen: set[str] = set()
+
+    def watch(name: str, layer: _M) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            x: Tensor = (args[0] if args else kwargs["input"]).detach()
+            if not bool(torch.isfinite(x).all()):
+                raise ValueError(
+                    f"{op}: calibration must give finite inputs, got NaN or Inf at layer {name!r}"
+                )
+            if x.numel():
+                see(name, layer, x)
+                seen.add(name)
+
+        return hook
+
+    handles = [
+        layer.register_forward_pre_hook(watch(name, layer), with_kwargs=True)
+        for name, layer in layers.items()
+    ]
+    try:
+        run_calibration(op, model, batches)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen
+
+
+def require_seen(op: str, layers: Iterable[str], seen: set[str]) -> None:
+    """ValueError naming the first of `layers` that calibration never ran."""
+    for name in layers:
+        if name not in seen:
+            raise ValueError(f"{op}: calibration must reach layer {name!r}; leave it out with layers=[...]")

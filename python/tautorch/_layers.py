@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
-from typing import Any, cast
+from typing import cast
 
-import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
-
-from tautorch._batches import Batches, run_calibration
 
 #: The layers whose weight is a matrix [out, in] or [out, in / groups * kh * kw].
 Layer = nn.Linear | nn.Conv2d
@@ -116,49 +113,3 @@ def replace_layers(model: nn.Module, new: Mapping[str, nn.Module]) -> None:
         parent_name, _, key = name.rpartition(".")
         module.train(model.get_submodule(name).training)
         setattr(model.get_submodule(parent_name), key, module)
-
-
-def observe_inputs(
-    op: str,
-    model: nn.Module,
-    layers: Mapping[str, Layer],
-    batches: Batches,
-    see: Callable[[str, Layer, Tensor], None],
-) -> set[str]:
-    """Run `batches` in eval mode and call `see(name, layer, input)` for each call of each layer.
-
-    Returns the names of the layers that ran. The hooks are gone afterwards, whatever happens. Raises
-    ValueError for an empty calibration and for an input that holds NaN or Inf, naming the layer.
-    """
-    seen: set[str] = set()
-
-    def watch(name: str, layer: Layer) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            x: Tensor = (args[0] if args else kwargs["input"]).detach()
-            if not bool(torch.isfinite(x).all()):
-                raise ValueError(
-                    f"{op}: calibration must give finite inputs, got NaN or Inf at layer {name!r}"
-                )
-            if x.numel():
-                see(name, layer, x)
-                seen.add(name)
-
-        return hook
-
-    handles = [
-        layer.register_forward_pre_hook(watch(name, layer), with_kwargs=True)
-        for name, layer in layers.items()
-    ]
-    try:
-        run_calibration(op, model, batches)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return seen
-
-
-def require_seen(op: str, layers: Iterable[str], seen: set[str]) -> None:
-    """ValueError naming the first of `layers` that calibration never ran."""
-    for name in layers:
-        if name not in seen:
-            raise ValueError(f"{op}: calibration must reach layer {name!r}; leave it out with layers=[...]")

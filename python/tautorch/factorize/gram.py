@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tautorch._batches import Batches
-from tautorch._layers import Layer, observe_inputs, require_seen
+from tautorch._batches import Batches, observe_inputs, require_seen
+from tautorch._layers import Layer
 
 # Unfolded rows held at once: 64 MiB of float64.
 _UNFOLD_ELEMENTS = 8 << 20

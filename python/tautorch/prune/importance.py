@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tautorch._batches import Batches
-from tautorch._layers import Layer, observe_inputs, require_seen
+from tautorch._batches import Batches, observe_inputs, require_seen
+from tautorch._layers import Layer
 
 #: "magnitude", "activation", or a callable (layer name, layer) -> score of the weight's shape.
 Importance = str | Callable[[str, nn.Module], Tensor]

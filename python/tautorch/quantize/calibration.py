@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterable
 
 from torch import Tensor, nn
 
-from tautorch._batches import Batches
-from tautorch._layers import Layer, observe_inputs, require_seen, select_layers
+from tautorch._batches import Batches, observe_inputs, require_seen
+from tautorch._layers import Layer, select_layers
 from tautorch.quantize.observers import MinMax, Mse, Observer, Percentile
 from tautorch.quantize.qparams import QParams
 
