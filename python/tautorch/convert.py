@@ -371,10 +371,10 @@ def _shape_time(first: torch.Tensor | None, found: Comparison) -> ShapeTime:
 
 
 def _bytes(layer: nn.Module) -> int:
-    """Bytes of weights in memory; a packed layer says so itself, its packed form is not in state_dict."""
+    """Bytes of parameters and buffers in memory, a packed layer's in its packed form."""
     packed = getattr(layer, "packed_bytes", None)
     if callable(packed):
-        return int(packed())
+        packed()  # packs, if that has not happened yet
     tensors = {id(t): t for t in [*layer.parameters(), *layer.buffers()]}
     return sum(t.numel() * t.element_size() for t in tensors.values())
 

@@ -132,31 +132,35 @@ def _matches(chain: tuple[str | None, ...], path: tuple[str, ...]) -> bool:
 
 
 _CHAINS: dict[type, tuple[tuple[str, tuple[str | None, ...]], ...]] = {}
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
 def _attribute_chains(cls: type[nn.Module]) -> tuple[tuple[str, tuple[str | None, ...]], ...]:
     """Every `self.a.b[i].c` in the methods of `cls`, as (method, ("a", "b", None, "c"))."""
     if cls not in _CHAINS:
-        found: list[tuple[str, tuple[str | None, ...]]] = []
-        for base in cls.__mro__:
-            if base in (nn.Module, object) or base in _CONTAINERS:
-                break
-            for attribute, member in vars(base).items():
-                function = member.fget if isinstance(member, property) else inspect.unwrap(member)
-                if attribute not in _BUILDERS and inspect.isfunction(function):
-                    found += [(attribute, chain) for chain in _chains_of(function)]
-        _CHAINS[cls] = tuple(found)
+        _CHAINS[cls] = tuple((name, chain) for name, tree in class_functions(cls) for chain in _chains(tree))
     return _CHAINS[cls]
 
 
-_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+def class_functions(cls: type[nn.Module]) -> Iterator[tuple[str, ast.AST]]:
+    """The methods and properties that a module class has beyond torch's own, but for those that build it.
+
+    A method without source (written in a REPL, or in C) is left out.
+    """
+    for base in cls.__mro__:
+        if base in (nn.Module, object) or base in _CONTAINERS:
+            return
+        for name, member in vars(base).items():
+            function = member.fget if isinstance(member, property) else inspect.unwrap(member)
+            if name in _BUILDERS or not inspect.isfunction(function):
+                continue
+            try:
+                yield name, ast.parse(textwrap.dedent(inspect.getsource(function)))
+            except (OSError, TypeError, SyntaxError):
+                continue
 
 
-def _chains_of(function: Callable[..., Any]) -> Iterator[tuple[str | None, ...]]:
-    try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
-    except (OSError, TypeError, SyntaxError, IndentationError):
-        return  # no source (built in a REPL, C code): the run on example inputs still watches the reads
+def _chains(tree: ast.AST) -> Iterator[tuple[str | None, ...]]:
     for node in ast.walk(tree):
         parts: list[str | None] = []
         while isinstance(node, (ast.Attribute, ast.Subscript)):

@@ -1,37 +1,282 @@
-"""One safetensors file for a compressed model, and the way back."""
+"""One safetensors file for a compressed model, and the way back.
+
+The file holds the canonical tensors of `state_dict` and, as JSON in its metadata, the model's structure:
+which layers were replaced by which, the shapes that pruning and factorising left, tied tensors, versions and
+checksums. Loading needs the architecture's code and never runs code from the file.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from importlib import metadata
 from os import PathLike
 from typing import Any
 
+import torch
 from torch import nn
 
+from tautorch import storage_structure
+from tautorch.nn import MODULES
+from tautorch.storage_file import DTYPES, CheckpointError, Entry, bad, digest, read, tensors, write
+from tautorch.storage_structure import Rebuilt, StructureError
 
-class CheckpointError(ValueError):
-    """A file that cannot be loaded: truncated, corrupted, tampered with, or for another architecture."""
+__all__ = ["CheckpointError", "describe", "load", "save"]
+
+_FORMAT = 1
+_PACKED = frozenset(MODULES.values())
+_SAVABLE = frozenset(DTYPES.values())
+_FORMATS = {4: ("channels_last", torch.channels_last), 5: ("channels_last_3d", torch.channels_last_3d)}
 
 
 def save(model: nn.Module, path: str | PathLike[str], *, info: Mapping[str, Any] | None = None) -> None:
-    """Writes `model` to one safetensors file; see `load`.
+    """Writes `model` to one safetensors file; `load` is the way back.
 
-    The file is complete or not there: it is written beside `path`, synced, and moved over it. `info` is any
-    JSON-able dict to travel with the model (measurements, device, versions); `describe` reads it back.
+    The file is complete or not there: it is written beside `path`, synced, and moved over it, so a failed
+    save leaves an older file as it was. `info` is any JSON-able dict to travel with the model (measurements,
+    device, versions); `describe` reads it back. Tensors of any device are saved; tied ones once.
+
+    Raises TypeError or ValueError, before anything is written, for state that a file cannot hold (extra state
+    that is no tensor, meta or sparse tensors, other dtypes); OSError where the file system refuses.
     """
-    raise NotImplementedError
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"save: model must be an nn.Module, got {type(model).__name__}")
+    if info is not None and not isinstance(info, Mapping):
+        raise TypeError(f"save: info must be a dict of JSON values, got {type(info).__name__}")
+    try:
+        structure = storage_structure.describe(model)
+    except StructureError as error:
+        raise ValueError(f"save: {error}") from error
+    state = model.state_dict()
+    for name, value in state.items():
+        _check_savable(name, value)
+    aliases = _aliases(state)
+    kept = {name: _plain_copy(value) for name, value in state.items() if name not in aliases}
+    document = {
+        "format": _FORMAT,
+        "tautorch": _version(),
+        "torch": torch.__version__,
+        "modules": structure,
+        "sha256": {name: digest(value) for name, value in kept.items()},
+        "aliases": aliases,
+        "memory_format": {name: f for name, value in state.items() if (f := _memory_format(value))},
+        "info": dict(info or {}),
+    }
+    write(path, kept, document)
+
+
+def _version() -> str:
+    try:
+        return metadata.version("tautorch")
+    except metadata.PackageNotFoundError:  # run from a source tree
+        return "unknown"
+
+
+def _check_savable(name: str, value: object) -> None:
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(
+            f"save: the state {name!r} must be a tensor, got {type(value).__name__}; "
+            "make it a buffer, or a constructor argument of the architecture"
+        )
+    if value.layout != torch.strided or value.is_meta or value.dtype not in _SAVABLE:
+        what = "meta" if value.is_meta else f"{value.layout} {value.dtype}"
+        raise ValueError(
+            f"save: the state {name!r} must be a dense tensor with data of a common dtype, got {what}"
+        )
+
+
+def _aliases(state: Mapping[str, torch.Tensor]) -> dict[str, str]:
+    """{name: the earlier name of the very same values in memory}: tied weights."""
+    first: dict[tuple[Any, ...], str] = {}
+    found: dict[str, str] = {}
+    for name, value in state.items():
+        if value.numel():
+            key = (value.device, value.data_ptr(), value.dtype, value.shape, value.stride())
+            if first.setdefault(key, name) != name:
+                found[name] = first[key]
+    return found
+
+
+def _plain_copy(value: torch.Tensor) -> torch.Tensor:
+    """Contiguous, on the CPU, and alone in its storage, as safetensors wants it."""
+    value = value.detach().cpu().contiguous()
+    own = value.numel() * value.element_size() == value.untyped_storage().nbytes()
+    return value if own and value.storage_offset() == 0 else value.clone()
+
+
+def _memory_format(value: torch.Tensor) -> str | None:
+    """A dense layout other than the contiguous one; float kernels may round differently in it."""
+    name, memory_format = _FORMATS.get(value.dim(), ("", torch.contiguous_format))
+    plain = value.is_contiguous() or not name or not value.is_contiguous(memory_format=memory_format)
+    return None if plain else name
 
 
 def load(path: str | PathLike[str], skeleton: nn.Module | Callable[[], nn.Module]) -> nn.Module:
     """Rebuilds a saved model from its architecture's code and returns it.
 
     skeleton: the float model's class or function (called without arguments), or a module, which is changed in
-    place and returned. The result keeps the skeleton's training flag: call `.eval()` to run it. Raises
-    `CheckpointError` (a ValueError) for a bad file; the module that was passed is then unchanged.
+        place and returned. Layers that were replaced, pruned or factorised are put into it.
+
+    The result keeps the skeleton's training flag (call `.eval()` to run it) and device. Raises
+    `CheckpointError` (a ValueError) for a file that is truncated, corrupted, tampered with or of another
+    architecture, TypeError for another skeleton, OSError where the file cannot be read; a module that was
+    passed is then unchanged.
     """
-    raise NotImplementedError
+    document, entries = read(path)
+    _check_document(path, document, entries)
+    values = tensors(path, entries, document["sha256"])
+    model = _skeleton(skeleton)
+    aliases = document["aliases"]
+    said = entries | {name: entries[kept] for name, kept in aliases.items()}
+    try:
+        rebuilt = storage_structure.rebuild(model, document["modules"], said)
+    except StructureError as error:
+        bad(path, f"does not fit: it {error}")
+    except RecursionError:
+        bad(path, "is malformed: its structure is nested too deeply")
+    state = values | {name: values[kept] for name, kept in aliases.items()}
+    with _all_or_nothing(model, rebuilt, isinstance(skeleton, nn.Module)):
+        try:
+            _fill(rebuilt, state, said, document)
+        except CheckpointError:
+            raise
+        except Exception as error:
+            bad(
+                path, f"does not fit: it {error}" if isinstance(error, StructureError) else f"is bad: {error}"
+            )
+    return model
 
 
 def describe(path: str | PathLike[str]) -> dict[str, Any]:
-    """The structure, versions and `info` stored in a file, without loading its tensors."""
-    raise NotImplementedError
+    """What a file says of itself: `format`, `tautorch` and `torch` versions, `modules`, `tensors`, `info`.
+
+    Reads the header alone; tensor data is not verified. Raises `CheckpointError` as `load` does.
+    """
+    document, entries = read(path)
+    _check_document(path, document, entries)
+    shapes = {name: {"dtype": str(e.dtype), "shape": list(e.shape)} for name, e in entries.items()}
+    return document | {"tensors": shapes}
+
+
+def _skeleton(skeleton: object) -> nn.Module:
+    model = skeleton
+    if not isinstance(model, nn.Module):
+        if not callable(skeleton):
+            raise TypeError(
+                f"load: skeleton must be a module or a function that makes one, got {type(skeleton).__name__}"
+            )
+        model = skeleton()
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"load: skeleton must return an nn.Module, got {type(model).__name__}")
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if tensor.is_meta or torch.nn.parameter.is_lazy(tensor):
+            raise ValueError(
+                f"load: skeleton must have real tensors, got {name!r} without data; build it on the CPU"
+            )
+    return model
+
+
+def _check_document(path: str | PathLike[str], document: dict[str, Any], entries: dict[str, Entry]) -> None:
+    """The document's own form; what it says of modules is checked where they are built."""
+    if document.get("format") != _FORMAT:
+        bad(
+            path,
+            f"is of format {document.get('format')!r}, this tautorch reads {_FORMAT}; install a matching one",
+        )
+    for key in ("modules", "sha256", "aliases", "memory_format", "info"):
+        if not isinstance(document.get(key), dict):
+            bad(path, f"is malformed: its structure must have the object {key!r}")
+    said, aliases = document["sha256"], document["aliases"]
+    if set(said) != set(entries):
+        odd = sorted(set(said) ^ set(entries))[0]
+        bad(path, f"is corrupted: its tensors and their checksums differ at {odd!r}")
+    for name, value in said.items():
+        if not isinstance(value, str):
+            bad(path, f"is malformed: tensor {name!r} has no checksum")
+    for name, kept in aliases.items():
+        if not isinstance(kept, str) or kept not in entries or name in entries:
+            bad(path, f"is malformed: {name!r} is said to be tied to {kept!r}")
+
+
+@contextmanager
+def _all_or_nothing(model: nn.Module, rebuilt: Rebuilt, keep: bool) -> Iterator[None]:
+    """Puts the new modules in; on an error, and if `keep`, everything is again as it was, values too."""
+    if not keep:
+        rebuilt.apply()
+        yield
+        return
+    replaced = tuple(f"{path}." for path in rebuilt.made)
+    tensors_before = [(t, t.data) for t in [*model.parameters(), *model.buffers()]]
+    values_before = {
+        name: value.clone() for name, value in model.state_dict().items() if not name.startswith(replaced)
+    }
+    parameters_before = [(m, dict(m._parameters)) for m in model.modules()]
+    try:
+        rebuilt.apply()
+        yield
+    except BaseException:
+        rebuilt.undo()
+        for module, parameters in parameters_before:
+            module._parameters.clear()
+            module._parameters.update(parameters)
+        for tensor, data in tensors_before:
+            tensor.data = data
+        model.load_state_dict(values_before, strict=False)
+        raise
+
+
+def _fill(
+    rebuilt: Rebuilt, state: dict[str, torch.Tensor], said: dict[str, Entry], document: dict[str, Any]
+) -> None:
+    """Loads the tensors into the rebuilt model, after everything about them has been compared."""
+    model = rebuilt.root
+    expected = model.state_dict()
+    for name, tensor in expected.items():
+        storage_structure.check_entry(name, tensor, said)
+    if unknown := sorted(set(said) - set(expected)):
+        raise StructureError(f"has the tensor {unknown[0]!r}, which the architecture lacks")
+    for path, module in model.named_modules():
+        if type(module) in _PACKED:
+            for name in module.state_dict():
+                full = f"{path}.{name}" if path else name
+                _check_packed(full, state[full])
+    _tie(model, document["aliases"])
+    direct = dict(
+        [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    )
+    formats = dict(_FORMATS.values())
+    for name, value in state.items():
+        tensor = direct.get(name)
+        if tensor is not None and (tensor.dtype != value.dtype or name in document["memory_format"]):
+            memory_format = formats.get(document["memory_format"].get(name), torch.preserve_format)
+            tensor.data = tensor.data.to(value.dtype, memory_format=memory_format)
+    ordered = OrderedDict(state)
+    ordered._metadata = expected._metadata  # type: ignore[attr-defined]
+    filled = model.load_state_dict(ordered, strict=True)
+    if filled.missing_keys or filled.unexpected_keys:
+        raise StructureError(f"leaves {filled.missing_keys or filled.unexpected_keys} over")
+
+
+def _check_packed(name: str, value: torch.Tensor) -> None:
+    """What the compiled kernels take for granted of any values."""
+    if value.is_floating_point() and not bool(value.isfinite().all()):
+        raise StructureError(f"has non-finite values in {name!r}, which a packed layer cannot hold")
+    if name.endswith("x_scale") and not bool((value > 0).all()):
+        raise StructureError(f"has a scale that is not positive in {name!r}")
+    if name.endswith("x_zero_point") and not bool(((value >= -128) & (value <= 127)).all()):
+        raise StructureError(f"has a zero point outside [-128, 127] in {name!r}")
+
+
+def _tie(model: nn.Module, aliases: Mapping[str, str]) -> None:
+    """Ties again what was tied when saved, where both are parameters and the skeleton has them apart."""
+    for name, kept in aliases.items():
+        owner, _, key = name.rpartition(".")
+        source_owner, _, source_key = kept.rpartition(".")
+        try:
+            target, source = model.get_submodule(owner), model.get_submodule(source_owner)
+        except AttributeError:
+            continue
+        parameter = source._parameters.get(source_key)
+        if key in target._parameters and parameter is not None:
+            target._parameters[key] = parameter
