@@ -55,6 +55,15 @@ wheel: $(DEPS)
 	$(PY) -m pip wheel . --quiet --no-deps --no-build-isolation --wheel-dir dist
 	@ls dist/*.whl
 
+# Subprocesses of a test load the plain extension; leaks are not looked for, because Python never frees all it holds.
+sanitize: build
+	$(VENV)/bin/cmake -S . -B build/sanitize -G Ninja --log-level=WARNING -DCMAKE_MAKE_PROGRAM=$(abspath $(VENV)/bin/ninja) \
+	  -DPython_EXECUTABLE=$(abspath $(PY)) -DTAUTORCH_SANITIZE=address,undefined -DTAUTORCH_OUTPUT_DIR=$(abspath build/sanitize)
+	$(VENV)/bin/cmake --build build/sanitize
+	LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libstdc++.so)" \
+	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	  $(PY) tests/sanitized.py build/sanitize tests/ops tests/nn -q -x $(ARGS)
+
 clean:
 	rm -rf build dist $(STAMPS)/build-* python/tautorch/*.so
 

@@ -77,7 +77,7 @@ function(tautorch_common_options target)
   target_compile_options(${target} PRIVATE "$<$<COMPILE_LANGUAGE:CXX>:${TAUTORCH_FLAGS}>")
   if(TAUTORCH_SANITIZE)
     target_compile_options(${target} PRIVATE
-      "$<$<COMPILE_LANGUAGE:CXX>:-fsanitize=${TAUTORCH_SANITIZE};-fno-omit-frame-pointer;-g>")
+      "$<$<COMPILE_LANGUAGE:CXX>:-fsanitize=${TAUTORCH_SANITIZE};-fno-sanitize-recover=all;-fno-omit-frame-pointer;-g>")
     target_link_options(${target} PRIVATE "-fsanitize=${TAUTORCH_SANITIZE}")
   endif()
 endfunction()
