@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from tautorch import dispatch, ops
 from tautorch.reference.layouts import encode
 from tautorch.reference.quantizer import quantize_rows, quantize_samples, quantize_static
 
@@ -66,3 +67,17 @@ def test_quantiser(name: str) -> None:
         q, scale = quantize_samples(x) if samples else quantize_rows(x)
     assert digest(q.reshape(x.shape[0], -1).numpy()) == COMMITTED[name]["q"]
     assert digest(scale.numpy()) == COMMITTED[name]["scale"]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_kernels(name: str) -> None:
+    case = CASES[name]
+    args, kwargs = call(case)
+    reasons = dispatch.refusals(dispatch.Problem(case.op, "cpu", 70, 131))
+    assert len(reasons) > 1
+    for kernel, reason in reasons.items():
+        if reason is None:
+            with dispatch.force(case.op, kernel):
+                acc = getattr(ops, case.op)(*args, **kwargs)
+                assert dispatch.last_used(case.op) == kernel
+            assert digest(acc.numpy()) == COMMITTED[name]["acc"], kernel

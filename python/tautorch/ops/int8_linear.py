@@ -185,6 +185,10 @@ def _fake(
     out_zero_point: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
+    _check(
+        x, weight, weight_scale, bias, x_scale, x_zero_point, weight_only, activation, out_scale,
+        out_zero_point, out_dtype,
+    )  # fmt: skip
     dtype = lib.output_dtype(x, out_scale, out_dtype)
     return x.new_empty((*x.shape[:-1], weight_scale.shape[0]), dtype=dtype)
 

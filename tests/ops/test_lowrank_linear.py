@@ -1,0 +1,9 @@
+"""``lowrank_linear`` passes the operator suite on every kernel."""
+
+from __future__ import annotations
+
+from .suite import LinearSuite
+
+
+class TestLowRankLinear(LinearSuite):
+    op = "lowrank_linear"
