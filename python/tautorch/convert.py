@@ -44,6 +44,7 @@ def convert(
         dtype, strides) the layer gets; keep it only if its median speed-up is at least `min_speedup` at all
         of them. Afterwards the whole model is timed before against after at each example input, and layers
         are put back, the least useful first, until the model is not slower.
+    min_speedup: below 1 it lets slower layers in (to save memory), and the whole model be slower by as much.
     seconds: about how long one comparison takes (a close one is repeated at three times the length).
     report: an empty `ConvertReport` to be filled.
 
@@ -64,7 +65,7 @@ def convert(
         for candidate in candidates.values():
             candidate.decide(gate, min_speedup, seconds)
         swap = _Swap(model, [c for c in candidates.values() if c.record.replaced])
-        times, error = _settle(model, swap, batches, gate, seconds)
+        times, error = _settle(model, swap, batches, gate, min(1.0, min_speedup), seconds)
     for candidate in swap.candidates:
         candidate.new.train(modes[candidate.name])
     if report is not None:
@@ -290,7 +291,7 @@ class _Swap:
 
 
 def _settle(
-    model: nn.Module, swap: _Swap, batches: list[Any], gate: bool, seconds: float
+    model: nn.Module, swap: _Swap, batches: list[Any], gate: bool, threshold: float, seconds: float
 ) -> tuple[list[ShapeTime], float | None]:
     """Puts the replacements in; with example inputs checks the whole model, with the gate its speed too."""
     step = max(1, len(swap.candidates) // 16)
@@ -298,11 +299,11 @@ def _settle(
         while True:
             error = _whole_error(model, swap, batches)
             times = (
-                [_whole_time(model, swap, batch, seconds) for batch in batches]
+                [_whole_time(model, swap, batch, threshold, seconds) for batch in batches]
                 if gate and swap.candidates
                 else []
             )
-            slower = [t for t in times if t.ratio_high < 1.0]
+            slower = [t for t in times if t.ratio_high < threshold]
             if not slower:
                 swap.put(True)
                 return times, error
@@ -331,14 +332,14 @@ def _whole_error(model: nn.Module, swap: _Swap, batches: list[Any]) -> float | N
     return errors.value
 
 
-def _whole_time(model: nn.Module, swap: _Swap, batch: Any, seconds: float) -> ShapeTime:
+def _whole_time(model: nn.Module, swap: _Swap, batch: Any, threshold: float, seconds: float) -> ShapeTime:
     def run() -> object:
         return call_model("convert", model, batch)
 
     found = _decisive(
         run,
         run,
-        1.0,
+        threshold,
         2 * seconds,
         setup_a=lambda: swap.put(False),
         setup_b=lambda: swap.put(True),

@@ -1,0 +1,521 @@
+"""`convert`: what it refuses, what it replaces, and that its gate keeps slower layers out."""
+
+from __future__ import annotations
+
+import copy
+import json
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from tautorch.convert import convert
+from tautorch.convert_report import ConvertReport
+from tautorch.nn import Int8Linear
+from tautorch.timing import compare
+
+
+class Wrapped(nn.Module):
+    """A replacement that computes the same; `wait` seconds slower."""
+
+    def __init__(self, layer: nn.Module, wait: float = 0.0) -> None:
+        super().__init__()
+        self.layer, self.wait = layer, wait
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.wait:
+            time.sleep(self.wait)
+        return self.layer(x)
+
+
+class Waiting(nn.Linear):
+    """A float layer that is slow, to be beaten; `only` restricts it to one batch size."""
+
+    def __init__(self, *args: int, wait: float = 1e-3, only: int | None = None) -> None:
+        super().__init__(*args)
+        self.wait, self.only = wait, only
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.only in (None, x.shape[0]):
+            time.sleep(self.wait)
+        return F.linear(x, self.weight, self.bias)
+
+
+def plain(layer: nn.Module) -> nn.Linear:
+    """A fast copy of a `Waiting`."""
+    assert isinstance(layer, nn.Linear)
+    new = nn.Linear(layer.in_features, layer.out_features)
+    new.load_state_dict(layer.state_dict())
+    return new
+
+
+def snapshot(model: nn.Module) -> tuple[list[tuple[str, int]], dict[str, Tensor]]:
+    modules = [(name, id(m)) for name, m in model.named_modules(remove_duplicate=False)]
+    return modules, copy.deepcopy(model.state_dict())
+
+
+def assert_same(model: nn.Module, before: tuple[list[tuple[str, int]], dict[str, Tensor]]) -> None:
+    modules, state = snapshot(model)
+    assert modules == before[0]
+    assert list(state) == list(before[1])
+    assert all(torch.equal(state[k], before[1][k]) for k in state)
+
+
+def mlp() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 8))
+
+
+def test_replaces_in_place_and_returns_the_model() -> None:
+    model = mlp().eval()
+    x = torch.randn(4, 16)
+    expected, last = model(x), model[2]
+    assert convert(model, {"0": Int8Linear.from_float}) is model
+    assert isinstance(model[0], Int8Linear)
+    assert model[2] is last
+    assert 0 < (model(x) - expected).norm() / expected.norm() < 0.05
+
+
+def test_nested_names_and_module_lists() -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList([mlp(), mlp()])
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layers[0](x) + self.layers[1](x)
+
+    model = Block()
+    convert(model, {"layers.1.0": Int8Linear.from_float}, torch.randn(2, 16))
+    assert isinstance(model.layers[1][0], Int8Linear)
+    assert isinstance(model.layers[0][0], nn.Linear)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_training_flags_are_kept(training: bool) -> None:
+    model = mlp().train(training)
+    model[1].training = not training
+    convert(model, {"0": Int8Linear.from_float}, torch.randn(2, 16), gate=True, min_speedup=0.0, seconds=0.01)
+    assert isinstance(model[0], Int8Linear)
+    assert [m.training for m in model] == [training, not training, training]
+
+
+def test_random_state_is_kept() -> None:
+    model = nn.Sequential(nn.Dropout(), nn.Linear(4, 4))
+    state = torch.get_rng_state()
+    convert(model, {"1": lambda layer: nn.Linear(4, 4)}, torch.randn(2, 4, generator=torch.Generator()))
+    assert torch.equal(state, torch.get_rng_state())
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(10, 4), nn.Linear(4, 10, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.embed(x))
+
+
+class SameStorage(nn.Module):
+    """The second layer's weight is a view of the first one's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 8), nn.Linear(4, 4)
+        self.b.weight = nn.Parameter(self.a.weight.data[2:6])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.a(x)[:, :4])
+
+
+class TwoNames(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(4, 4)
+        self.b = self.a
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.a(x))
+
+
+class HiddenName(nn.Module):
+    """Holds the layer once more where PyTorch does not see it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(4, 4)
+        self.also = [self.a]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.also[0](x)
+
+
+class ReadsWeight(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.layers = nn.Linear(4, 4), nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for i in range(2):
+            x = F.linear(x, self.layers[i].weight)
+        return F.linear(x, self.a.weight)
+
+
+class Outer(nn.Module):
+    """Reads its grandchild's weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Sequential(nn.Linear(4, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x) + self.inner[0].weight.sum()
+
+
+class Scaled(nn.Module):
+    def forward(self, w: Tensor) -> Tensor:
+        return 2 * w
+
+
+def parametrised() -> nn.Module:
+    model = mlp()
+    parametrize.register_parametrization(model[0], "weight", Scaled())
+    return model
+
+
+def weight_normed() -> nn.Module:
+    model = mlp()
+    with pytest.warns(FutureWarning):
+        nn.utils.weight_norm(model[0])
+    return model
+
+
+def hooked() -> nn.Module:
+    model = mlp()
+    model[0].register_forward_hook(lambda *_: None)
+    return model
+
+
+def overridden() -> nn.Module:
+    model = mlp()
+    model[0].forward = model[0].forward  # as wrappers do that patch instances
+    return model
+
+
+@pytest.mark.parametrize(
+    ("make", "name", "reason"),
+    [
+        (mlp, "nowhere", "no such layer"),
+        (mlp, "2.weight", "no such layer"),
+        (mlp, "", "wrap it in nn.Sequential"),
+        (Tied, "head", "shared with parameter 'embed.weight'"),
+        (Tied, "embed", "shared with parameter 'head.weight'"),
+        (SameStorage, "a", "shared with parameter 'b.weight'"),
+        (SameStorage, "b", "shared with parameter 'a.weight'"),
+        (TwoNames, "a", "also used as 'b'"),
+        (TwoNames, "b", "also used as 'a'"),
+        (HiddenName, "a", "in attribute 'also'"),
+        (ReadsWeight, "a", "reads a.weight directly in forward"),
+        (ReadsWeight, "layers.1", "reads layers.1.weight directly in forward"),
+        (Outer, "inner.0", "reads inner.0.weight directly in forward"),
+        (parametrised, "0", "remove_parametrizations"),
+        (weight_normed, "0", "hook"),
+        (hooked, "0", "remove the hook"),
+        (overridden, "0", "forward overridden"),
+        (lambda: nn.Sequential(nn.LazyLinear(3)), "0", "lazy"),
+        (lambda: nn.Sequential(torch.jit.script(nn.Linear(2, 2))), "0", "ScriptModule"),
+        (lambda: nn.ModuleDict({"m": nn.MultiheadAttention(8, 2)}), "m.out_proj", "MultiheadAttention"),
+        (lambda: nn.TransformerEncoderLayer(8, 2), "linear1", "fast path"),
+        (lambda: nn.TransformerEncoderLayer(8, 2), "linear2", "fast path"),
+        (lambda: nn.TransformerEncoderLayer(8, 2), "self_attn.out_proj", "fast path"),
+        (
+            lambda: nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2), 2),
+            "layers.1.linear2",
+            "fast path",
+        ),
+    ],
+)
+def test_refuses_a_layer_somebody_else_reads(make: Callable[[], nn.Module], name: str, reason: str) -> None:
+    model = make()
+    before = [(n, id(m)) for n, m in model.named_modules(remove_duplicate=False)]
+    with pytest.raises(ValueError, match="convert: nothing was changed") as caught:
+        convert(model, {name: lambda layer: nn.Identity()})
+    assert reason in str(caught.value)
+    assert repr(name) in str(caught.value)
+    assert [(n, id(m)) for n, m in model.named_modules(remove_duplicate=False)] == before
+
+
+def test_layers_beside_a_reader_are_not_refused() -> None:
+    decoder = nn.TransformerDecoderLayer(8, 2)  # has no fast path: its linears are called
+    convert(decoder, {"linear1": Int8Linear.from_float, "linear2": Int8Linear.from_float})
+    assert isinstance(decoder.linear1, Int8Linear)
+
+
+def test_disjoint_views_of_one_buffer_are_not_shared() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    flat = torch.randn(32)
+    model[0].weight.data, model[1].weight.data = flat[:16].view(4, 4), flat[16:].view(4, 4)
+    convert(model, {"0": Int8Linear.from_float})
+    assert isinstance(model[0], Int8Linear)
+
+
+def test_a_repeated_block_is_converted_once_for_all_its_uses() -> None:
+    block = nn.Sequential(nn.Linear(4, 4))
+    model = nn.Sequential(block, block)
+    convert(model, {"0.0": Int8Linear.from_float})
+    assert model[1][0] is model[0][0]
+    assert isinstance(model[0][0], Int8Linear)
+
+
+def test_a_read_that_only_shows_at_run_time_is_noticed() -> None:
+    class Sly(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            layer = getattr(self, "a")  # noqa: B009 - the source does not say self.a.weight
+            return F.linear(self.b(x), layer.weight)
+
+    model = Sly()
+    convert(copy.deepcopy(model), {"b": Int8Linear.from_float}, torch.randn(2, 4))
+    with pytest.raises(ValueError, match=r"'a': its weight is read directly by a call of linear"):
+        convert(model, {"b": Int8Linear.from_float, "a": Int8Linear.from_float}, torch.randn(2, 4))
+    assert isinstance(model.b, nn.Linear)
+
+
+def broken(layer: nn.Module) -> nn.Module:
+    raise RuntimeError("no such kernel")
+
+
+@pytest.mark.parametrize(
+    ("factory", "reason"),
+    [
+        (broken, "its factory failed: RuntimeError: no such kernel"),
+        (lambda layer: 3, "must return an nn.Module, got int"),
+        (lambda layer: nn.Linear(5, 8), "failed on a torch.float32 input"),
+        (lambda layer: nn.Linear(32, 9), r"must return torch.float32 \[4, 8\], got torch.float32 \[4, 9\]"),
+        (lambda layer: Wrapped(nn.Linear(32, 8)).half(), "failed on a torch.float32 input"),
+        (lambda layer: nn.Sequential(layer, nn.Threshold(100.0, float("nan"))), "non-finite"),
+    ],
+)
+@pytest.mark.parametrize("gate", [False, True])
+def test_nothing_changes_if_any_entry_fails(factory: Any, reason: str, gate: bool) -> None:
+    model = mlp()
+    before = snapshot(model)
+    report = ConvertReport()
+    with pytest.raises(ValueError, match=reason):
+        convert(model, {"0": Wrapped, "2": factory}, torch.randn(4, 16), gate, report=report)
+    assert_same(model, before)
+    assert report == ConvertReport()
+
+
+def test_nothing_changes_if_only_the_whole_model_fails() -> None:
+    class Picky(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            if not hasattr(self.a, "in_features"):
+                raise RuntimeError("where is my layer")
+            return self.a(x)
+
+    model = Picky()
+    layer = model.a
+    with pytest.raises(ValueError, match=r"converted model failed on the example inputs.*where is my layer"):
+        convert(model, {"a": Wrapped}, torch.randn(2, 4))
+    assert model.a is layer
+
+
+def test_all_problems_are_named_at_once() -> None:
+    with pytest.raises(ValueError, match=r"'x': no such layer.*'0': the plan|'x'.*'y'"):
+        convert(mlp(), {"x": Wrapped, "y": Wrapped})
+
+
+def test_overlapping_entries_are_refused() -> None:
+    model = nn.Sequential(mlp())
+    with pytest.raises(ValueError, match=r"'0.2': it lies inside '0'"):
+        convert(model, {"0": Wrapped, "0.2": Wrapped})
+
+
+def test_close_names_are_suggested() -> None:
+    model = nn.ModuleDict({"encoder": mlp()})
+    with pytest.raises(ValueError, match=r"close: encoder.0"):
+        convert(model, {"encoder_0": Wrapped})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "match"),
+    [
+        ((3, {}), TypeError, "model must be an nn.Module"),
+        ((mlp(), [("0", Wrapped)]), TypeError, "plan must be a dict"),
+        ((mlp(), {"0": nn.Linear(16, 32)}), TypeError, "lambda layer: module"),
+        ((mlp(), {"0": "Int8Linear"}), TypeError, "plan must map names to functions"),
+        ((mlp(), {"0": Wrapped}, 3.0), TypeError, "example_inputs must be a batch"),
+        ((mlp(), {"0": Wrapped}, []), ValueError, "at least one batch"),
+        ((mlp(), {"0": Wrapped}, [[1]]), TypeError, "a batch must be a tensor"),
+        ((mlp(), {"0": Wrapped}, None, True), ValueError, "gate=True must have example_inputs"),
+    ],
+)
+def test_bad_arguments(arguments: tuple[Any, ...], error: type[Exception], match: str) -> None:
+    with pytest.raises(error, match=f"convert: .*{match}"):
+        convert(*arguments)
+
+
+def test_gate_keeps_the_layer_that_wins() -> None:
+    model = nn.Sequential(Waiting(8, 8), nn.Linear(8, 8), nn.Linear(8, 8))
+    slow_before = model[1]
+    report = ConvertReport()
+    plan = {"0": plain, "1": lambda layer: Wrapped(layer, 1e-3), "2": lambda layer: layer}
+    convert(model, plan, [torch.randn(1, 8), torch.randn(5, 8)], gate=True, seconds=0.05, report=report)
+    assert type(model[0]) is nn.Linear
+    assert model[1] is slow_before
+    fast, slow, own = report.layers
+    assert fast.replaced and fast.old_class == "Waiting" and fast.new_class == "Linear"
+    assert fast.worst_ratio > 2 and fast.error == 0
+    assert [t.shape for t in fast.times] == [(1, 8), (5, 8)]
+    assert all(t.before_s > 1e-3 > t.after_s for t in fast.times)
+    assert not slow.replaced and slow.reason.startswith("kept: Wrapped is slower at ")
+    assert slow.bytes_after == slow.bytes_before and slow.worst_ratio < 0.5
+    assert not own.replaced and "returned the layer itself" in own.reason
+    assert [t.shape for t in report.model] == [(1, 8), (5, 8)]
+    assert all(t.ratio > 2 for t in report.model)
+    assert report.gated and report.threads == torch.get_num_threads()
+    assert report.model_parameters == 3 * 72
+    assert report.converted_share == pytest.approx(1 / 3)
+    assert [r.name for r in report.replaced] == ["0"]
+    assert [r.name for r in report.kept] == ["1", "2"]
+
+
+def test_gate_needs_a_win_at_every_shape() -> None:
+    model = nn.Sequential(Waiting(8, 8, only=64))
+    report = ConvertReport()
+    batches = [torch.randn(1, 8), torch.randn(64, 8)]
+    convert(
+        model, {"0": lambda la: Wrapped(plain(la), 2e-4)}, batches, gate=True, seconds=0.05, report=report
+    )
+    assert type(model[0]) is Waiting
+    assert "slower at 1x8" in report.layers[0].reason
+    assert [t.ratio > 1 for t in report.layers[0].times] == [False, True]
+
+
+def test_min_speedup() -> None:
+    report = ConvertReport()
+    model = nn.Sequential(Waiting(8, 8))
+    plan = {"0": lambda la: Wrapped(plain(la), 5e-4)}
+    convert(model, plan, torch.randn(1, 8), gate=True, min_speedup=50.0, seconds=0.05, report=report)
+    assert type(model[0]) is Waiting
+    assert "(needs 50x)" in report.layers[0].reason
+
+
+def test_gate_keeps_what_it_could_not_measure() -> None:
+    class Unused(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.used, self.unused = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.used(x)
+
+    report = ConvertReport()
+    model = Unused()
+    convert(model, {"unused": Int8Linear.from_float}, torch.randn(1, 4), gate=True, report=report)
+    assert isinstance(model.unused, nn.Linear)
+    assert "never ran" in report.layers[0].reason
+
+
+def test_gate_backs_out_what_slows_the_whole_model() -> None:
+    """A replacement that is fast alone and makes the model wait elsewhere; the one that pays stays."""
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.good, self.bad = Waiting(8, 8, wait=2e-3), Waiting(8, 8, wait=5e-4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            if type(self.bad) is nn.Linear:
+                time.sleep(6e-3)
+            return self.bad(self.good(x))
+
+    model = Model()
+    report = ConvertReport()
+    convert(model, {"good": plain, "bad": plain}, torch.randn(2, 8), gate=True, seconds=0.05, report=report)
+    assert type(model.good) is nn.Linear
+    assert type(model.bad) is Waiting
+    assert "backed out" in report.layers[1].reason and not report.layers[1].replaced
+    assert report.model[0].ratio > 1
+
+
+def test_timing_uses_the_captured_inputs() -> None:
+    """Layers get the strides, dtypes and keyword arguments of the real calls, in copies of their own."""
+    seen: list[tuple[Any, ...]] = []
+
+    class Spy(nn.Module):
+        def __init__(self, layer: nn.Module) -> None:
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, x: Tensor, *, scale: float = 1.0) -> Tensor:
+            seen.append((tuple(x.shape), x.stride(), x.dtype, scale, x.data_ptr()))
+            return self.layer(x, scale=scale)
+
+    class Scaling(nn.Module):
+        def forward(self, x: Tensor, *, scale: float = 1.0) -> Tensor:
+            return x * scale
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = Scaling()
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.a(x.t(), scale=2.0)
+            return y + self.a(x[:1].expand(4, 4), scale=3.0) + self.a(x.t(), scale=2.0)
+
+    model = Model()
+    x = torch.randn(4, 4, dtype=torch.float64)
+    report = ConvertReport()
+    convert(model, {"a": Spy}, {"x": x}, gate=True, min_speedup=0.0, seconds=0.01, report=report)
+    calls = {entry[:4] for entry in seen}
+    assert calls == {((4, 4), (1, 4), torch.float64, 2.0), ((4, 4), (0, 1), torch.float64, 3.0)}
+    assert [t.stride for t in report.layers[0].times] == [(1, 4), (0, 1)]
+    assert report.layers[0].times[0].dtype == "float64"
+
+
+def test_report_prints_and_turns_into_json() -> None:
+    model = mlp()
+    report = ConvertReport()
+    batches = [torch.randn(1, 16), torch.randn(3, 16)]
+    plan = {"0": Int8Linear.from_float, "2": lambda layer: layer}
+    convert(model, plan, batches, gate=True, min_speedup=0.0, seconds=0.01, report=report)
+    data = json.loads(json.dumps(report.to_dict()))
+    assert data["layers"][0]["name"] == "0"
+    assert data["layers"][0]["kernel"] == report.layers[0].kernel != "torch"
+    assert data["layers"][0]["worst_ratio"] == report.layers[0].worst_ratio
+    assert data["layers"][1]["worst_ratio"] is None
+    assert data["converted_share"] == pytest.approx(544 / 808)
+    assert 0 < data["model_error"] < 0.05
+    assert data["layers"][0]["bytes_after"] < data["layers"][0]["bytes_before"]
+    text = str(report)
+    assert "Int8Linear" in text and "1 of 2 layers replaced" in text and "model at 1x16" in text
+
+
+def test_compare_finds_the_faster_one() -> None:
+    order: list[str] = []
+    found = compare(
+        lambda: time.sleep(2e-3),
+        lambda: time.sleep(1e-3),
+        seconds=0.05,
+        setup_a=lambda: order.append("a"),
+        setup_b=lambda: order.append("b"),
+    )
+    assert found.a_s > found.b_s > 9e-4
+    assert 1.2 < found.ratio_low <= found.ratio <= found.ratio_high
+    assert found.samples >= 9
+    assert "".join(order[-8:]) in ("abbaabba", "baabbaab")
