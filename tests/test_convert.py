@@ -519,3 +519,25 @@ def test_compare_finds_the_faster_one() -> None:
     assert 1.2 < found.ratio_low <= found.ratio <= found.ratio_high
     assert found.samples >= 9
     assert "".join(order[-8:]) in ("abbaabba", "baabbaab")
+
+
+def test_a_method_that_forward_does_not_use_may_read_the_weight() -> None:
+    class Shown(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+            self.a.weight.data.zero_()
+
+        def shown(self) -> Tensor:
+            return self.a.weight
+
+        def helper(self, x: Tensor) -> Tensor:
+            return F.linear(x, self.b.weight)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.a(self.helper(x))
+
+    model = Shown()
+    convert(model, {"a": Int8Linear.from_float})
+    with pytest.raises(ValueError, match=r"reads b.weight directly in helper"):
+        convert(model, {"b": Int8Linear.from_float})

@@ -11,6 +11,7 @@ import ast
 import inspect
 import textwrap
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -19,9 +20,6 @@ from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_BUILDERS = frozenset(
-    {"__init__", "__repr__", "extra_repr", "reset_parameters", "_reset_parameters", "_init_weights"}
-)
 # Children that torch's own modules read past their forward; the source scan cannot see into C++ fast paths.
 _READ_BY_TORCH: tuple[tuple[type[nn.Module], frozenset[str]], ...] = (
     (nn.MultiheadAttention, frozenset({"out_proj"})),
@@ -143,21 +141,30 @@ def _attribute_chains(cls: type[nn.Module]) -> tuple[tuple[str, tuple[str | None
 
 
 def class_functions(cls: type[nn.Module]) -> Iterator[tuple[str, ast.AST]]:
-    """The methods and properties that a module class has beyond torch's own, but for those that build it.
+    """The syntax of a module class's `forward` and of the methods and properties it uses, by name.
 
-    A method without source (written in a REPL, or in C) is left out.
+    What no call of the module reaches (an initialiser, a method that shows the weight) reads nothing while the
+    model runs. A method without source (written in a REPL, or in C) is left out.
     """
+    methods: dict[str, list[ast.AST]] = {}
     for base in cls.__mro__:
         if base in (nn.Module, object) or base in _CONTAINERS:
-            return
+            break
         for name, member in vars(base).items():
             function = member.fget if isinstance(member, property) else inspect.unwrap(member)
-            if name in _BUILDERS or not inspect.isfunction(function):
-                continue
-            try:
-                yield name, ast.parse(textwrap.dedent(inspect.getsource(function)))
-            except (OSError, TypeError, SyntaxError):
-                continue
+            if inspect.isfunction(function):
+                with suppress(OSError, TypeError, SyntaxError):
+                    methods.setdefault(name, []).append(
+                        ast.parse(textwrap.dedent(inspect.getsource(function)))
+                    )
+    wanted, done = ["forward"], {"forward"}
+    while wanted:
+        name = wanted.pop()
+        for tree in methods.get(name, ()):
+            yield name, tree
+            used = {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute)} & methods.keys()
+            wanted += used - done
+            done |= used
 
 
 def _chains(tree: ast.AST) -> Iterator[tuple[str | None, ...]]:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from tautorch.factorize.layers import FactorizedConv2d, FactorizedLinear, TuckerConv2d
 from tautorch.nn import MODULES
 from tautorch.storage_file import Entry
 
@@ -69,9 +70,13 @@ _PLAIN: dict[type[nn.Module], tuple[str, ...]] = {
     nn.ChannelShuffle: ("groups",),
     nn.Sequential: (),
 }
+# Layers made of others: how many. They are built around placeholders, which the described children replace.
+_COMPOUND: dict[type[nn.Module], int] = {FactorizedLinear: 2, FactorizedConv2d: 2, TuckerConv2d: 3}
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 REGISTRY: dict[str, type[nn.Module]] = {f"torch.nn.{cls.__name__}": cls for cls in _PLAIN}
+REGISTRY |= {f"tautorch.factorize.{cls.__name__}": cls for cls in _COMPOUND}
 REGISTRY |= {f"tautorch.nn.{name}": cls for name, cls in MODULES.items()}
+_PACKED = frozenset(MODULES.values())
 _NAMES = {cls: name for name, cls in REGISTRY.items()}
 
 
@@ -87,7 +92,7 @@ def registered(module: nn.Module) -> str | None:
 
 def config_of(module: nn.Module) -> dict[str, Any]:
     """The arguments, as JSON values, that rebuild a module of a registered class (exactly, no subclass)."""
-    arguments = _PLAIN.get(type(module))
+    arguments = () if type(module) in _COMPOUND else _PLAIN.get(type(module))
     if arguments is None:
         found = module.get_config()  # type: ignore[operator]
     else:
@@ -217,7 +222,9 @@ class _Builder:
             )
         if not isinstance(config, dict):
             raise StructureError(f"must give {path!r} a configuration, got {type(config).__name__}")
-        reusable = cls in _PLAIN or path == ""  # a packed layer in place could not be put back on failure
+        reusable = (
+            cls not in _PACKED or path == ""
+        )  # a packed layer in place could not be put back on failure
         if there is not None and registered(there) == name and reusable and config_of(there) == config:
             return there
         if path == "":
@@ -231,8 +238,12 @@ class _Builder:
         return module
 
     def _new(self, path: str, cls: type[nn.Module], config: dict[str, Any]) -> nn.Module:
-        if cls in _PLAIN and set(config) != set(_PLAIN[cls]):
-            raise StructureError(f"gives {path!r} ({cls.__name__}) other arguments than {list(_PLAIN[cls])}")
+        if cls in _COMPOUND and not config:
+            return cls(*(nn.Identity() for _ in range(_COMPOUND[cls])))
+        if cls not in _PACKED and set(config) != set(_PLAIN.get(cls, ())):
+            raise StructureError(
+                f"gives {path!r} ({cls.__name__}) other arguments than {list(_PLAIN.get(cls, ()))}"
+            )
         arguments = {key: _tuples(value) for key, value in config.items()}
         try:
             # Shapes are compared before memory is asked for: a false size must not cost terabytes.
