@@ -5,7 +5,7 @@
 # make build   the extension alone             make bench    timings beside the peers, with figures
 # make lint    ruff, mypy, clang-format        make gpu      build, test, sanitize, bench on a GPU (STAGE=...)
 # make wheel   dist/*.whl                      make sanitize the C++ kernels under ASan and UBSan
-# make clean   forget what was built
+# make cuda    the CUDA extension alone        make clean   forget what was built
 #
 # Variables: PYTHON, CXX, VENV, TORCH=2.13.0, TAUTORCH_CUDA=auto|on|off, PIP_ARGS, ARGS (given on to the command).
 
@@ -15,6 +15,8 @@ TAUTORCH_CUDA ?= auto
 STAGE ?= all
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check $(PIP_ARGS)
+CMAKE := $(VENV)/bin/cmake -G Ninja --log-level=WARNING -DCMAKE_MAKE_PROGRAM=$(abspath $(VENV)/bin/ninja) \
+  -DPython_EXECUTABLE=$(abspath $(PY))
 STAMPS := $(VENV)/.stamps
 DEPS := $(STAMPS)/deps-$(TORCH)
 BUILT := $(STAMPS)/build-$(TAUTORCH_CUDA)
@@ -27,7 +29,7 @@ export TAUTORCH_CUDA
 CSRC := $(shell find csrc cmake -type f)
 CFORMAT := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test build bench gpu lint wheel sanitize clean FORCE
+.PHONY: demo test build bench gpu cuda lint wheel sanitize clean FORCE
 .DEFAULT_GOAL := build
 
 demo: build
@@ -39,8 +41,16 @@ test: build
 bench: build
 	$(PY) -m pytest benches --benchmark-enable -q -s $(ARGS)
 
-gpu: build
-	$(PY) benches/gpu/run.py --stage $(STAGE) $(ARGS)
+# Builds what it needs by itself: the machine with the GPU may have no network, so no .venv is made for it.
+gpu:
+	$(if $(wildcard $(PY)),$(PY),python3) benches/gpu/run.py --stage $(STAGE) $(ARGS)
+
+# The CUDA extension alone, in build/cuda; it needs nvcc and no GPU. The log holds registers and spills of every kernel.
+cuda: $(DEPS)
+	$(if $(TAUTORCH_CUTLASS_DIR),,$(PIP) --no-deps -r requirements/cuda.txt)
+	TAUTORCH_CUDA=on $(CMAKE) -S . -B build/cuda -DTAUTORCH_CPU=OFF -DTAUTORCH_OUTPUT_DIR=$(abspath build/cuda)
+	$(VENV)/bin/cmake --build build/cuda >build/cuda/build.log 2>&1 || { grep -v ptxas build/cuda/build.log | tail -n 40; exit 1; }
+	@! grep -E '[1-9][0-9]* bytes spill' build/cuda/build.log
 
 build: $(BUILT)
 
@@ -57,8 +67,7 @@ wheel: $(DEPS)
 
 # Subprocesses of a test load the plain extension; leaks are not looked for, because Python never frees all it holds.
 sanitize: build
-	$(VENV)/bin/cmake -S . -B build/sanitize -G Ninja --log-level=WARNING -DCMAKE_MAKE_PROGRAM=$(abspath $(VENV)/bin/ninja) \
-	  -DPython_EXECUTABLE=$(abspath $(PY)) -DTAUTORCH_SANITIZE=address,undefined -DTAUTORCH_OUTPUT_DIR=$(abspath build/sanitize)
+	$(CMAKE) -S . -B build/sanitize -DTAUTORCH_SANITIZE=address,undefined -DTAUTORCH_OUTPUT_DIR=$(abspath build/sanitize)
 	$(VENV)/bin/cmake --build build/sanitize
 	LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libstdc++.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
