@@ -106,4 +106,9 @@ PYBIND11_MODULE(_C, m) {
     });
     b::bind_pack(m);
     b::bind_int8_linear(m);
+    b::bind_sparse_linear(m);
+    b::bind_lowrank_linear(m);
+    b::bind_int8_conv2d(m);
+    b::bind_sparse_conv2d(m);
+    b::bind_lowrank_conv2d(m);
 }

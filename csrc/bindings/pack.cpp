@@ -16,10 +16,10 @@ const Isa &isa_of(const std::string &kernel) {
 } // namespace
 
 void bind_pack(py::module_ &m) {
-    m.def("dense_pack_bytes", [](const std::string &kernel, int kind, int64_t groups, int64_t n, int64_t k,
-                                 int64_t taps) {
-        return dense_header(isa_of(kernel), static_cast<PackKind>(kind), groups, n, k, taps).total;
-    });
+    m.def("dense_pack_bytes",
+          [](const std::string &kernel, int kind, int64_t groups, int64_t n, int64_t k, int64_t taps) {
+              return dense_header(isa_of(kernel), static_cast<PackKind>(kind), groups, n, k, taps).total;
+          });
     m.def("dense_pack", [](const std::string &kernel, int kind, int64_t groups, int64_t n, int64_t k,
                            int64_t taps, int64_t w, int64_t sn, int64_t sk, int64_t st, int64_t out) {
         const PackHeader h = dense_header(isa_of(kernel), static_cast<PackKind>(kind), groups, n, k, taps);
@@ -36,16 +36,16 @@ void bind_pack(py::module_ &m) {
         const SparseEntries e{sparse_groups, at<const uint32_t>(start), nullptr, nullptr};
         return sparse_header(isa_of(kernel), static_cast<PackKind>(kind), gs, groups, n, k, taps, e).total;
     });
-    m.def("sparse_pack", [](const std::string &kernel, int kind, int gs, int64_t groups, int64_t n, int64_t k,
-                            int64_t taps, int64_t sparse_groups, int64_t start, int64_t index, int64_t values,
-                            int64_t out) {
-        const SparseEntries e{sparse_groups, at<const uint32_t>(start), at<const uint16_t>(index),
-                              at<const void>(values)};
-        const PackHeader h =
-            sparse_header(isa_of(kernel), static_cast<PackKind>(kind), gs, groups, n, k, taps, e);
-        py::gil_scoped_release release;
-        sparse_pack(h, e, at<uint8_t>(out));
-    });
+    m.def("sparse_pack",
+          [](const std::string &kernel, int kind, int gs, int64_t groups, int64_t n, int64_t k, int64_t taps,
+             int64_t sparse_groups, int64_t start, int64_t index, int64_t values, int64_t out) {
+              const SparseEntries e{sparse_groups, at<const uint32_t>(start), at<const uint16_t>(index),
+                                    at<const void>(values)};
+              const PackHeader h =
+                  sparse_header(isa_of(kernel), static_cast<PackKind>(kind), gs, groups, n, k, taps, e);
+              py::gil_scoped_release release;
+              sparse_pack(h, e, at<uint8_t>(out));
+          });
     // What a pack says of itself: kind, kernel, gs, groups, n, k, taps, entries and byte offsets.
     m.def("pack_info", [](int64_t packed, int64_t bytes) {
         const PackHeader &h = checked_header("pack_info", at<const uint8_t>(packed), bytes);

@@ -58,8 +58,8 @@ void dot_f32_t(const void *const *rows, int64_t ld, int64_t taps, int64_t k, con
             __m256 w[NV];
             for (int v = 0; v < NV; ++v) {
                 if constexpr (I8)
-                    w[v] = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(
-                        _mm_loadl_epi64(reinterpret_cast<const __m128i *>(bi + 8 * v))));
+                    w[v] = _mm256_cvtepi32_ps(
+                        _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i *>(bi + 8 * v))));
                 else
                     w[v] = _mm256_loadu_ps(bf + 8 * v);
             }

@@ -16,8 +16,8 @@ template <bool Vector> inline vf pick(const float *p, int64_t i, int64_t n) {
 
 struct Line {
     const void *acc;
-    int64_t n;           // elements
-    const int32_t *sum;  // column sums: along the line (along_m false) or one
+    int64_t n;                               // elements
+    const int32_t *sum;                      // column sums: along the line (along_m false) or one
     const float *w_scale, *bias, *row_scale; // null: absent
     void *out;
 };
@@ -43,7 +43,8 @@ template <bool AlongM> inline vi corrected(const Epilogue &e, const Line &l, int
     return acc;
 }
 
-template <Activation A, bool AlongM> inline vf finish(const Epilogue &e, const Line &l, int64_t i, int64_t n) {
+template <Activation A, bool AlongM>
+inline vf finish(const Epilogue &e, const Line &l, int64_t i, int64_t n) {
     vf y;
     if (e.acc_float)
         y = pick<true>(static_cast<const float *>(l.acc), i, n);

@@ -60,7 +60,7 @@ void store_tile(const Isa &isa, const Output &out, const void *acc, int64_t ld, 
         const uint32_t *line[kTileN];
         for (int i = 0; i < w; ++i)
             line[i] = static_cast<const uint32_t *>(acc) + std::min(i, lines - 1) * ld;
-        isa.transpose_32(line, w, across, turned);
+        isa.transpose_32(line, w, across, turned, w);
         acc = turned;
         ld = w;
     }

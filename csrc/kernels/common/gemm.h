@@ -11,9 +11,9 @@ constexpr int kTileRows = 48;  // rows that share one pass of the epilogue; 48 x
 // How a row of activations becomes an operand.
 struct ActQuant {
     enum Mode : int32_t { dynamic = 0, fixed = 1, given = 2, none = 3 } mode = dynamic;
-    float scale = 1.0f;                  // fixed: of the whole tensor
-    int32_t zero_point = 0;              // fixed and given
-    const float *given_scale = nullptr;  // given: [1] or [rows]
+    float scale = 1.0f;                 // fixed: of the whole tensor
+    int32_t zero_point = 0;             // fixed and given
+    const float *given_scale = nullptr; // given: [1] or [rows]
     int64_t given_scales = 1;
     DType dtype = DType::f32;
 };
@@ -30,9 +30,9 @@ struct Output {
     Epilogue epilogue;
     void *data = nullptr;
     bool along_m = false;
-    int64_t row_stride = 0;                            // elements from one m to the next (not along_m)
-    int64_t plane_stride = 0;                          // along_m: from one output to the next
-    int64_t rows_per_sample = 0, sample_stride = 0;    // along_m
+    int64_t row_stride = 0;                         // elements from one m to the next (not along_m)
+    int64_t plane_stride = 0;                       // along_m: from one output to the next
+    int64_t rows_per_sample = 0, sample_stride = 0; // along_m
 };
 
 // Writes acc [rows][kTileN] (m-major) or, n_major, acc [cols][ld].

@@ -10,19 +10,19 @@ constexpr int kTileN = 64; // leading dimension of an accumulator tile, and the 
 
 struct Isa {
     const char *name;
-    int32_t id;    // stored in packed weights
-    ActKind act;   // operand form of the dense int8 kernel
-    int32_t nr;    // outputs per dense weight panel; the last panel is narrower, a multiple of nr_step
+    int32_t id;  // stored in packed weights
+    ActKind act; // operand form of the dense int8 kernel
+    int32_t nr;  // outputs per dense weight panel; the last panel is narrower, a multiple of nr_step
     int32_t nr_step;
-    int32_t kr;    // inputs interleaved in a dense int8 panel
+    int32_t kr; // inputs interleaved in a dense int8 panel
 
     // Rows of a tile for a panel of `width` outputs.
     int32_t (*mr)(int32_t width);
 
     // acc[r][n] = sum over taps t and k of rows[t * ld + r][k] * panel[t][k][n], exact.
     // rows point at act elements; kq = number of kr-groups per tap; acc is [mr][kTileN].
-    void (*dot_i8)(const void *const *rows, int64_t ld, int mr, int64_t taps, int64_t kq,
-                   const int8_t *panel, int width, int32_t *acc);
+    void (*dot_i8)(const void *const *rows, int64_t ld, int mr, int64_t taps, int64_t kq, const int8_t *panel,
+                   int width, int32_t *acc);
     // The same with float rows; panel is float or (weight_i8) int8, [t][k][width]. k per tap.
     void (*dot_f32)(const void *const *rows, int64_t ld, int mr, int64_t taps, int64_t k, const void *panel,
                     bool weight_i8, int width, float *acc);
@@ -40,9 +40,9 @@ struct Isa {
     void (*epilogue)(const Epilogue &e, const void *acc, int64_t ld, int lines, int cols, bool along_m,
                      int64_t n0, const float *row_scale, void *out, int64_t line_stride);
 
-    // out[k][w] = rows[w][k], bytes or 32-bit words. w is 16 or 64; null rows read as `fill`.
-    void (*transpose_u8)(const uint8_t *const *rows, int w, int64_t k, uint8_t *out);
-    void (*transpose_32)(const uint32_t *const *rows, int w, int64_t k, uint32_t *out);
+    // out[k * ld + i] = rows[i][k] for i < w: bytes (w a multiple of 16) or 32-bit words (of 4).
+    void (*transpose_u8)(const uint8_t *const *rows, int w, int64_t k, uint8_t *out, int64_t ld);
+    void (*transpose_32)(const uint32_t *const *rows, int w, int64_t k, uint32_t *out, int64_t ld);
 
     // Sparse, over a panel x[k][w] (w = 16 or 64). Group g covers `gs` (1 or 4) outputs that share the
     // inputs idx[4 * start[g] .. 4 * start[g + 1]); weights are [quad][gs][4]. acc is [(g1 - g0) * gs][w].

@@ -22,8 +22,25 @@ inline __m256i madd(__m256i acc, __m256i x, __m256i w) {
 namespace tautorch {
 
 const Isa isa_avx2 = {
-    "avx2", 1, ActKind::s16, 16, 8, kKr, mr_of, dot_i8, dot_f32, amax, quantize, to_f32, epilogue,
-    transpose_u8, transpose_32, sparse_i8_plain, sparse_f32_plain, kPlainOrder, depthwise,
+    "avx2",
+    1,
+    ActKind::s16,
+    16,
+    8,
+    kKr,
+    mr_of,
+    dot_i8,
+    dot_f32,
+    amax,
+    quantize,
+    to_f32,
+    epilogue,
+    transpose_u8,
+    transpose_32,
+    sparse_i8_plain,
+    sparse_f32_plain,
+    kPlainOrder,
+    depthwise,
 };
 
 } // namespace tautorch

@@ -185,8 +185,8 @@ template <int GS>
 void sparse_i8_16(const uint8_t *x, const uint32_t *start, const uint16_t *idx, const int8_t *values,
                   int64_t g0, int64_t g1, int32_t *out) {
     const __m512i dwords = _mm512_set_epi32(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0);
-    const __m512i bytes = _mm512_broadcast_i32x4(
-        _mm_set_epi8(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0));
+    const __m512i bytes =
+        _mm512_broadcast_i32x4(_mm_set_epi8(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0));
     const auto row = [x](uint16_t i) {
         return _mm_loadu_si128(reinterpret_cast<const __m128i *>(x + int64_t{i} * 16));
     };
@@ -256,8 +256,8 @@ void sparse_f32_t(const float *x, const uint32_t *start, const uint16_t *idx, co
     }
 }
 
-void sparse_f32(int gs, int w, const float *x, const uint32_t *start, const uint16_t *idx, const float *values,
-                int64_t g0, int64_t g1, float *acc) {
+void sparse_f32(int gs, int w, const float *x, const uint32_t *start, const uint16_t *idx,
+                const float *values, int64_t g0, int64_t g1, float *acc) {
     if (w == 64)
         (gs == 4 ? sparse_f32_t<4, 4> : sparse_f32_t<1, 4>)(x, start, idx, values, g0, g1, acc);
     else
@@ -267,8 +267,25 @@ void sparse_f32(int gs, int w, const float *x, const uint32_t *start, const uint
 } // namespace
 
 const Isa isa_avx512vnni = {
-    "avx512vnni", 3, ActKind::u8_shifted, 64, 16, 4, mr_of, dot_i8, dot_f32, amax, quantize, to_f32,
-    epilogue, transpose_u8, transpose_32, sparse_i8, sparse_f32, kOrder.at, depthwise,
+    "avx512vnni",
+    3,
+    ActKind::u8_shifted,
+    64,
+    16,
+    4,
+    mr_of,
+    dot_i8,
+    dot_f32,
+    amax,
+    quantize,
+    to_f32,
+    epilogue,
+    transpose_u8,
+    transpose_32,
+    sparse_i8,
+    sparse_f32,
+    kOrder.at,
+    depthwise,
 };
 
 } // namespace tautorch

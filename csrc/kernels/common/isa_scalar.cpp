@@ -35,16 +35,33 @@ void dot_f32(const void *const *rows, int64_t ld, int mr, int64_t taps, int64_t 
         for (int r = 0; r < mr; ++r) {
             const float a = static_cast<const float *>(rows[i / k * ld + r])[i % k];
             for (int n = 0; n < width; ++n)
-                acc[r * kTileN + n] += a * (weight_i8 ? static_cast<float>(wi[i * width + n]) : wf[i * width + n]);
+                acc[r * kTileN + n] +=
+                    a * (weight_i8 ? static_cast<float>(wi[i * width + n]) : wf[i * width + n]);
         }
 }
 
 } // namespace
 
 const Isa isa_scalar = {
-    "scalar",     0,    ActKind::s16, 16,           8,            2, mr_of,       dot_i8,
-    dot_f32,      amax, quantize,     to_f32,       epilogue,     transpose_u8, transpose_32, sparse_i8_plain,
-    sparse_f32_plain, kPlainOrder, depthwise,
+    "scalar",
+    0,
+    ActKind::s16,
+    16,
+    8,
+    2,
+    mr_of,
+    dot_i8,
+    dot_f32,
+    amax,
+    quantize,
+    to_f32,
+    epilogue,
+    transpose_u8,
+    transpose_32,
+    sparse_i8_plain,
+    sparse_f32_plain,
+    kPlainOrder,
+    depthwise,
 };
 
 } // namespace tautorch

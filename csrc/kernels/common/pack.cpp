@@ -81,9 +81,8 @@ void dense_pack(const PackHeader &h, const void *w, WeightStrides s, uint8_t *ou
     if (h.kind == PackKind::dense_f32) {
         const float *wf = static_cast<const float *>(w);
         float *data = reinterpret_cast<float *>(out + h.data_off);
-        each_weight(h, [&](int64_t g, int64_t n, int64_t k, int64_t t, int64_t p) {
-            data[p] = wf[at(g, n, k, t)];
-        });
+        each_weight(
+            h, [&](int64_t g, int64_t n, int64_t k, int64_t t, int64_t p) { data[p] = wf[at(g, n, k, t)]; });
         return;
     }
     int8_t *data = reinterpret_cast<int8_t *>(out + h.data_off);
@@ -111,15 +110,13 @@ void dense_unpack(const uint8_t *packed, void *w, WeightStrides s) {
     if (h.kind == PackKind::dense_f32) {
         const float *data = reinterpret_cast<const float *>(packed + h.data_off);
         float *wf = static_cast<float *>(w);
-        each_weight(h, [&](int64_t g, int64_t n, int64_t k, int64_t t, int64_t p) {
-            wf[at(g, n, k, t)] = data[p];
-        });
+        each_weight(
+            h, [&](int64_t g, int64_t n, int64_t k, int64_t t, int64_t p) { wf[at(g, n, k, t)] = data[p]; });
         return;
     }
     const int8_t *data = reinterpret_cast<const int8_t *>(packed + h.data_off);
-    each_weight(h, [&](int64_t g, int64_t n, int64_t k, int64_t t, int64_t p) {
-        wi[at(g, n, k, t)] = data[p];
-    });
+    each_weight(h,
+                [&](int64_t g, int64_t n, int64_t k, int64_t t, int64_t p) { wi[at(g, n, k, t)] = data[p]; });
 }
 
 PackHeader sparse_header(const Isa &isa, PackKind kind, int gs, int64_t groups, int64_t n, int64_t k,

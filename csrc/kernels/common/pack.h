@@ -21,8 +21,8 @@ struct PackHeader {
     PackKind kind;
     int32_t isa; // Isa::id
     int32_t nr, nr_step, kr;
-    int32_t gs;      // outputs per sparse group
-    int64_t groups;  // convolution groups; n, k, taps are per group
+    int32_t gs;     // outputs per sparse group
+    int64_t groups; // convolution groups; n, k, taps are per group
     int64_t n, k, taps;
     int64_t entries;    // sparse: quads (sparse_i8) or entries (sparse_f32) in all
     int64_t colsum_off; // int32 [groups * n], int8 kinds

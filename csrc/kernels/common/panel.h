@@ -34,12 +34,12 @@ inline void strip_u8(const uint8_t *const *rows, int64_t n, uint8_t *out, int64_
             out[k * ld + w] = rows[w][k];
 }
 
-void transpose_u8(const uint8_t *const *rows, int w, int64_t n, uint8_t *out) {
+void transpose_u8(const uint8_t *const *rows, int w, int64_t n, uint8_t *out, int64_t ld) {
     for (int i = 0; i < w; i += 16)
-        strip_u8(rows + i, n, out + i, w);
+        strip_u8(rows + i, n, out + i, ld);
 }
 
-void transpose_32(const uint32_t *const *rows, int w, int64_t n, uint32_t *out) {
+void transpose_32(const uint32_t *const *rows, int w, int64_t n, uint32_t *out, int64_t ld) {
     for (int i = 0; i < w; i += 4) {
         int64_t k = 0;
 #if defined(__SSE2__)
@@ -49,21 +49,21 @@ void transpose_32(const uint32_t *const *rows, int w, int64_t n, uint32_t *out) 
             __m128 c = _mm_loadu_ps(reinterpret_cast<const float *>(rows[i + 2] + k));
             __m128 d = _mm_loadu_ps(reinterpret_cast<const float *>(rows[i + 3] + k));
             _MM_TRANSPOSE4_PS(a, b, c, d);
-            float *o = reinterpret_cast<float *>(out + k * w + i);
+            float *o = reinterpret_cast<float *>(out + k * ld + i);
             _mm_storeu_ps(o, a);
-            _mm_storeu_ps(o + w, b);
-            _mm_storeu_ps(o + 2 * w, c);
-            _mm_storeu_ps(o + 3 * w, d);
+            _mm_storeu_ps(o + ld, b);
+            _mm_storeu_ps(o + 2 * ld, c);
+            _mm_storeu_ps(o + 3 * ld, d);
         }
 #endif
         for (; k < n; ++k)
             for (int j = 0; j < 4; ++j)
-                out[k * w + i + j] = rows[i + j][k];
+                out[k * ld + i + j] = rows[i + j][k];
     }
 }
 
-void depthwise(const uint8_t *const *taps, int64_t n_taps, const int8_t *w, int64_t w_stride, int64_t channels,
-               int32_t *acc) {
+void depthwise(const uint8_t *const *taps, int64_t n_taps, const int8_t *w, int64_t w_stride,
+               int64_t channels, int32_t *acc) {
     int64_t c = 0;
     for (; c + L <= channels; c += L) {
         vi s = {};

@@ -1,8 +1,8 @@
 // See quantize_rows_cuda.h for the contract.
 //
-// A row is read twice: for its largest magnitude, then for rounding; the second reading comes out of cache (a row of
-// 4096 bf16 is 8 KB). Magnitudes are compared as bits: for non-negative floats that is the same order, and NaN and Inf
-// come out on top, so one integer maximum finds both the amax and the rows to poison.
+// A row is read twice: for its largest magnitude, then for rounding; the second reading comes out of cache (a
+// row of 4096 bf16 is 8 KB). Magnitudes are compared as bits: for non-negative floats that is the same order,
+// and NaN and Inf come out on top, so one integer maximum finds both the amax and the rows to poison.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
@@ -22,132 +22,142 @@ __device__ __forceinline__ float to_float(__nv_bfloat16 v) { return __bfloat162f
 __device__ __forceinline__ float to_float(__half v) { return __half2float(v); }
 
 // 16 bytes of T.
-template <class T>
-struct alignas(16) Vec {
-  static constexpr int kSize = 16 / sizeof(T);
-  T v[kSize];
+template <class T> struct alignas(16) Vec {
+    static constexpr int kSize = 16 / sizeof(T);
+    T v[kSize];
 };
 
 // What multiplies a row and what is added: one set per row.
 struct RowScale {
-  float inv;
-  int zero_point;
-  bool is_static;
-  bool poisoned;
+    float inv;
+    int zero_point;
+    bool is_static;
+    bool poisoned;
 };
 
-__device__ __forceinline__ int8_t quantize(float v, const RowScale& r) {
-  if (r.poisoned) return static_cast<int8_t>(r.zero_point);
-  const float scaled = __fmul_rn(v, r.inv);
-  if (r.is_static) {
-    // Clamped first, far outside int8 even after the zero point, so that the sum cannot overflow.
-    const int q = __float2int_rn(fminf(fmaxf(scaled, -512.f), 512.f)) + r.zero_point;
-    return static_cast<int8_t>(min(max(q, -128), 127));
-  }
-  return static_cast<int8_t>(__float2int_rn(fminf(fmaxf(scaled, -127.f), 127.f)));
+__device__ __forceinline__ int8_t quantize(float v, const RowScale &r) {
+    if (r.poisoned)
+        return static_cast<int8_t>(r.zero_point);
+    const float scaled = __fmul_rn(v, r.inv);
+    if (r.is_static) {
+        // Clamped first, far outside int8 even after the zero point, so that the sum cannot overflow.
+        const int q = __float2int_rn(fminf(fmaxf(scaled, -512.f), 512.f)) + r.zero_point;
+        return static_cast<int8_t>(min(max(q, -128), 127));
+    }
+    return static_cast<int8_t>(__float2int_rn(fminf(fmaxf(scaled, -127.f), 127.f)));
 }
 
 // kRowThreads threads per row: 32 (one warp, kThreads / 32 rows per block) or kThreads (one row per block).
 // kVector: 16-byte loads; needs stride_k 1 and 16-byte aligned rows.
 template <class T, int kRowThreads, bool kVector>
 __global__ void __launch_bounds__(kThreads) quantize_rows_kernel(const QuantizeRows a) {
-  constexpr int kRowsPerBlock = kThreads / kRowThreads;
-  constexpr int kWidth = Vec<T>::kSize;
-  __shared__ uint32_t warp_peak[kThreads / 32];
+    constexpr int kRowsPerBlock = kThreads / kRowThreads;
+    constexpr int kWidth = Vec<T>::kSize;
+    __shared__ uint32_t warp_peak[kThreads / 32];
 
-  const int lane = threadIdx.x % kRowThreads;
-  const int64_t row = static_cast<int64_t>(blockIdx.x) * kRowsPerBlock + threadIdx.x / kRowThreads;
-  // Whole warps leave together (a row is one warp or the whole block), so the collectives below are never divergent.
-  if (row >= a.m) return;
-  const T* x = static_cast<const T*>(a.x) + row * a.stride_m;
-  int8_t* q = a.q + row * a.ldq;
-  const int64_t vectors = kVector ? a.k / kWidth : 0;
+    const int lane = threadIdx.x % kRowThreads;
+    const int64_t row = static_cast<int64_t>(blockIdx.x) * kRowsPerBlock + threadIdx.x / kRowThreads;
+    // Whole warps leave together (a row is one warp or the whole block), so the collectives below are never
+    // divergent.
+    if (row >= a.m)
+        return;
+    const T *x = static_cast<const T *>(a.x) + row * a.stride_m;
+    int8_t *q = a.q + row * a.ldq;
+    const int64_t vectors = kVector ? a.k / kWidth : 0;
 
-  uint32_t peak = 0;
-  const auto look = [&](T v) { peak = max(peak, __float_as_uint(to_float(v)) & 0x7fffffffu); };
-  for (int64_t i = lane; i < vectors; i += kRowThreads) {
-    const Vec<T> v = reinterpret_cast<const Vec<T>*>(x)[i];
+    uint32_t peak = 0;
+    const auto look = [&](T v) { peak = max(peak, __float_as_uint(to_float(v)) & 0x7fffffffu); };
+    for (int64_t i = lane; i < vectors; i += kRowThreads) {
+        const Vec<T> v = reinterpret_cast<const Vec<T> *>(x)[i];
 #pragma unroll
-    for (int j = 0; j < kWidth; ++j) look(v.v[j]);
-  }
-  for (int64_t i = vectors * kWidth + lane; i < a.k; i += kRowThreads) look(x[i * a.stride_k]);
+        for (int j = 0; j < kWidth; ++j)
+            look(v.v[j]);
+    }
+    for (int64_t i = vectors * kWidth + lane; i < a.k; i += kRowThreads)
+        look(x[i * a.stride_k]);
 
-  peak = __reduce_max_sync(0xffffffffu, peak);
-  if constexpr (kRowThreads > 32) {
-    if (threadIdx.x % 32 == 0) warp_peak[threadIdx.x / 32] = peak;
-    __syncthreads();
-    peak = 0;
+    peak = __reduce_max_sync(0xffffffffu, peak);
+    if constexpr (kRowThreads > 32) {
+        if (threadIdx.x % 32 == 0)
+            warp_peak[threadIdx.x / 32] = peak;
+        __syncthreads();
+        peak = 0;
 #pragma unroll
-    for (int w = 0; w < kThreads / 32; ++w) peak = max(peak, warp_peak[w]);
-  }
+        for (int w = 0; w < kThreads / 32; ++w)
+            peak = max(peak, warp_peak[w]);
+    }
 
-  RowScale r;
-  r.is_static = a.x_scale != nullptr;
-  r.zero_point = r.is_static && a.zero_point != nullptr ? *a.zero_point : 0;
-  r.poisoned = peak >= kInfBits;
-  const float amax = __uint_as_float(peak);
-  float scale;
-  if (r.is_static) {
-    scale = *a.x_scale;
-    r.inv = __fdiv_rn(1.f, scale);
-  } else if (amax < kTiny) {
-    scale = 1.f;
-    r.inv = 0.f;
-  } else {
-    scale = __fdiv_rn(amax, 127.f);
-    r.inv = __fdiv_rn(127.f, amax);
-  }
-  if (lane == 0) a.scale[row] = r.poisoned ? __uint_as_float(kNanBits) : scale;
+    RowScale r;
+    r.is_static = a.x_scale != nullptr;
+    r.zero_point = r.is_static && a.zero_point != nullptr ? *a.zero_point : 0;
+    r.poisoned = peak >= kInfBits;
+    const float amax = __uint_as_float(peak);
+    float scale;
+    if (r.is_static) {
+        scale = *a.x_scale;
+        r.inv = __fdiv_rn(1.f, scale);
+    } else if (amax < kTiny) {
+        scale = 1.f;
+        r.inv = 0.f;
+    } else {
+        scale = __fdiv_rn(amax, 127.f);
+        r.inv = __fdiv_rn(127.f, amax);
+    }
+    if (lane == 0)
+        a.scale[row] = r.poisoned ? __uint_as_float(kNanBits) : scale;
 
-  for (int64_t i = lane; i < vectors; i += kRowThreads) {
-    const Vec<T> v = reinterpret_cast<const Vec<T>*>(x)[i];
-    struct alignas(kWidth) {
-      int8_t v[kWidth];
-    } out;
+    for (int64_t i = lane; i < vectors; i += kRowThreads) {
+        const Vec<T> v = reinterpret_cast<const Vec<T> *>(x)[i];
+        struct alignas(kWidth) {
+            int8_t v[kWidth];
+        } out;
 #pragma unroll
-    for (int j = 0; j < kWidth; ++j) out.v[j] = quantize(to_float(v.v[j]), r);
-    *reinterpret_cast<decltype(out)*>(q + i * kWidth) = out;
-  }
-  for (int64_t i = vectors * kWidth + lane; i < a.k; i += kRowThreads) {
-    q[i] = quantize(to_float(x[i * a.stride_k]), r);
-  }
+        for (int j = 0; j < kWidth; ++j)
+            out.v[j] = quantize(to_float(v.v[j]), r);
+        *reinterpret_cast<decltype(out) *>(q + i * kWidth) = out;
+    }
+    for (int64_t i = vectors * kWidth + lane; i < a.k; i += kRowThreads) {
+        q[i] = quantize(to_float(x[i * a.stride_k]), r);
+    }
 }
 
-template <class T, int kRowThreads, bool kVector>
-int launch(const QuantizeRows& a, cudaStream_t stream) {
-  constexpr int kRowsPerBlock = kThreads / kRowThreads;
-  const auto blocks = static_cast<unsigned>((a.m + kRowsPerBlock - 1) / kRowsPerBlock);
-  quantize_rows_kernel<T, kRowThreads, kVector><<<blocks, kThreads, 0, stream>>>(a);
-  return static_cast<int>(cudaGetLastError());
+template <class T, int kRowThreads, bool kVector> int launch(const QuantizeRows &a, cudaStream_t stream) {
+    constexpr int kRowsPerBlock = kThreads / kRowThreads;
+    const auto blocks = static_cast<unsigned>((a.m + kRowsPerBlock - 1) / kRowsPerBlock);
+    quantize_rows_kernel<T, kRowThreads, kVector><<<blocks, kThreads, 0, stream>>>(a);
+    return static_cast<int>(cudaGetLastError());
 }
 
-template <class T>
-int launch(const QuantizeRows& a, cudaStream_t stream) {
-  const bool vector = a.stride_k == 1 && is_aligned(a.x, 16) && a.stride_m * int64_t{sizeof(T)} % 16 == 0;
-  // A warp has 32 lanes of 16 bytes in flight; four rounds of that still beat a block-wide reduction.
-  const bool narrow = a.k * int64_t{sizeof(T)} <= 4 * 32 * 16;
-  if (vector) return narrow ? launch<T, 32, true>(a, stream) : launch<T, kThreads, true>(a, stream);
-  return narrow ? launch<T, 32, false>(a, stream) : launch<T, kThreads, false>(a, stream);
+template <class T> int launch(const QuantizeRows &a, cudaStream_t stream) {
+    const bool vector = a.stride_k == 1 && is_aligned(a.x, 16) && a.stride_m * int64_t{sizeof(T)} % 16 == 0;
+    // A warp has 32 lanes of 16 bytes in flight; four rounds of that still beat a block-wide reduction.
+    const bool narrow = a.k * int64_t{sizeof(T)} <= 4 * 32 * 16;
+    if (vector)
+        return narrow ? launch<T, 32, true>(a, stream) : launch<T, kThreads, true>(a, stream);
+    return narrow ? launch<T, 32, false>(a, stream) : launch<T, kThreads, false>(a, stream);
 }
 
-}  // namespace
+} // namespace
 
-int quantize_rows(const QuantizeRows& a, void* stream) {
-  constexpr int64_t kMax = (int64_t{1} << 31) - 1;
-  if (a.m < 0 || a.m > kMax || a.k < 0 || a.k > kMax || a.ldq < a.k || a.ldq % 16 != 0) return kBadArgument;
-  if (a.m == 0) return kOk;
-  if (!is_aligned(a.q, 16)) return kBadArgument;
-  const auto s = static_cast<cudaStream_t>(stream);
-  switch (a.dtype) {
-    case DType::kFloat32:
-      return launch<float>(a, s);
-    case DType::kBFloat16:
-      return launch<__nv_bfloat16>(a, s);
-    case DType::kFloat16:
-      return launch<__half>(a, s);
+int quantize_rows(const QuantizeRows &a, void *stream) {
+    constexpr int64_t kMax = (int64_t{1} << 31) - 1;
+    if (a.m < 0 || a.m > kMax || a.k < 0 || a.k > kMax || a.ldq < a.k || a.ldq % 16 != 0)
+        return kBadArgument;
+    if (a.m == 0)
+        return kOk;
+    if (!is_aligned(a.q, 16))
+        return kBadArgument;
+    const auto s = static_cast<cudaStream_t>(stream);
+    switch (a.dtype) {
+    case DType::f32:
+        return launch<float>(a, s);
+    case DType::bf16:
+        return launch<__nv_bfloat16>(a, s);
+    case DType::f16:
+        return launch<__half>(a, s);
     default:
-      return kBadArgument;
-  }
+        return kBadArgument;
+    }
 }
 
-}  // namespace tautorch::cuda
+} // namespace tautorch::cuda

@@ -1,9 +1,10 @@
-// Row quantiser on CUDA: float rows -> int8 rows and one fp32 scale per row. Exact: equal to every other backend.
+// Row quantiser on CUDA: float rows -> int8 rows and one fp32 scale per row. Exact: equal to every other
+// backend.
 //
 //   dynamic (x_scale null):  amax = max |x| of the row. amax < 2^-100: scale 1, q 0.
 //                            scale = amax / 127, inv = 127 / amax, q = clamp(rint(x * inv), -127, 127)
-//   static:                  inv = 1 / x_scale, q = clamp(rint(x * inv) + zero_point, -128, 127), scale = x_scale
-//   NaN or Inf in the row:   scale NaN, q 0 (static: zero_point)
+//   static:                  inv = 1 / x_scale, q = clamp(rint(x * inv) + zero_point, -128, 127), scale =
+//   x_scale NaN or Inf in the row:   scale NaN, q 0 (static: zero_point)
 #pragma once
 
 #include "kernels/common/cuda_status.h"
@@ -11,20 +12,20 @@
 namespace tautorch::cuda {
 
 struct QuantizeRows {
-  const void* x;  // device, [m, k] of dtype, strides in elements; any alignment
-  DType dtype;    // float32, bfloat16 or float16
-  int64_t stride_m;
-  int64_t stride_k;
-  int64_t m;  // 0 <= m < 2^31
-  int64_t k;  // 0 <= k < 2^31
-  const float* x_scale;      // device, 1 value, or null for dynamic
-  const int32_t* zero_point; // device, 1 value, or null for 0; static only
-  int8_t* q;                 // device, [m, ldq], 16-byte aligned; columns k..ldq are left as they were
-  int64_t ldq;               // multiple of 16, at least k
-  float* scale;              // device, [m]
+    const void *x; // device, [m, k] of dtype, strides in elements; any alignment
+    DType dtype;   // float32, bfloat16 or float16
+    int64_t stride_m;
+    int64_t stride_k;
+    int64_t m;                 // 0 <= m < 2^31
+    int64_t k;                 // 0 <= k < 2^31
+    const float *x_scale;      // device, 1 value, or null for dynamic
+    const int32_t *zero_point; // device, 1 value, or null for 0; static only
+    int8_t *q;                 // device, [m, ldq], 16-byte aligned; columns k..ldq are left as they were
+    int64_t ldq;               // multiple of 16, at least k
+    float *scale;              // device, [m]
 };
 
 // Asynchronous on `stream` (a cudaStream_t) of the current device. Needs no workspace.
-int quantize_rows(const QuantizeRows& a, void* stream);
+int quantize_rows(const QuantizeRows &a, void *stream);
 
-}  // namespace tautorch::cuda
+} // namespace tautorch::cuda

@@ -9,9 +9,7 @@ namespace tautorch {
 enum class DType : int32_t { f32 = 0, bf16 = 1, f16 = 2, i8 = 3, i32 = 4 };
 enum class Activation : int32_t { none = 0, relu = 1, gelu = 2, gelu_tanh = 3, silu = 4 };
 
-inline int64_t size_of(DType t) {
-    return t == DType::f32 || t == DType::i32 ? 4 : t == DType::i8 ? 1 : 2;
-}
+inline int64_t size_of(DType t) { return t == DType::f32 || t == DType::i32 ? 4 : t == DType::i8 ? 1 : 2; }
 inline int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 inline int64_t div_up(int64_t n, int64_t d) { return (n + d - 1) / d; }
 

@@ -17,7 +17,7 @@ int64_t operand_stride(const Isa &isa, const PackHeader &h) {
     return h.kind == PackKind::dense_i8 ? round_up(round_up(h.k, h.kr) * act_bytes(isa.act), 64) : 4 * h.k;
 }
 
-Operand prepare(const Isa &isa, const Int8LinearArgs &a, const PackHeader &h, int64_t m0, int64_t rows,
+Operand prepare(const Isa &isa, const LinearArgs &a, const PackHeader &h, int64_t m0, int64_t rows,
                 uint8_t *buffer, float *row_scale) {
     const char *x = static_cast<const char *>(a.x);
     if (h.kind == PackKind::dense_i8) {
@@ -34,7 +34,7 @@ Operand prepare(const Isa &isa, const Int8LinearArgs &a, const PackHeader &h, in
     return {reinterpret_cast<char *>(buffer), 4 * h.k};
 }
 
-void multiply(const Isa &isa, const Int8LinearArgs &a, const Output &out, Operand x, int64_t m0, int64_t rows,
+void multiply(const Isa &isa, const LinearArgs &a, const Output &out, Operand x, int64_t m0, int64_t rows,
               int64_t p0, int64_t p1, const float *row_scale) {
     const void *pointers[kBlockRows];
     for (int64_t b = 0; b < rows; b += kBlockRows) {
@@ -48,24 +48,19 @@ void multiply(const Isa &isa, const Int8LinearArgs &a, const Output &out, Operan
 
 } // namespace
 
-void int8_linear(const Int8LinearArgs &a) {
+void int8_linear(const LinearArgs &a) {
     const PackHeader &h = header_of(a.packed);
     const Isa &isa = *find_isa(h.isa);
     if (a.m == 0 || h.n == 0)
         return;
     const bool integer = h.kind == PackKind::dense_i8;
     Output out = a.out;
-    out.epilogue.acc_float = !integer;
-    if (integer) {
-        out.epilogue.colsum = reinterpret_cast<const int32_t *>(a.packed + h.colsum_off);
-        out.epilogue.correction =
-            -(act_shift(isa.act) + (a.quant.mode == ActQuant::dynamic ? 0 : a.quant.zero_point));
-    }
+    out.epilogue = with_correction(a.out.epilogue, a.packed, operand_of(a.packed), a.quant);
     const int64_t stride = operand_stride(isa, h);
     const Split split = split_gemm(a.m, panels(h), a.m * h.n * h.k, h.total);
     const auto buffers = [&](int64_t rows, float **scale) {
-        *scale = integer ? static_cast<float *>(scratch(Scratch::scales, static_cast<size_t>(4 * rows)))
-                         : nullptr;
+        *scale =
+            integer ? static_cast<float *>(scratch(Scratch::scales, static_cast<size_t>(4 * rows))) : nullptr;
         return static_cast<uint8_t *>(scratch(Scratch::rows, static_cast<size_t>(rows * stride + 64)));
     };
     if (split.tn == 1) {

@@ -5,19 +5,10 @@
 // here, or int8 with its scale. int32 accumulation, exact. K <= kMaxK for integer products.
 #pragma once
 
-#include "kernels/common/gemm.h"
+#include "kernels/common/product.h"
 
 namespace tautorch {
 
-struct Int8LinearArgs {
-    int64_t m = 0;
-    const void *x = nullptr;
-    int64_t x_stride = 0; // elements between rows
-    ActQuant quant;       // mode none for dense_w8 and dense_f32
-    const uint8_t *packed = nullptr;
-    Output out; // epilogue.colsum and .correction are filled in here
-};
-
-void int8_linear(const Int8LinearArgs &args);
+void int8_linear(const LinearArgs &args);
 
 } // namespace tautorch

@@ -1,0 +1,28 @@
+#include "kernels/sparse_linear/sparse_linear.h"
+#include "bindings/plan.h"
+
+namespace tautorch::bindings {
+namespace {
+
+void run(Args &a) {
+    static const int slot = op_slot("sparse_linear");
+    run_linear<LinearArgs>(a, slot, sparse_linear);
+}
+
+} // namespace
+
+void bind_sparse_linear(py::module_ &m) {
+    m.def("sparse_linear_plan", [](int64_t packed, int64_t bytes, int64_t k, const py::dict &tail) {
+        const PackHeader &h = checked_header("sparse_linear", at<const uint8_t>(packed), bytes);
+        if (h.k != k || h.taps != 1 || h.groups != 1 || h.kind == PackKind::depthwise_i8)
+            throw py::value_error("sparse_linear: packed weights are of another shape or kind");
+        Plan<LinearArgs> p;
+        fill_linear(p.args, h, at<const uint8_t>(packed), h.n, tail);
+        p.macs = macs_of(h);
+        p.kernel = find_isa(h.isa)->name;
+        return as_plan(p);
+    });
+    TAUTORCH_FASTCALL(m, "sparse_linear_run", run);
+}
+
+} // namespace tautorch::bindings

@@ -1,0 +1,209 @@
+#include "kernels/common/product.h"
+
+#include "core/parallel.h"
+
+#include <algorithm>
+
+namespace tautorch {
+namespace {
+
+struct Pointers {
+    const void **at;
+    explicit Pointers(int64_t count)
+        : at(static_cast<const void **>(
+              scratch(Scratch::panel, static_cast<size_t>(count) * sizeof(void *)))) {}
+};
+
+void depthwise_block(const Isa &isa, const uint8_t *packed, const Source &x, const Output &out, int64_t m0,
+                     int rows, const void **pointers, const float *scale) {
+    const PackHeader &h = header_of(packed);
+    const int8_t *w = reinterpret_cast<const int8_t *>(packed + h.data_off);
+    alignas(64) int32_t acc[kTileRows * kTileN];
+    const uint8_t *taps[kTileN]; // filters have at most kTileN taps here; more are split below
+    x.fill(0, m0, rows, pointers, kBlockRows);
+    for (int64_t c = 0; c < h.groups; c += kTileN) {
+        const int cols = static_cast<int>(std::min<int64_t>(kTileN, h.groups - c));
+        for (int r0 = 0; r0 < rows; r0 += kTileRows) {
+            const int tile = std::min(kTileRows, rows - r0);
+            for (int r = 0; r < tile; ++r) {
+                int32_t *to = acc + r * kTileN;
+                std::fill_n(to, cols, 0);
+                for (int64_t t0 = 0; t0 < h.taps; t0 += kTileN) {
+                    const int64_t n = std::min<int64_t>(kTileN, h.taps - t0);
+                    for (int64_t t = 0; t < n; ++t)
+                        taps[t] = static_cast<const uint8_t *>(pointers[(t0 + t) * kBlockRows + r0 + r]) + c;
+                    isa.depthwise(taps, n, w + t0 * h.groups + c, h.groups, cols, to);
+                }
+            }
+            store_tile(isa, out, acc, kTileN, false, m0 + r0, tile, c, cols, scale ? scale + r0 : nullptr);
+        }
+    }
+}
+
+// A panel of `w` rows of x, input-major. Rows past the end repeat the last one.
+void build_panel(const Isa &isa, const PackHeader &h, const Source &x, int64_t group, int64_t m0, int rows,
+                 int w, const void **pointers, void *panel) {
+    x.fill(group, m0, rows, pointers, kTileN);
+    const bool integer = h.kind == PackKind::sparse_i8;
+    const void *ordered[kTileN];
+    for (int64_t t = 0; t < h.taps; ++t) {
+        for (int r = 0; r < w; ++r) {
+            const int at = integer && w == kTileN ? isa.panel_order[r] : r;
+            ordered[at] = pointers[t * kTileN + std::min(r, rows - 1)];
+        }
+        if (integer)
+            isa.transpose_u8(reinterpret_cast<const uint8_t *const *>(ordered), w, h.k,
+                             static_cast<uint8_t *>(panel) + t * h.k * w, w);
+        else
+            isa.transpose_32(reinterpret_cast<const uint32_t *const *>(ordered), w, h.k,
+                             static_cast<uint32_t *>(panel) + t * h.k * w, w);
+    }
+}
+
+// Outputs of sparse groups [s0, s1) of one convolution group.
+void run_panel(const Isa &isa, const uint8_t *packed, int64_t group, const void *panel, int w, int64_t s0,
+               int64_t s1, const Output &out, int64_t m0, int rows, const float *scale) {
+    const PackHeader &h = header_of(packed);
+    const int64_t base = group * div_up(h.n, h.gs);
+    const uint32_t *start = reinterpret_cast<const uint32_t *>(packed + h.start_off) + base;
+    const uint16_t *index = reinterpret_cast<const uint16_t *>(packed + h.index_off);
+    const uint8_t *data = packed + h.data_off;
+    alignas(64) int32_t acc[kTileN * kTileN];
+    const int64_t step = kTileN / h.gs;
+    for (int64_t s = s0; s < s1; s += step) {
+        const int64_t e = std::min(s1, s + step);
+        if (h.kind == PackKind::sparse_i8)
+            isa.sparse_i8(h.gs, w, static_cast<const uint8_t *>(panel), start, index,
+                          reinterpret_cast<const int8_t *>(data), s, e, acc);
+        else
+            isa.sparse_f32(h.gs, w, static_cast<const float *>(panel), start, index,
+                           reinterpret_cast<const float *>(data), s, e, reinterpret_cast<float *>(acc));
+        const int cols = static_cast<int>(std::min((e - s) * h.gs, h.n - s * h.gs));
+        store_tile(isa, out, acc, w, true, m0, rows, group * h.n + s * h.gs, cols, scale);
+    }
+}
+
+// Row blocks of 64, then of 16 where 32 rows or fewer are left: an unfilled lane costs as much as a used one.
+struct RowBlocks {
+    int64_t m;
+    int64_t wide() const { return m / 64 + (m % 64 > 32 ? 1 : 0); }
+    int64_t count() const { return wide() + (m % 64 > 32 ? 0 : div_up(m % 64, 16)); }
+    int width(int64_t i) const { return i < wide() ? 64 : 16; }
+    int64_t begin(int64_t i) const { return i < wide() ? i * 64 : wide() * 64 + (i - wide()) * 16; }
+    int rows(int64_t i) const { return static_cast<int>(std::min<int64_t>(width(i), m - begin(i))); }
+};
+
+// First sparse group whose entries start at or after part i of n of the group's entries.
+int64_t balanced(const uint32_t *start, int64_t groups, int64_t n, int64_t i) {
+    if (i == n)
+        return groups;
+    const uint32_t from = start[0];
+    const auto target = static_cast<uint32_t>(from + (start[groups] - from) * static_cast<uint64_t>(i) /
+                                                         static_cast<uint64_t>(n));
+    return std::lower_bound(start, start + groups, target) - start;
+}
+
+} // namespace
+
+OperandKind operand_of(const uint8_t *packed) {
+    const PackHeader &h = header_of(packed);
+    return operand_of(*find_isa(h.isa), h.kind);
+}
+
+Source source_of(const LinearArgs &a) {
+    const PackHeader &h = header_of(a.packed);
+    return matrix_source(*find_isa(h.isa), a.quant, operand_of(a.packed), a.x, a.x_stride, a.m, h.k, h.kr);
+}
+
+Source source_of(const ConvArgs &a) {
+    const PackHeader &h = header_of(a.packed);
+    // Depthwise keeps all channels of a pixel together.
+    const int64_t groups = h.kind == PackKind::depthwise_i8 ? 1 : h.groups;
+    return image_source(*find_isa(h.isa), a.quant, operand_of(a.packed), a.x, a.channels_last, a.geometry,
+                        groups, h.kr);
+}
+
+void dense_product(const Isa &isa, const uint8_t *packed, const Source &x, const Output &out) {
+    const PackHeader &h = header_of(packed);
+    const bool depthwise = h.kind == PackKind::depthwise_i8;
+    const int64_t n_panels = depthwise ? 1 : panels(h), groups = depthwise ? 1 : h.groups;
+    const int64_t macs = x.m * h.n * h.k * h.taps * h.groups;
+    const Split split = split_gemm(x.m, n_panels, depthwise ? macs * 16 : macs, h.total);
+    parallel_tasks(split.tm * split.tn, [&](int64_t task) {
+        const int64_t i = task / split.tn, j = task % split.tn, end = chunk_begin(x.m, split.tm, i + 1);
+        const Pointers pointers(h.taps * kBlockRows);
+        float scales[kBlockRows];
+        for (int64_t m0 = chunk_begin(x.m, split.tm, i); m0 < end; m0 += kBlockRows) {
+            const int rows = static_cast<int>(std::min<int64_t>(kBlockRows, end - m0));
+            const float *scale = x.row_scales(m0, rows, scales) ? scales : nullptr;
+            if (depthwise) {
+                depthwise_block(isa, packed, x, out, m0, rows, pointers.at, scale);
+                continue;
+            }
+            for (int64_t g = 0; g < groups; ++g) {
+                x.fill(g, m0, rows, pointers.at, kBlockRows);
+                gemm_block(isa, packed, g, pointers.at, kBlockRows, rows, chunk_begin(n_panels, split.tn, j),
+                           chunk_begin(n_panels, split.tn, j + 1), out, m0, scale);
+            }
+        }
+    });
+}
+
+void sparse_product(const Isa &isa, const uint8_t *packed, const Source &x, const Output &out) {
+    const PackHeader &h = header_of(packed);
+    const RowBlocks blocks{x.m};
+    const int64_t count = blocks.count(), sparse_groups = div_up(h.n, h.gs);
+    const int64_t work = h.entries * h.gs * (h.kind == PackKind::sparse_i8 ? 4 : 16) * x.m;
+    const int64_t threads = work < 60'000 ? 1 : max_threads();
+    const int64_t panel_bytes = h.taps * h.k * 64 * (h.kind == PackKind::sparse_i8 ? 1 : 4);
+    const uint32_t *start = reinterpret_cast<const uint32_t *>(packed + h.start_off);
+    const auto block = [&](int64_t i, int64_t g, const void **pointers, void *panel) {
+        build_panel(isa, h, x, g, blocks.begin(i), blocks.rows(i), blocks.width(i), pointers, panel);
+    };
+    const auto run = [&](int64_t i, int64_t g, const void *panel, int64_t s0, int64_t s1) {
+        float scales[kTileN];
+        const float *scale = x.row_scales(blocks.begin(i), blocks.rows(i), scales) ? scales : nullptr;
+        run_panel(isa, packed, g, panel, blocks.width(i), s0, s1, out, blocks.begin(i), blocks.rows(i),
+                  scale);
+    };
+    if (count >= threads || threads == 1) {
+        const int64_t tasks = std::min(threads, count);
+        parallel_tasks(tasks, [&](int64_t t) {
+            const Pointers pointers(h.taps * kTileN);
+            void *panel = scratch(Scratch::inner, static_cast<size_t>(panel_bytes));
+            for (int64_t i = chunk_begin(count, tasks, t); i < chunk_begin(count, tasks, t + 1); ++i)
+                for (int64_t g = 0; g < h.groups; ++g) {
+                    block(i, g, pointers.at, panel);
+                    run(i, g, panel, 0, sparse_groups);
+                }
+        });
+        return;
+    }
+    // Fewer row blocks than threads: share each panel, and cut its outputs into parts of equal work.
+    const int64_t parts = div_up(threads, count);
+    char *all = static_cast<char *>(scratch(Scratch::inner, static_cast<size_t>(panel_bytes * count)));
+    for (int64_t g = 0; g < h.groups; ++g) {
+        const Pointers pointers(h.taps * kTileN);
+        for (int64_t i = 0; i < count; ++i)
+            block(i, g, pointers.at, all + i * panel_bytes);
+        const uint32_t *from = start + g * sparse_groups;
+        parallel_tasks(count * parts, [&](int64_t t) {
+            const int64_t i = t / parts, p = t % parts;
+            run(i, g, all + i * panel_bytes, balanced(from, sparse_groups, parts, p),
+                balanced(from, sparse_groups, parts, p + 1));
+        });
+    }
+}
+
+void product(const uint8_t *packed, const Source &x, const Output &out) {
+    const PackHeader &h = header_of(packed);
+    if (x.m == 0 || h.n == 0 || h.groups == 0)
+        return;
+    const Isa &isa = *find_isa(h.isa);
+    if (h.kind == PackKind::sparse_i8 || h.kind == PackKind::sparse_f32)
+        sparse_product(isa, packed, x, out);
+    else
+        dense_product(isa, packed, x, out);
+}
+
+} // namespace tautorch

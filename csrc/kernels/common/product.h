@@ -1,0 +1,50 @@
+// Products of prepared rows by packed weights, spread over threads: what the operators call.
+#pragma once
+
+#include "kernels/common/source.h"
+
+namespace tautorch {
+
+// Dense kinds and depthwise.
+void dense_product(const Isa &isa, const uint8_t *packed, const Source &x, const Output &out);
+// sparse_i8 and sparse_f32. Operands are OperandKind::u8 or f32.
+void sparse_product(const Isa &isa, const uint8_t *packed, const Source &x, const Output &out);
+// Either, by the pack's kind.
+void product(const uint8_t *packed, const Source &x, const Output &out);
+
+// What a linear operator takes: rows of x (unit stride within a row) and packed weights.
+// out.epilogue.colsum, .correction and .acc_float are filled in by the operator.
+struct LinearArgs {
+    int64_t m = 0;
+    const void *x = nullptr;
+    int64_t x_stride = 0; // elements between rows
+    ActQuant quant;       // mode none where x stays float
+    const uint8_t *packed = nullptr;
+    Output out;
+};
+Source source_of(const LinearArgs &a);
+
+// What a convolution takes: an image, NCHW or channels last, and packed weights. The output's layout is
+// chosen on its own.
+struct ConvArgs {
+    Geometry geometry;
+    const void *x = nullptr;
+    bool channels_last = false;
+    ActQuant quant;
+    const uint8_t *packed = nullptr;
+    Epilogue epilogue;
+    int64_t outputs = 0;
+    void *out = nullptr;
+    bool out_channels_last = false;
+};
+Source source_of(const ConvArgs &a);
+
+// Factors of a low-rank operator: x -> down (a.packed) -> up. Between them the intermediate is one tile of
+// rows, scaled by down_scale, and requantised per row (and convolution group) where the factors are int8.
+void lowrank_product(const uint8_t *down, const float *down_scale, const uint8_t *up, const ActQuant &quant,
+                     const Source &x, const Output &out);
+
+// Operands of these weights.
+OperandKind operand_of(const uint8_t *packed);
+
+} // namespace tautorch

@@ -1,0 +1,67 @@
+// Where the rows of a product come from: a matrix, or the pixels of an image under each tap of a filter
+// (implicit GEMM: pointers, no copy of overlapping patches).
+#pragma once
+
+#include "kernels/common/gemm.h"
+
+namespace tautorch {
+
+struct Geometry {
+    int64_t batch = 0, channels = 0, height = 0, width = 0;
+    int64_t kh = 1, kw = 1, sh = 1, sw = 1, ph = 0, pw = 0, dh = 1, dw = 1;
+    int64_t out_height() const { return (height + 2 * ph - dh * (kh - 1) - 1) / sh + 1; }
+    int64_t out_width() const { return (width + 2 * pw - dw * (kw - 1) - 1) / sw + 1; }
+    int64_t out_pixels() const { return out_height() * out_width(); }
+};
+
+// The form operands take.
+enum class OperandKind { u8, s16, f32 };
+inline OperandKind operand_of(const Isa &isa, PackKind kind) {
+    if (kind == PackKind::dense_f32 || kind == PackKind::dense_w8 || kind == PackKind::sparse_f32)
+        return OperandKind::f32;
+    if (kind == PackKind::dense_i8 && isa.act == ActKind::s16)
+        return OperandKind::s16;
+    return OperandKind::u8;
+}
+inline int64_t operand_bytes(OperandKind k) {
+    return k == OperandKind::u8 ? 1 : k == OperandKind::s16 ? 2 : 4;
+}
+inline int32_t operand_shift(OperandKind k) { return k == OperandKind::u8 ? 128 : 0; }
+
+// Prepared rows. Row m, tap t, group g starts at pointer(m, t) + g * group_stride.
+struct Source {
+    int64_t m = 0; // rows (output pixels) in all
+    int64_t taps = 1;
+    const char *data = nullptr;
+    int64_t row_stride = 0;        // bytes between rows (pixels of the input image)
+    int64_t group_stride = 0;      // bytes between convolution groups
+    const float *scales = nullptr; // per row, or per sample; null for float operands
+    int64_t rows_per_scale = 1;
+    const char *padding = nullptr; // what lies outside the image, row_stride bytes
+    bool image = false;
+    Geometry geometry;
+    int64_t out_width = 0, out_pixels = 0;
+
+    // pointers[t * ld + r] for rows m0 .. m0 + rows of group g.
+    void fill(int64_t g, int64_t m0, int rows, const void **pointers, int64_t ld) const;
+    // scale[r] for the same rows; false if there are none.
+    bool row_scales(int64_t m0, int rows, float *scale) const;
+};
+
+// Rows of a matrix, quantised (or converted) into thread-local scratch of the calling thread; float rows
+// that need no conversion are used where they are. kr: whole groups a row is padded to.
+Source matrix_source(const Isa &isa, const ActQuant &q, OperandKind kind, const void *x, int64_t stride,
+                     int64_t m, int64_t k, int64_t kr);
+
+// An image [batch][channels][height][width] (or channels last) as rows of channels, the channels of each
+// of `groups` groups together and padded to kr.
+Source image_source(const Isa &isa, const ActQuant &q, OperandKind kind, const void *x, bool channels_last,
+                    const Geometry &geometry, int64_t groups, int64_t kr);
+
+// The output of a convolution: NCHW planes or channels-last rows.
+Output image_output(const Epilogue &e, void *data, bool channels_last, const Geometry &g, int64_t outputs);
+
+// Everything integer kinds need in their epilogue.
+Epilogue with_correction(Epilogue e, const uint8_t *packed, OperandKind kind, const ActQuant &q);
+
+} // namespace tautorch

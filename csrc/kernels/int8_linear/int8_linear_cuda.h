@@ -1,0 +1,86 @@
+// int8_linear on CUDA: y[M, N] = activation(acc * x_scale[m] * w_scale[n] + bias[n]), with
+// acc = sum_k (x[m, k] - x_zero_point) * w[n, k] in int32, exact for k <= kMaxK.
+//
+// Nothing here knows torch or Python: raw device pointers, sizes, and a stream as void*. Every launcher is
+// asynchronous, allocates nothing, needs no workspace, and can be captured in a CUDA graph. All pointers
+// belong to the current device.
+#pragma once
+
+#include "kernels/common/cuda_status.h"
+
+namespace tautorch::cuda {
+
+// ---- packed weights ----
+//
+// One uint8 block, 128-byte aligned:  header | w int8 [n, ldw], k..ldw zero | sums int32 [n], sum_k w[n, k]
+// The header lets a file or a test recognise the block; launchers take the sizes from the caller instead,
+// because reading it would wait for the device.
+constexpr int64_t kLine = 128;              // header, weights and sums each start on a line of the block
+constexpr uint32_t kPackMagic = 0x50475454; // "TTGP"
+constexpr int32_t kPackVersion = 1;
+
+struct PackHeader {
+    uint32_t magic;
+    int32_t version;
+    int64_t n, k, ldw;
+    int64_t weight_off, sums_off, total; // bytes
+};
+
+inline PackHeader pack_header(int64_t n, int64_t k) {
+    PackHeader h{kPackMagic, kPackVersion, n, k, 0, 0, 0, 0};
+    // TMA and 16-byte cp.async want rows that start on 16 bytes.
+    h.ldw = round_up(k, 16);
+    h.weight_off = kLine;
+    h.sums_off = h.weight_off + round_up(n * h.ldw, kLine);
+    h.total = h.sums_off + round_up(n * 4, kLine);
+    return h;
+}
+
+// weight: int8 [n, k], stride_n elements between rows, unit stride within; any alignment.
+// packed: pack_header(n, k).total bytes, 128-byte aligned.
+int int8_linear_pack(const int8_t *weight, int64_t stride_n, int64_t n, int64_t k, uint8_t *packed,
+                     void *stream);
+
+// ---- the product ----
+
+struct Int8Linear {
+    int64_t m, n, k;             // within what int8_linear_supports() says
+    const int8_t *x;             // [m, ldx], 16-byte aligned; what lies in k..ldx is read but does not count
+    int64_t ldx;                 // multiple of 16, at least k
+    const uint8_t *packed;       // by int8_linear_pack
+    const float *x_scale;        // 1 value, or m where x_scale_per_row; unused for int32 output
+    bool x_scale_per_row;        //
+    const float *w_scale;        // [n]; unused for int32 output
+    const float *bias;           // [n], or null
+    const int32_t *x_zero_point; // 1 value, or null for 0
+    const float *out_scale;      // 1 value; int8 output only
+    const int32_t *out_zero_point; // 1 value, or null for 0; int8 output only
+    Activation activation;
+    DType out_dtype; // any; int32: the accumulators
+    void *y;         // [m, ldy], 16-byte aligned; columns n..ldy may be overwritten up to the next 16 bytes
+    int64_t ldy;     // at least n; ldy * size_of(out_dtype) is a multiple of 16
+};
+
+// One kernel of the table: a tile configuration for one architecture.
+struct Int8LinearKernel {
+    const char *name;
+    int min_capability, max_capability; // major * 10 + minor, inclusive
+    int tile_m, tile_n, tile_k;
+    int (*run)(const Int8Linear &, void *stream);
+};
+
+// The table, in order of preference. *count is set to its length.
+const Int8LinearKernel *int8_linear_kernels(int *count);
+const Int8LinearKernel *int8_linear_find(const char *name);
+
+// Null when the kernel can run the problem on a device of this capability, else the reason (static).
+const char *int8_linear_supports(const Int8LinearKernel &kernel, int capability, int64_t m, int64_t n,
+                                 int64_t k);
+
+// The kernel for a problem: a pure function of its arguments. Null when none can run it.
+const Int8LinearKernel *int8_linear_choose(int capability, int multiprocessors, int64_t m, int64_t n,
+                                           int64_t k);
+
+int int8_linear_run(const Int8LinearKernel &kernel, const Int8Linear &args, void *stream);
+
+} // namespace tautorch::cuda
