@@ -6,6 +6,7 @@ import os
 import pickle
 import random
 import sys
+import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -35,11 +36,26 @@ def save_atomic(state: Mapping[str, Any], path: Path) -> None:
 def load_checkpoint(path: Path) -> dict[str, Any]:
     """Read a checkpoint without running code from it.
 
-    Raises ValueError for a truncated, foreign or newer file, naming it.
+    Raises ValueError for a truncated, altered, foreign or newer file, naming it.
     """
     try:
+        with zipfile.ZipFile(path) as archive:
+            # torch.load does not look at the checksums that torch.save writes.
+            damaged = archive.testzip()
+        if damaged is not None:
+            raise ValueError(f"wrong checksum in {damaged}")
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError, ValueError, KeyError, AttributeError) as error:
+    except (FileNotFoundError, PermissionError):
+        raise
+    except (
+        RuntimeError,
+        OSError,
+        EOFError,
+        pickle.UnpicklingError,
+        ValueError,
+        LookupError,
+        zipfile.BadZipFile,
+    ) as error:
         raise ValueError(
             f"Distiller: {path} must be a readable checkpoint, got {type(error).__name__}: "
             f"{str(error).splitlines()[0] if str(error) else 'no detail'}; delete it to start afresh"
