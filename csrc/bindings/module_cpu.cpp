@@ -100,6 +100,13 @@ PYBIND11_MODULE(_C, m) {
         for (int64_t i = 0; i < repeats; ++i)
             parallel_tasks(tasks, [](int64_t) {});
     });
+    // Runs the kernel's product instruction on registers; returns the multiply-accumulates done.
+    m.def("peak_i8", [](const std::string &kernel, int64_t rounds) {
+        const Isa *isa = find_isa(kernel.c_str());
+        if (!isa || !isa_supported(*isa))
+            throw pybind11::value_error("peak_i8: this CPU cannot run kernel '" + kernel + "'");
+        return isa->peak_i8(rounds);
+    });
     m.def("last_used", [](const std::string &op) -> pybind11::object {
         const char *k = b::last_used_kernel[static_cast<size_t>(b::op_slot(op.c_str()))];
         return k ? pybind11::object(pybind11::str(k)) : pybind11::none();

@@ -4,6 +4,7 @@ def isas() -> dict[str, bool]: ...
 def set_thread_pool(parallel_for: int, num_threads: int) -> None: ...
 def max_threads() -> int: ...
 def fork_join(repeats: int, tasks: int) -> None: ...
+def peak_i8(kernel: str, rounds: int) -> int: ...
 def last_used(op: str) -> str | None: ...
 def dense_pack_bytes(kernel: str, kind: int, groups: int, n: int, k: int, taps: int) -> int: ...
 def dense_pack(
@@ -49,4 +50,58 @@ def pack_info(packed: int, bytes: int) -> dict[str, int | str]: ...
 def int8_linear_plan(packed: int, bytes: int, k: int, tail: dict[str, int]) -> bytes: ...
 def int8_linear_run(
     plan: bytes, x: int, x_dtype: int, m: int, x_stride: int, out: int, out_dtype: int, /
+) -> None: ...
+
+# in_channels, kh, kw, sh, sw, ph, pw, dh, dw
+_Geometry = tuple[int, ...]
+
+def int8_conv2d_plan(packed: int, bytes: int, geometry: _Geometry, tail: dict[str, int]) -> bytes: ...
+def sparse_conv2d_plan(packed: int, bytes: int, geometry: _Geometry, tail: dict[str, int]) -> bytes: ...
+def lowrank_conv2d_plan(
+    down: int,
+    down_bytes: int,
+    up: int,
+    up_bytes: int,
+    down_scale: int,
+    geometry: _Geometry,
+    tail: dict[str, int],
+) -> bytes: ...
+def int8_conv2d_run(
+    plan: bytes,
+    x: int,
+    x_dtype: int,
+    batch: int,
+    height: int,
+    width: int,
+    x_channels_last: int,
+    out: int,
+    out_dtype: int,
+    out_channels_last: int,
+    /,
+) -> None: ...
+def sparse_conv2d_run(
+    plan: bytes,
+    x: int,
+    x_dtype: int,
+    batch: int,
+    height: int,
+    width: int,
+    x_channels_last: int,
+    out: int,
+    out_dtype: int,
+    out_channels_last: int,
+    /,
+) -> None: ...
+def lowrank_conv2d_run(
+    plan: bytes,
+    x: int,
+    x_dtype: int,
+    batch: int,
+    height: int,
+    width: int,
+    x_channels_last: int,
+    out: int,
+    out_dtype: int,
+    out_channels_last: int,
+    /,
 ) -> None: ...

@@ -1,5 +1,6 @@
 // Dense kernels of the two 256-bit instruction sets: panels of 16 outputs, tiles of 6 x 16. The including
-// file defines `madd(acc, x, w)` and `load_w(p)` for 8 outputs and kKr inputs.
+// file defines `madd(acc, x, w)` and `load_w(p)` for 8 outputs and kKr inputs, and TT_PEAK_STEP: the same in
+// assembly, on accumulator ymm\\r.
 #pragma once
 
 #include "kernels/common/isa.h"
@@ -102,6 +103,16 @@ void dot_i8(const void *const *rows, int64_t ld, int mr, int64_t taps, int64_t k
 void dot_f32(const void *const *rows, int64_t ld, int mr, int64_t taps, int64_t k, const void *panel,
              bool weight_i8, int width, float *acc) {
     (weight_i8 ? kDotF32<true> : kDotF32<false>)[width / 8 - 1][mr - 1](rows, ld, taps, k, panel, acc);
+}
+
+int64_t peak_i8(int64_t rounds) {
+    int64_t n = rounds;
+    asm volatile("1:\n\t.irp r,0,1,2,3,4,5,6,7,8,9,10,11\n\t" TT_PEAK_STEP "\n\t.endr\n\tdec %0\n\tjnz 1b"
+                 : "+r"(n)
+                 :
+                 : "cc", "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7", "xmm8", "xmm9",
+                   "xmm10", "xmm11", "xmm13");
+    return rounds * 12 * 8 * kKr;
 }
 
 } // namespace

@@ -55,6 +55,10 @@ struct Isa {
     // gives back rows in order.
     const uint8_t *panel_order;
 
+    // Runs the instruction of dot_i8 on registers alone and returns the multiply-accumulates done: what the
+    // arithmetic could reach, for benches.
+    int64_t (*peak_i8)(int64_t rounds);
+
     // acc[c] += x[c] * w[c] over `taps` pointers, for depthwise convolution. x bytes are u8_shifted.
     void (*depthwise)(const uint8_t *const *taps, int64_t n_taps, const int8_t *w, int64_t w_stride,
                       int64_t channels, int32_t *acc);

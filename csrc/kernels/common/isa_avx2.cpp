@@ -17,6 +17,7 @@ inline __m256i madd(__m256i acc, __m256i x, __m256i w) {
 } // namespace
 } // namespace tautorch
 
+#define TT_PEAK_STEP "vpmaddwd %%ymm14, %%ymm15, %%ymm13\n\tvpaddd %%ymm13, %%ymm\\r, %%ymm\\r"
 #include "kernels/common/dot_ymm.h"
 
 namespace tautorch {
@@ -40,6 +41,7 @@ const Isa isa_avx2 = {
     sparse_i8_plain,
     sparse_f32_plain,
     kPlainOrder,
+    peak_i8,
     depthwise,
 };
 

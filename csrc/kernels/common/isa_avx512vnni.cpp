@@ -264,6 +264,18 @@ void sparse_f32(int gs, int w, const float *x, const uint32_t *start, const uint
         (gs == 4 ? sparse_f32_t<4, 1> : sparse_f32_t<1, 1>)(x, start, idx, values, g0, g1, acc);
 }
 
+int64_t peak_i8(int64_t rounds) {
+    int64_t n = rounds;
+    asm volatile("1:\n\t.irp r,0,1,2,3,4,5,6,7,8,9,10,11,12,13,14,15,16,17,18,19,20,21,22,23\n\t"
+                 "vpdpbusd %%zmm30, %%zmm31, %%zmm\\r\n\t.endr\n\tdec %0\n\tjnz 1b"
+                 : "+r"(n)
+                 :
+                 : "cc", "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7", "xmm8", "xmm9",
+                   "xmm10", "xmm11", "xmm12", "xmm13", "xmm14", "xmm15", "xmm16", "xmm17", "xmm18", "xmm19",
+                   "xmm20", "xmm21", "xmm22", "xmm23");
+    return rounds * 24 * 64;
+}
+
 } // namespace
 
 const Isa isa_avx512vnni = {
@@ -285,6 +297,7 @@ const Isa isa_avx512vnni = {
     sparse_i8,
     sparse_f32,
     kOrder.at,
+    peak_i8,
     depthwise,
 };
 

@@ -13,6 +13,7 @@ inline __m256i madd(__m256i acc, __m256i x, __m256i w) { return _mm256_dpbusd_av
 } // namespace
 } // namespace tautorch
 
+#define TT_PEAK_STEP "%{vex%} vpdpbusd %%ymm14, %%ymm15, %%ymm\\r"
 #include "kernels/common/dot_ymm.h"
 
 namespace tautorch {
@@ -36,6 +37,7 @@ const Isa isa_avxvnni = {
     sparse_i8_plain,
     sparse_f32_plain,
     kPlainOrder,
+    peak_i8,
     depthwise,
 };
 

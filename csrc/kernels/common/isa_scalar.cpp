@@ -40,6 +40,18 @@ void dot_f32(const void *const *rows, int64_t ld, int mr, int64_t taps, int64_t 
         }
 }
 
+int64_t peak_i8(int64_t rounds) {
+    int32_t acc[8] = {}, x = 3, w = 5;
+    for (int64_t i = 0; i < rounds; ++i) {
+        asm volatile("" : "+r"(x), "+r"(w));
+        for (int32_t &a : acc)
+            a += x * w;
+    }
+    for (int32_t a : acc)
+        asm volatile("" ::"r"(a));
+    return rounds * 8;
+}
+
 } // namespace
 
 const Isa isa_scalar = {
@@ -61,6 +73,7 @@ const Isa isa_scalar = {
     sparse_i8_plain,
     sparse_f32_plain,
     kPlainOrder,
+    peak_i8,
     depthwise,
 };
 
