@@ -197,6 +197,14 @@ def _check_document(path: str | PathLike[str], document: dict[str, Any], entries
     for name, kept in aliases.items():
         if not isinstance(kept, str) or kept not in entries or name in entries:
             bad(path, f"is malformed: {name!r} is said to be tied to {kept!r}")
+    for name, value in document["memory_format"].items():
+        rank = next((r for r, (known, _) in _FORMATS.items() if known == value), None)
+        if (
+            name not in entries | aliases
+            or rank is None
+            or len(entries[aliases.get(name, name)].shape) != rank
+        ):
+            bad(path, f"is malformed: {name!r} cannot have the memory format {value!r}")
 
 
 @contextmanager

@@ -244,6 +244,8 @@ class _Builder:
             raise StructureError(
                 f"gives {path!r} ({cls.__name__}) other arguments than {list(_PLAIN.get(cls, ()))}"
             )
+        if cls not in _PACKED and not all(_plain_value(key, value) for key, value in config.items()):
+            raise StructureError(f"cannot build {cls.__name__} at {path!r} from {config}: wrong kinds")
         arguments = {key: _tuples(value) for key, value in config.items()}
         try:
             # Shapes are compared before memory is asked for: a false size must not cost terabytes.
@@ -251,7 +253,7 @@ class _Builder:
                 self._fits(path, cls(**arguments))
             with torch.random.fork_rng(devices=[]), torch.device(self._device):
                 return cls(**arguments)
-        except StructureError:
+        except (StructureError, RecursionError):
             raise
         except Exception as error:
             raise StructureError(
@@ -275,7 +277,7 @@ class _Builder:
             n: self._module(f"{path}.{n}" if path else n, there.get(n)) for n in names
         }
         if type(module) in _CONTAINERS:
-            children = built | {n: None for n in module._modules if n not in built}
+            children = built | {n: None for n, c in module._modules.items() if c is None and n not in built}
         else:
             children = {n: built.get(n) for n in module._modules}
         if list(children.items()) != list(module._modules.items()):
@@ -296,6 +298,15 @@ def check_entry(name: str, tensor: torch.Tensor, entries: dict[str, Entry]) -> N
         )
     if entry.dtype != tensor.dtype and not (entry.dtype.is_floating_point and tensor.is_floating_point()):
         raise StructureError(f"has {name!r} as {entry.dtype}, the architecture needs {tensor.dtype}")
+
+
+def _plain_value(key: str, value: object) -> bool:
+    """Whether a plain layer takes an argument of this kind (it would store any other and fail when run)."""
+    if isinstance(value, str):
+        return key in ("padding", "padding_mode", "approximate")
+    if isinstance(value, list):
+        return all(type(n) is int or n is None for n in value)
+    return value is None or isinstance(value, (bool, int, float))
 
 
 def _tuples(value: Any) -> Any:
