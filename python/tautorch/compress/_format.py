@@ -30,7 +30,7 @@ def format_seconds(seconds: float) -> str:
 def format_accuracy(accuracy: Proportion) -> str:
     """``98.89 % [97.6, 99.5]``."""
     low, high = accuracy.interval()
-    return f"{accuracy.value:.2%} [{low * 100:.1f}, {high * 100:.1f}]".replace("%", " %")
+    return f"{accuracy.value * 100:.2f} % [{low * 100:.1f}, {high * 100:.1f}]"
 
 
 def batches_of(times: Iterable[Mapping[int, float]]) -> list[int]:

@@ -112,7 +112,8 @@ def front(points: Sequence[Point], title: str) -> str:
     for point, flip, label_y in zip(points, on_left, _spread(spots, on_left), strict=True):
         px, py = x(point.seconds), y(point.accuracy)
         hint = (
-            f"{point.label}: {point.accuracy:.2%} [{point.low:.2%}, {point.high:.2%}], "
+            f"{point.label}: {point.accuracy * 100:.2f} % "
+            f"[{point.low * 100:.1f}, {point.high * 100:.1f}], "
             f"{format_seconds(point.seconds)}"
         )
         marks.append(

@@ -71,9 +71,13 @@ def _tiles(report: Report) -> str:
     tiles = []
     if last.accuracy is not None:
         low, high = last.accuracy.interval()
-        was = f", {first.name} {first.accuracy.value:.2%}" if first.accuracy is not None else ""
+        was = f"; {first.name}: {first.accuracy.value * 100:.2f} %" if first.accuracy is not None else ""
         tiles.append(
-            (f"{last.accuracy.value:.2%}", "held-out accuracy", f"95 %: {low:.1%} to {high:.1%}{was}")
+            (
+                f"{last.accuracy.value * 100:.2f} %",
+                "held-out accuracy",
+                f"95 %: {low * 100:.1f} to {high * 100:.1f}{was}",
+            )
         )
     tiles.append(
         (
@@ -223,7 +227,7 @@ def _layer_table(layers: Sequence[Layer]) -> str:
             f"<code>{escape(layer.kernel)}</code>",
             f"{layer.parameters:,}",
             f"{format_bytes(layer.bytes_before)} → {format_bytes(layer.bytes_after)}",
-            "–" if layer.error is None else f"{layer.error:.2%}",
+            "–" if layer.error is None else f"{layer.error * 100:.2f} %",
         ]
         for layer in layers
     ]

@@ -12,12 +12,14 @@ import platform
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from rich.console import Console, RenderableType
 
-from tautorch.compress import page, terminal
+from tautorch.compress import page
+
+if TYPE_CHECKING:
+    from rich.console import Console, RenderableType
 
 FORMAT = 1
 """Version of the JSON; raised when a field changes its meaning."""
@@ -191,9 +193,13 @@ class Report:
 
     def print(self, console: Console | None = None) -> None:
         """Print the tables to ``console``, by default to the terminal."""
+        from rich.console import Console  # rich takes longer to import than the whole of tautorch
+
         (console or Console()).print(self)
 
     def __rich__(self) -> RenderableType:
+        from tautorch.compress import terminal  # for the same reason
+
         return terminal.tables(self)
 
 

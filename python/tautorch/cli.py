@@ -1,0 +1,88 @@
+"""The ``tautorch`` command, also ``python -m tautorch``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from tautorch import dispatch
+
+app = typer.Typer(
+    help="Compress a trained PyTorch model and run it on compiled kernels.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+)
+
+
+@app.command()
+def demo(
+    timing: Annotated[
+        bool,
+        typer.Option(
+            "--timing/--no-timing",
+            help="Judge the speed end to end. Without, everything runs, for machines that are shared.",
+        ),
+    ] = True,
+    out: Annotated[
+        Path, typer.Option(help="Folder for the model, the JSON and the page; made where it does not exist.")
+    ] = Path("demo-out"),
+    seed: Annotated[int, typer.Option(help="Of the split, the weights and the order of the images.")] = 0,
+) -> None:
+    """Take handwritten digits the whole way, from a teacher to a compiled student, and report.
+
+    Ends with status 1 if a promise breaks: slower end to end than the float student or the teacher, accuracy
+    more than a point under the teacher's, or other predictions after reloading.
+    """
+    try:
+        from tautorch.demo import pipeline  # needs scikit-learn, which nothing else here does
+    except ImportError as error:
+        raise typer.BadParameter(str(error)) from error
+    console = _console()
+    report = pipeline.run(pipeline.Settings(out=out, seed=seed, timing=timing), console)
+    console.print()
+    report.print(console)
+    for what, name in {
+        "page": "report.html",
+        "numbers": "report.json",
+        "model": "compiled.safetensors",
+    }.items():
+        console.print(f"{what:<8} {out / name}", soft_wrap=True)
+    if not report.kept_promises:
+        console.print("[bold red]A promise was broken; see above.[/]")
+        raise typer.Exit(1)
+
+
+@app.command()
+def kernels(
+    op: Annotated[str | None, typer.Argument(help="One operator; all of them where left out.")] = None,
+) -> None:
+    """List the kernels of every operator, best first, and say why those that cannot run here cannot."""
+    try:
+        rows = dispatch.kernels(op)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+    table = Table(box=None, pad_edge=False)
+    for column in ("operator", "kernel", "device", "here"):
+        table.add_column(column, no_wrap=column != "here")
+    for row in rows:
+        reason = row.supports(dispatch.Problem(row.op, row.device))
+        mark = "[green]yes[/]" if reason is None else f"[dim]no: {reason}[/]"
+        table.add_row(row.op, row.name, row.device, mark)
+    _console().print(table)
+
+
+def _console() -> Console:
+    """The terminal; a file or a pipe has no width of its own and gets a wide one."""
+    console = Console()
+    return console if console.is_terminal else Console(width=170)
+
+
+def main() -> None:
+    """The entry point of the ``tautorch`` command."""
+    app()

@@ -1,0 +1,177 @@
+"""From a float model that was pruned and factorised to compiled layers, each where it was measured to pay."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from tautorch.compress.report import Layer
+from tautorch.convert import convert
+from tautorch.convert_report import ConvertReport, LayerRecord
+from tautorch.factorize import FactorizedConv2d, FactorizedLinear
+from tautorch.fuse import fuse
+from tautorch.nn import Int8Conv2d, Int8Linear, LowRankConv2d, LowRankLinear, SparseConv2d, SparseLinear
+from tautorch.quantize import QParams, calibrate
+
+Batch = Any
+Factory = Callable[[Any], nn.Module]
+
+SPARSE_FROM = 0.5
+"""Share of zeros from which a layer is offered a sparse kernel; below it the dense int8 one wins anyway."""
+
+
+def compile_layers(
+    model: nn.Module,
+    calibration: Iterable[Batch],
+    example_inputs: Sequence[Batch],
+    *,
+    pattern: str = "4x1",
+    observer: str = "mse",
+    gate: bool = True,
+    original: nn.Module | None = None,
+    seconds: float = 0.2,
+    progress: Callable[[str], object] | None = None,
+) -> list[Layer]:
+    """Quantise a float model to int8 with static scales and put compiled layers in, in place.
+
+    A layer with at least half of its weights pruned is offered a sparse kernel and, where that loses, a dense
+    int8 one; a factorised layer a low-rank one; any other layer the dense int8 one. Activations that follow a
+    replaced layer are fused into it.
+
+    Args:
+        model: in eval mode; batch norms folded (`tautorch.fuse`) if they are to be quantised with the layer.
+        calibration: batches of what the model takes, from which the scales are chosen.
+        example_inputs: one batch for each batch size the model will see: what the gate times.
+        pattern: that the pruned layers were pruned in, see `tautorch.prune`.
+        observer: how the scales are chosen, see `tautorch.quantize`.
+        gate: False replaces every layer, unmeasured.
+        original: the model before pruning and factorising, for the parameters and bytes of its layers.
+        seconds: about how long one comparison takes.
+        progress: called with the name of every layer that is decided.
+
+    Returns:
+        What became of each layer, in the model's order.
+    """
+    scales = calibrate(model, calibration, observer=observer)
+    before = {name: model.get_submodule(name) for name in compilable(model)}
+    offers = {name: _offers(layer, scales.get(name), pattern) for name, layer in before.items()}
+    records: dict[str, LayerRecord] = {}
+    reasons: dict[str, list[str]] = {name: [] for name in before}
+    while plan := {name: waiting[0] for name, waiting in offers.items() if waiting}:
+        found = ConvertReport()
+        convert(model, plan, list(example_inputs), gate=gate, seconds=seconds, report=found)
+        for record in found.layers:
+            records[record.name] = record
+            reasons[record.name].append(record.reason)
+            offers[record.name] = [] if record.replaced else offers[record.name][1:]
+            if progress is not None and not offers[record.name]:
+                progress(record.name)
+    fuse(model, example_inputs[-1])
+    _make_plain(model, before)
+    sizes = {name: _original(original, name, layer) for name, layer in before.items()}
+    return [
+        _layer(records[name], before[name], model.get_submodule(name), reasons[name], sizes[name])
+        for name in before
+    ]
+
+
+def describe_layer(layer: nn.Module) -> str:
+    """One line for people: ``Conv2d 32→64, 3×3``, ``SparseLinear 1152→256, 4x1, 25 % kept``."""
+    name = type(layer).__name__
+    if isinstance(layer, FactorizedLinear):
+        return f"Linear {layer.down.in_features}→{layer.rank}→{layer.up.out_features}"
+    if isinstance(layer, FactorizedConv2d):
+        down = layer.down
+        return f"Conv2d {down.in_channels}→{layer.rank}→{layer.up.out_channels}, {_size(down.kernel_size)}"
+    parts = []
+    rank = getattr(layer, "rank", None)
+    through = f"→{rank}" if isinstance(rank, int) else ""
+    if hasattr(layer, "in_features"):
+        parts.append(f"{name} {layer.in_features}{through}→{layer.out_features}")
+    elif hasattr(layer, "in_channels"):
+        parts.append(f"{name} {layer.in_channels}{through}→{layer.out_channels}")
+        parts.append(_size(layer.kernel_size))
+    else:
+        return name
+    pattern = getattr(layer, "pattern", None)
+    parts += [pattern] if isinstance(pattern, str) else []
+    activation = getattr(layer, "activation", "none")
+    parts += [f"+ {activation}"] if activation != "none" else []
+    return ", ".join(parts)
+
+
+def _size(kernel: Any) -> str:
+    return "×".join(map(str, kernel))
+
+
+def compilable(model: nn.Module) -> list[str]:
+    """Names of the layers that a compiled one may replace; a factorised pair counts as one."""
+    pairs = (FactorizedLinear, FactorizedConv2d)
+    found: list[str] = []
+    for name, module in model.named_modules():
+        inside = any(name.startswith(f"{outer}.") for outer in found)
+        if not inside and isinstance(module, (nn.Linear, nn.Conv2d, *pairs)):
+            found.append(name)
+    return found
+
+
+def _offers(layer: nn.Module, scale: QParams | None, pattern: str) -> list[Factory]:
+    """Makers of compiled layers to try in turn, the one that promises most first."""
+    quant: dict[str, Any] = {"quant": "dynamic"}
+    if scale is not None:
+        quant = {"quant": "static", "x_scale": scale.scale, "x_zero_point": scale.zero_point}
+    if isinstance(layer, (FactorizedLinear, FactorizedConv2d)):
+        kind = LowRankLinear if isinstance(layer, FactorizedLinear) else LowRankConv2d
+        return [lambda old: kind.from_float(old, weight_dtype=torch.int8)]
+    sparse, dense = (SparseLinear, Int8Linear) if isinstance(layer, nn.Linear) else (SparseConv2d, Int8Conv2d)
+    offers: list[Factory] = [lambda old: dense.from_float(old, **quant)]
+    if _zeros(layer) >= SPARSE_FROM:
+        offers.insert(0, lambda old: sparse.from_float(old, pattern=pattern, **quant))
+    return offers
+
+
+def _zeros(layer: nn.Module) -> float:
+    weight = layer.weight
+    return 1.0 - int(torch.count_nonzero(weight)) / weight.numel()  # type: ignore[arg-type,operator]
+
+
+def _make_plain(model: nn.Module, before: Mapping[str, nn.Module]) -> None:
+    """Factorised pairs that were kept become plain sequences, which a saved file can describe."""
+    for name, old in before.items():
+        if model.get_submodule(name) is old and isinstance(old, (FactorizedLinear, FactorizedConv2d)):
+            parent, _, key = name.rpartition(".")
+            setattr(model.get_submodule(parent), key, nn.Sequential(OrderedDict(old.named_children())))
+
+
+def _original(original: nn.Module | None, name: str, layer: nn.Module) -> tuple[int, int]:
+    """Parameters and bytes of the layer before it was pruned and factorised."""
+    source = layer if original is None else original.get_submodule(name)
+    tensors = list(source.parameters())
+    return sum(t.numel() for t in tensors), sum(t.numel() * t.element_size() for t in tensors)
+
+
+def _layer(
+    record: LayerRecord, before: nn.Module, after: nn.Module, reasons: list[str], size: tuple[int, int]
+) -> Layer:
+    parameters, bytes_before = size
+    times = [time for time in record.times if time.shape]
+    layer = Layer(
+        name=record.name,
+        before=describe_layer(before),
+        after=record.new_class,
+        kernel=record.kernel,
+        replaced=record.replaced,
+        reason="; ".join(reasons),
+        parameters=parameters,
+        bytes_before=bytes_before,
+        bytes_after=record.bytes_after,
+        before_s={time.shape[0]: time.before_s for time in times},
+        after_s={time.shape[0]: time.after_s for time in times},
+        error=record.error,
+    )
+    return replace(layer, after=describe_layer(after)) if record.replaced else layer
