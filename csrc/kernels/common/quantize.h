@@ -82,13 +82,19 @@ void quantize_t(const char *x, int64_t n, float inv, int32_t zp, int32_t lo, int
 
 template <class Out> void copy_i8(const int8_t *x, int64_t n, void *out) {
     int64_t i = 0;
-    for (; i + L <= n; i += L)
-        store_q<Out>(out, i, __builtin_convertvector(load<vs8>(x + i), vi) + Out::shift, L);
-    for (; i < n; ++i) {
-        if constexpr (Out::bytes == 1)
-            static_cast<uint8_t *>(out)[i] = static_cast<uint8_t>(x[i] + 128);
-        else
-            static_cast<int16_t *>(out)[i] = x[i];
+    if constexpr (Out::bytes == 1) {
+        // q + 128 is q with its top bit turned: whole registers of bytes, no widening.
+        uint8_t *to = static_cast<uint8_t *>(out);
+        for (; i + 4 * L <= n; i += 4 * L)
+            store(to + i, load<vu>(x + i) ^ 0x80808080u);
+        for (; i < n; ++i)
+            to[i] = static_cast<uint8_t>(x[i] ^ 0x80);
+    } else {
+        int16_t *to = static_cast<int16_t *>(out);
+        for (; i + L <= n; i += L)
+            store(to + i, __builtin_convertvector(load<vs8>(x + i), vs16));
+        for (; i < n; ++i)
+            to[i] = x[i];
     }
 }
 
