@@ -24,7 +24,7 @@ class Svd:
         matrix = weight.detach().double()
         self._unwhiten: Tensor | None = None
         if gram is not None:
-            values, vectors = torch.linalg.eigh(gram.to(matrix.device))
+            values, vectors = torch.linalg.eigh(gram.to(matrix))
             top = values.amax(-1, keepdim=True).clamp_min(1e-30)
             roots = values.clamp_min(0).maximum(top * _FLOOR).sqrt()
             matrix = matrix @ (vectors * roots.unsqueeze(-2))

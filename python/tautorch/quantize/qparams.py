@@ -25,7 +25,7 @@ class QParams:
     zero_point: int
 
     def quantize(self, x: Tensor) -> Tensor:
-        """int8 of x; the multiplication is by 1 / scale, rounded once, in fp32 as in the kernels."""
+        """int8 of finite x; multiplied by 1 / scale, one fp32 division, as in the kernels."""
         inverse = torch.ones((), device=x.device) / torch.tensor(self.scale, device=x.device)
         q = torch.round(x.float() * inverse) + self.zero_point
         return q.clamp(-128, 127).to(torch.int8)
