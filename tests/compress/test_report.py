@@ -171,7 +171,15 @@ def test_page_is_whole_and_needs_nothing_else(tmp_path: Path) -> None:
     # Latency at two batches, size and parameters, the front, the layers at two batches.
     assert page.tags.count("svg") == 7
     assert "prefers-color-scheme: dark" in html
-    for expected in ("Digits <teacher & student>", "kept: slower <at 1>", "100×", "99.07%", "avx512vnni"):
+    for expected in (
+        "Digits <teacher & student>",
+        "kept: slower <at 1>",
+        "100×",
+        "40×",
+        "faster at batch 64",
+        "99.07 %",
+        "avx512vnni",
+    ):
         assert expected in page.text, f"{expected!r} is missing"
     for environment in report.environment.values():
         assert environment in page.text

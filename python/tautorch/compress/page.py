@@ -86,17 +86,13 @@ def _tiles(report: Report) -> str:
             f"{format_bytes(first.bytes)} → {format_bytes(last.bytes)} on disk",
         )
     )
-    for batch in reversed(batches_of([first.latency_s, last.latency_s])):
-        if batch not in first.latency_s or batch not in last.latency_s:
-            continue
-        before, after = first.latency_s[batch], last.latency_s[batch]
-        tiles.append(
-            (
-                f"{before / after:.3g}×",
-                f"faster at batch {batch}",
-                f"{format_seconds(before)} → {format_seconds(after)}",
-            )
+    against = [item for item in report.speedups if (item.model, item.peer) == (last.name, first.name)]
+    for item in sorted(against, key=lambda item: -item.batch):
+        before, after = first.latency_s.get(item.batch), last.latency_s.get(item.batch)
+        times = (
+            "" if before is None or after is None else f"{format_seconds(before)} → {format_seconds(after)}"
         )
+        tiles.append((f"{item.ratio:.3g}×", f"faster at batch {item.batch}", times))
     cells = (
         f'<div class="tile"><b>{escape(value)}</b><span>{escape(name)}</span>'
         f"<small>{escape(detail)}</small></div>"
