@@ -12,6 +12,7 @@ from tautorch.dispatch import Problem
 from tautorch.reference import int8_linear as reference
 
 from . import library as lib
+from .library import rows_of as rows_of
 
 OP = "int8_linear"
 _cache = lib.PackCache()
@@ -59,17 +60,6 @@ def plan(packed: Tensor, k: int, tail: dict[str, int]) -> bytes:
     return _C.int8_linear_plan(packed.data_ptr(), packed.numel(), k, tail)
 
 
-def rows_of(x: Tensor) -> tuple[Tensor, int, int]:
-    """x as rows without a copy where strides allow: (tensor, number of rows, row stride in elements)."""
-    k = x.shape[-1]
-    if x.dim() == 2 and (x.stride(1) == 1 or k == 1):
-        return x, x.shape[0], x.stride(0)
-    x = x.reshape(x.shape[:-1].numel(), k)
-    if k > 1 and x.stride(1) != 1:
-        x = x.contiguous()
-    return x, x.shape[0], x.stride(0)
-
-
 def _cpu(
     x: Tensor,
     weight: Tensor,
@@ -88,6 +78,8 @@ def _cpu(
         out_zero_point, out_dtype,
     )  # fmt: skip
     n, k = weight_scale.numel(), x.shape[-1]
+    if weight.dtype == torch.uint8 and (inputs := lib.pack_info(weight)["k"]) != k:
+        raise ValueError(f"{OP}: x must be [..., {inputs}] as the packed weight takes, got {list(x.shape)}")
     kernel = choose(n, k, weight_only)
     if kernel == "reference":
         dispatch.note_used(OP, kernel)
@@ -116,13 +108,8 @@ def _cpu(
         out_scale=out_scale,
         out_zero_point=out_zero_point,
     )
-    rows, m, stride = rows_of(x)
-    out = torch.empty((*x.shape[:-1], n), dtype=lib.output_dtype(x, out_scale, out_dtype))
-    dispatch.clear_last_python(OP)
-    _C.int8_linear_run(
-        plan(packed, k, codes), rows.data_ptr(), lib.DTYPE_CODE[x.dtype], m, stride, out.data_ptr(),
-        lib.DTYPE_CODE[out.dtype],
-    )  # fmt: skip
+    dtype = lib.output_dtype(x, out_scale, out_dtype)
+    out = lib.run_rows(OP, _C.int8_linear_run, plan(packed, k, codes), x, n, dtype)
     del keep, packed
     return out
 
@@ -141,7 +128,7 @@ def _check(
     out_dtype: torch.dtype | None,
 ) -> None:
     if x.dim() < 1:
-        raise ValueError(f"{OP}: x must be [..., K], got a scalar")
+        raise ValueError(f"{OP}: x must be [..., K], got a 0-dimensional tensor")
     k, n = x.shape[-1], weight_scale.numel()
     if weight.dtype == torch.uint8:
         if weight.dim() != 1:
@@ -210,11 +197,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     grad_x = grad_bias = None
     if ctx.needs_input_grad[0]:
         canonical = torch.ops.tautorch.unpack_linear(weight, weight_scale.shape[0], x.shape[-1])
-        grad_x = (g * weight_scale) @ canonical.to(torch.float32)
-        inside = lib.inside_range(x, x_scale, x_zero_point)
-        if inside is not None:
-            grad_x = grad_x * inside
-        grad_x = grad_x.to(x.dtype)
+        grad_x = lib.input_gradient((g * weight_scale) @ canonical, x, x_scale, x_zero_point)
     if bias is not None and ctx.needs_input_grad[3]:
         grad_bias = g.reshape(-1, g.shape[-1]).sum(0).to(bias.dtype)
     return (grad_x, None, None, grad_bias, *[None] * 7)
@@ -229,13 +212,17 @@ lib.define(
     _backward,
 )
 
-# A packed or canonical linear weight as canonical tensor, for backward graphs.
-lib.LIB.define("unpack_linear(Tensor weight, int n, int k) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+# A packed or canonical linear weight as canonical float32 tensor, for backward graphs.
+lib.LIB.define(
+    "unpack_linear(Tensor weight, SymInt n, SymInt k) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,)
+)
 lib.LIB.impl(
-    "unpack_linear", lambda w, n, k: unpack(w) if w.dtype == torch.uint8 else w.clone(), "CPU"
+    "unpack_linear",
+    lambda w, n, k: (unpack(w) if w.dtype == torch.uint8 else w).to(torch.float32, copy=True),
+    "CPU",
 )
 torch.library.register_fake(
-    "tautorch::unpack_linear", lambda w, n, k: w.new_empty((n, k), dtype=torch.int8), lib=lib.LIB
+    "tautorch::unpack_linear", lambda w, n, k: w.new_empty((n, k), dtype=torch.float32), lib=lib.LIB
 )
 
 

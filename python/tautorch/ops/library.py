@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -123,7 +123,7 @@ def check_tail(
     if x_scale is None and x_zero_point is not None:
         raise ValueError(f"{op}: x_zero_point needs x_scale, got None; dynamic quantisation is symmetric")
     if not integer and x_scale is not None:
-        raise ValueError(f"{op}: x_scale must be None for weight-only or float weights, which do not quantise x")
+        raise ValueError(f"{op}: x_scale must be None for weight-only or float weights: x is not quantised")
     if out_dtype is not None and out_dtype not in DTYPE_CODE:
         raise TypeError(f"{op}: out_dtype must be float32, bfloat16, float16, int8 or int32, got {out_dtype}")
     if out_dtype == torch.int32 and not integer:
@@ -177,6 +177,37 @@ def tail(
     return d, keep
 
 
+class Tail(NamedTuple):
+    """The arguments that end every schema; see ``int8_linear``."""
+
+    x_scale: Tensor | None = None
+    x_zero_point: Tensor | None = None
+    weight_only: bool = False
+    activation: str = "none"
+    out_scale: Tensor | None = None
+    out_zero_point: Tensor | None = None
+    out_dtype: torch.dtype | None = None
+
+    def dtype(self, x: Tensor) -> torch.dtype:
+        """Dtype of the output."""
+        return output_dtype(x, self.out_scale, self.out_dtype)
+
+    def codes(
+        self, x: Tensor, weight_scale: Tensor | None, bias: Tensor | None, float_input: bool
+    ) -> tuple[dict[str, int], list[Tensor]]:
+        """``tail`` of a call."""
+        return tail(
+            weight_scale=weight_scale,
+            bias=bias,
+            mode=quant_mode(x.dtype, self.x_scale, float_input),
+            x_scale=self.x_scale,
+            x_zero_point=self.x_zero_point,
+            activation=self.activation,
+            out_scale=self.out_scale,
+            out_zero_point=self.out_zero_point,
+        )
+
+
 def quant_mode(x_dtype: torch.dtype, x_scale: Tensor | None, float_input: bool) -> int:
     """Code of how x becomes an operand."""
     if float_input:
@@ -190,24 +221,31 @@ def quant_mode(x_dtype: torch.dtype, x_scale: Tensor | None, float_input: bool) 
 
 
 class PackCache:
-    """Packed weights of canonical tensors, kept as long as the tensor lives and stays unchanged."""
+    """Packed weights of canonical tensors, kept as long as the tensors live and stay unchanged."""
 
     def __init__(self) -> None:
-        self._entries: dict[int, tuple[weakref.ref[Tensor], int, object, Tensor]] = {}
+        self._entries: dict[int, tuple[tuple[weakref.ref[Tensor], ...], object, Tensor]] = {}
 
-    def get(self, weight: Tensor, key: object, pack: Callable[[], Tensor]) -> Tensor:
-        """The pack of ``weight`` for ``key`` (kernel, kind, ...)."""
-        if weight.is_inference():  # no version counter: an edit could not be seen
+    def get(
+        self, weight: Tensor, key: object, pack: Callable[[], Tensor], also: Sequence[Tensor | None] = ()
+    ) -> Tensor:
+        """The pack of ``weight``, and the tensors it is packed with, for ``key`` (kernel, kind, ...)."""
+        tensors = (weight, *[t for t in also if t is not None])
+        if any(t.is_inference() for t in tensors):  # no version counter: an edit could not be seen
             return pack()
         token = id(weight)
         entry = self._entries.get(token)
-        version = weight._version
-        if entry is not None and entry[0]() is weight and entry[1] == version and entry[2] == key:
-            return entry[3]
+        key = (key, *[t._version for t in tensors])
+        if (
+            entry is not None
+            and entry[1] == key
+            and all(r() is t for r, t in zip(entry[0], tensors, strict=False))
+        ):
+            return entry[2]
         packed = pack()
         entries = self._entries
-        ref = weakref.ref(weight, lambda _: entries.pop(token, None))
-        entries[token] = (ref, version, key, packed)
+        first = weakref.ref(weight, lambda _: entries.pop(token, None))
+        entries[token] = ((first, *[weakref.ref(t) for t in tensors[1:]]), key, packed)
         return packed
 
 
@@ -223,6 +261,34 @@ def dense_pack(
 def pack_info(packed: Tensor) -> dict[str, int | str]:
     """Header of packed weights."""
     return _C.pack_info(packed.data_ptr(), packed.numel())
+
+
+# ---- linear operators -----------------------------------------------------------------------------------
+
+
+def rows_of(x: Tensor) -> tuple[Tensor, int, int]:
+    """x as rows without a copy where strides allow: (tensor, number of rows, row stride in elements)."""
+    k = x.shape[-1]
+    if x.dim() == 2 and (x.stride(1) == 1 or k == 1):
+        return x, x.shape[0], x.stride(0)
+    x = x.reshape(x.shape[:-1].numel(), k)
+    if k > 1 and x.stride(1) != 1:
+        x = x.contiguous()
+    return x, x.shape[0], x.stride(0)
+
+
+def run_rows(op: str, run: Callable[..., None], plan: bytes, x: Tensor, n: int, dtype: torch.dtype) -> Tensor:
+    """Run a linear operator's plan on checked x ``[..., K]``: ``[..., n]`` of ``dtype``."""
+    rows, m, stride = rows_of(x)
+    out = torch.empty((*x.shape[:-1], n), dtype=dtype)
+    dispatch.clear_last_python(op)
+    run(plan, rows.data_ptr(), DTYPE_CODE[x.dtype], m, stride, out.data_ptr(), DTYPE_CODE[dtype])
+    return out
+
+
+def row_count(x: Tensor) -> int:
+    """How many rows x ``[..., K]`` has."""
+    return x.shape[:-1].numel()
 
 
 # ---- gradients ------------------------------------------------------------------------------------------
@@ -253,6 +319,12 @@ def inside_range(x: Tensor, x_scale: Tensor | None, x_zero_point: Tensor | None)
     q = torch.round(x.to(torch.float32) * (1.0 / x_scale))
     zp = 0 if x_zero_point is None else x_zero_point
     return (q + zp >= -128) & (q + zp <= 127)
+
+
+def input_gradient(grad: Tensor, x: Tensor, x_scale: Tensor | None, x_zero_point: Tensor | None) -> Tensor:
+    """fp32 gradient with respect to the quantised x taken to x: zero where a static quantiser clips."""
+    inside = inside_range(x, x_scale, x_zero_point)
+    return (grad if inside is None else grad * inside).to(x.dtype)
 
 
 __all__ = ["LIB", "apply_activation", "check_tail", "define", "dispatch", "tail"]
