@@ -16,6 +16,14 @@ _functorch = _C._functorch.peek_interpreter_stack
 _forward_ad = torch.autograd.forward_ad
 
 
+def autocast_input(x: Tensor) -> Tensor:
+    """x as ``F.linear`` and ``F.conv2d`` take it under autocast."""
+    device = x.device.type
+    if device in ("cpu", "cuda") and x.is_floating_point() and torch.is_autocast_enabled(device):
+        return x.to(torch.get_autocast_dtype(device))
+    return x
+
+
 def plain(x: Tensor, bias: Tensor | None) -> bool:
     """True in plain eager CPU inference: nothing but the numbers depends on the call.
 

@@ -13,7 +13,7 @@ from tautorch.ops import library as lib
 from tautorch.ops.int8_linear import OP, pack, plan, rows_of, unpack
 from tautorch.reference.quantizer import quantize_weight
 
-from .eager import plain
+from .eager import autocast_input, plain
 from .packed import Canonical, PackedModule
 from .tail import QUANTS, check_activation, static_tensors
 
@@ -73,9 +73,8 @@ class Int8Linear(PackedModule):
         self.register_buffer(
             "x_zero_point", torch.zeros(1, dtype=torch.int32, device=device) if static else None
         )
-        self.bias = (
-            nn.Parameter(torch.zeros(out_features, device=device), requires_grad=False) if bias else None
-        )
+        zeros = nn.Parameter(torch.zeros(out_features, device=device), requires_grad=False) if bias else None
+        self.register_parameter("bias", zeros)
 
     @classmethod
     def from_float(
@@ -110,7 +109,7 @@ class Int8Linear(PackedModule):
         )
         scale, zero_point = static_tensors(OP, quant, x_scale, x_zero_point, module.weight.device)
         new._buffers["x_scale"], new._buffers["x_zero_point"] = scale, zero_point
-        q, weight_scale = quantize_weight(module.weight.detach())
+        q, weight_scale = quantize_weight(module.weight, op=OP)
         new._buffers["weight"], new._buffers["weight_scale"] = q, weight_scale
         if module.bias is not None:
             new.bias = nn.Parameter(module.bias.detach().to(torch.float32).clone(), requires_grad=False)
@@ -120,9 +119,7 @@ class Int8Linear(PackedModule):
     def to_float(self) -> nn.Linear:
         """``nn.Linear`` (float32) with the dequantised weight. A fused activation is not part of it."""
         weight = self._canonical_weight()
-        linear = nn.Linear(
-            self.in_features, self.out_features, self.bias is not None, device=weight.device
-        )
+        linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, device=weight.device)
         with torch.no_grad():
             linear.weight.copy_(weight.to(torch.float32) * self.weight_scale[:, None])
             if self.bias is not None and linear.bias is not None:
@@ -156,9 +153,7 @@ class Int8Linear(PackedModule):
     def _problem(self) -> dispatch.Problem:
         weight_only = self.quant == "weight_only"
         device = self.weight_scale.device.type
-        return dispatch.Problem(
-            OP, device, self.out_features, self.in_features, {"weight_only": weight_only}
-        )
+        return dispatch.Problem(OP, device, self.out_features, self.in_features, {"weight_only": weight_only})
 
     def _kernel_of_pack(self) -> str:
         packed = self._buffers["packed"]
@@ -201,7 +196,8 @@ class Int8Linear(PackedModule):
         if d["_epoch"] < 0 or dtype not in _CODE or x.dim() == 0 or x.shape[-1] != d["in_features"]:
             return self._through_op(x)  # the reference backend, and every error
         int8 = dtype is torch.int8
-        run_plan = d["_plans"].get("int8" if int8 else "float")
+        plans = d["_plans"]  # held to the end: it keeps alive what the plan points to
+        run_plan = plans.get("int8" if int8 else "float")
         if run_plan is None or dtype is torch.int32:
             return self._through_op(x)
         n = d["out_features"]
@@ -222,10 +218,8 @@ class Int8Linear(PackedModule):
         weight = buffers["weight"]
         if weight is None:
             weight = buffers["packed"]
-        if torch.is_autocast_enabled(x.device.type) and x.is_floating_point():
-            x = x.to(torch.get_autocast_dtype(x.device.type))  # as F.linear under autocast
         y: Tensor = torch.ops.tautorch.int8_linear(
-            x,
+            autocast_input(x),
             weight,
             self.weight_scale,
             self.bias,
