@@ -13,7 +13,7 @@ from tautorch import _C, dispatch
 from tautorch.reference.common import ACTIVATIONS, apply_activation
 from tautorch.reference.quantizer import MAX_K
 
-LIB = torch.library.Library("tautorch", "DEF")
+LIB: Any = torch.library.Library("tautorch", "DEF")  # type: ignore[no-untyped-call]
 
 # Codes of csrc/kernels/common/types.h.
 DTYPE_CODE: dict[torch.dtype, int] = {
