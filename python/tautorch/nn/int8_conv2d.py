@@ -1,0 +1,134 @@
+"""``Int8Conv2d``: a 2-D convolution with int8 weights."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from tautorch import _C, dispatch
+from tautorch.ops import geometry as conv
+from tautorch.ops import library as lib
+from tautorch.ops.geometry import Pair
+from tautorch.ops.int8_conv2d import OP, pack, plan, problem
+from tautorch.reference.quantizer import quantize_weight
+
+from .convolution import ConvModule, Padding
+from .packed import Canonical
+from .tail import QUANTS, static_tensors
+
+
+class Int8Conv2d(ConvModule):
+    """``y = activation(conv2d(q(x), weight) * scales + bias)``, int8 ``weight`` ``[O, I/groups, kh, kw]``.
+
+    Args:
+        in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode,
+            device, dtype: as ``nn.Conv2d``; ``padding_mode`` must be "zeros"; ``dtype`` is ignored (weights
+            are int8, scales and bias float32).
+        quant: "dynamic" (x quantised per sample), "static" (by ``x_scale``, ``x_zero_point``) or
+            "weight_only" (x stays float).
+        activation: "none", "relu", "gelu", "gelu_tanh" or "silu", fused.
+
+    Buffers: ``weight``, ``weight_scale`` float32 ``[O]``; static: ``x_scale`` float32 and ``x_zero_point``
+    int32, one value each.
+    """
+
+    op: ClassVar[str] = OP
+    packed_names: ClassVar[tuple[str, ...]] = ("weight",)
+    run: ClassVar[Any] = staticmethod(_C.int8_conv2d_run)
+
+    weight = Canonical()
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Pair,
+        stride: Pair = 1,
+        padding: Padding = 0,
+        dilation: Pair = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        quant: str = "dynamic",
+        activation: str = "none",
+    ) -> None:
+        super().__init__(
+            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode,
+            device, quant=quant, quants=QUANTS, activation=activation,
+        )  # fmt: skip
+        if quant != "weight_only":
+            lib.check_k(OP, self.geometry.k)
+        self._buffers["weight"] = torch.zeros(self.geometry.weight_shape, dtype=torch.int8, device=device)
+        self.register_buffer("weight_scale", torch.ones(out_channels, device=device))
+
+    @classmethod
+    def from_float(
+        cls,
+        module: nn.Conv2d,
+        *,
+        quant: str = "dynamic",
+        x_scale: Tensor | float | None = None,
+        x_zero_point: Tensor | int | None = None,
+        activation: str = "none",
+    ) -> Int8Conv2d:
+        """Quantise a float layer's weight to int8, symmetric, one scale per output channel.
+
+        Args:
+            module: the layer; left as it is.
+            quant, activation: see the class.
+            x_scale, x_zero_point: for ``quant="static"``, from ``tautorch.quantize.calibrate``.
+
+        Raises:
+            TypeError: not an ``nn.Conv2d``.
+            ValueError: a weight or bias with NaN or Inf, scales that do not fit ``quant``, or padding that
+                is not zeros on both sides alike.
+        """
+        new = cls(**cls._arguments(module), quant=quant, activation=activation)
+        scale, zero_point = static_tensors(OP, quant, x_scale, x_zero_point, module.weight.device)
+        q, weight_scale = quantize_weight(module.weight.detach(), op=OP)
+        new._take(module.bias, weight=q, weight_scale=weight_scale, x_scale=scale, x_zero_point=zero_point)
+        return new.train(module.training)
+
+    def dense_weight(self) -> Tensor:
+        packed, weight, scale = (self._buffers[n] for n in ("packed", "weight", "weight_scale"))
+        if packed is not None:
+            weight = conv.unpack(packed, self.geometry.weight_shape)
+        assert weight is not None and scale is not None
+        return weight.to(torch.float32) * scale.reshape(-1, 1, 1, 1)
+
+    # ---- PackedModule -----------------------------------------------------------------------------------
+
+    def _problem(self) -> dispatch.Problem:
+        assert self.weight_scale is not None
+        return problem(self.geometry, self.quant == "weight_only", self.weight_scale.device.type)
+
+    def _pack(self, kernel: str) -> Tensor:
+        weight = self._buffers["weight"]
+        assert weight is not None
+        return pack(weight, self.groups, self.quant == "weight_only", kernel)
+
+    def _unpack(self, packed: Tensor) -> dict[str, Tensor]:
+        return {"weight": conv.unpack(packed, self.geometry.weight_shape)}
+
+    def _plan(self, packed: Tensor, codes: dict[str, int]) -> bytes:
+        return plan(packed, self.geometry, codes)
+
+    def _through_op(self, x: Tensor) -> Tensor:
+        weight = self._buffers["weight"]
+        y: Tensor = torch.ops.tautorch.int8_conv2d(
+            x,
+            self._buffers["packed"] if weight is None else weight,
+            self.weight_scale,
+            self.bias,
+            *self.geometry.operands(),
+            self.x_scale,
+            self.x_zero_point,
+            self.quant == "weight_only",
+            self.activation,
+        )
+        return y

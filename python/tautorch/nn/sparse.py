@@ -1,0 +1,176 @@
+"""What the sparse layers share: the canonical layout's buffers, and their way through a pack and back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from tautorch.ops import library as lib
+from tautorch.ops import sparse_entries as sparse
+from tautorch.reference.layouts import (
+    block_cols,
+    block_rows,
+    block_shape,
+    decode,
+    encode,
+    index_dtype,
+    matrix_shape,
+)
+from tautorch.reference.quantizer import quantize_weight
+
+from .packed import PackedModule
+
+
+def _stored(
+    values: Tensor, crow: Tensor | None, col: Tensor, pattern: str, shape: Sequence[int], groups: int
+) -> Tensor:
+    """bool of ``shape``: what a layout stores, zeros too."""
+    ones = torch.ones_like(values, dtype=torch.int8)
+    return decode(ones, crow, col, pattern, shape, groups, check=False).bool()
+
+
+class SparseModule(PackedModule):
+    """A layer with ``values``, ``crow_indices`` and ``col_indices`` of ``reference/layouts``."""
+
+    packed_names: ClassVar[tuple[str, ...]] = ("values", "crow_indices", "col_indices")
+    fp32_names: ClassVar[tuple[str, ...]] = ("values", "weight_scale", "bias", "x_scale")
+
+    pattern: str
+    nnz: int
+    weight_dtype: torch.dtype
+    weight_scale: Tensor | None
+
+    def _empty_layout(
+        self,
+        pattern: str,
+        nnz: int,
+        shape: Sequence[int],
+        groups: int,
+        device: torch.device | str | None,
+    ) -> None:
+        """Register the buffers of a weight of ``shape``, all zero."""
+        height, width = block_shape(pattern, op=self.op)
+        if nnz < 0:
+            raise ValueError(f"{self.op}: nnz must be at least 0, got {nnz}")
+        self.pattern, self._shape, self._groups = pattern, tuple(shape), groups
+        rows, cols = matrix_shape(shape, groups, op=self.op)
+        n_rows, n_cols = block_rows(rows, pattern, groups), block_cols(cols, pattern)
+        self.nnz = rows if pattern == "2:4" else nnz
+        crow = None
+        if pattern == "2:4":
+            values, col = (rows, n_cols * 2), torch.full((rows, n_cols // 2), 0b0100_0100, dtype=torch.uint8)
+        else:
+            values = (nnz,) if pattern == "unstructured" else (nnz, height, width)  # type: ignore[assignment]
+            col = torch.zeros(nnz, dtype=index_dtype(n_cols - 1))
+            crow = torch.zeros(n_rows + 1, dtype=index_dtype(nnz), device=device)
+        self._buffers["values"] = torch.zeros(values, dtype=self.weight_dtype, device=device)
+        self._buffers["crow_indices"] = crow
+        self._buffers["col_indices"] = col.to(device)
+        int8 = self.weight_dtype == torch.int8
+        self.register_buffer("weight_scale", torch.ones(rows, device=device) if int8 else None)
+
+    @classmethod
+    def _sparsify(
+        cls, weight: Tensor, mask: Tensor | None, pattern: str, groups: int, dtype: torch.dtype
+    ) -> tuple[dict[str, Tensor], Tensor | None]:
+        """The layout of a float weight by buffer name (crow_indices left out for 2:4), and its scales."""
+        weight = weight.detach()
+        if not bool(torch.isfinite(weight).all()):
+            raise ValueError(f"{cls.op}: weight must be finite, got NaN or Inf; mend the float layer first")
+        values, crow, col = encode(weight.to(torch.float32), mask, pattern, groups, op=cls.op)
+        scale = None
+        if dtype == torch.int8:
+            shape = weight.shape
+            q, scale = quantize_weight(decode(values, crow, col, pattern, shape, groups, check=False))
+            kept = _stored(values, crow, col, pattern, shape, groups)
+            values, _, _ = encode(q, kept, pattern, groups, op=cls.op)
+        else:
+            values = values.clone()
+        layout = {"values": values, "crow_indices": crow, "col_indices": col}
+        return {name: tensor for name, tensor in layout.items() if tensor is not None}, scale
+
+    def dense_weight(self) -> Tensor:
+        """The float32 weight that this layer stands for, 0 where nothing is stored."""
+        packed = self._buffers["packed"]
+        if packed is not None:
+            weight = sparse.unpack_dense(packed, self._shape)
+        else:
+            weight = decode(*self._layout(), self.pattern, self._shape, self._groups, op=self.op)
+        weight = weight.to(torch.float32)
+        if self.weight_scale is None:
+            return weight
+        return weight * self.weight_scale.reshape(-1, *[1] * (weight.dim() - 1))
+
+    def density(self) -> float:
+        """Stored weights (with the fillers of blocks) over all."""
+        rows, cols = matrix_shape(self._shape, self._groups)
+        if self.pattern == "2:4":
+            return 0.5
+        height, width = block_shape(self.pattern)
+        return min(1.0, self.nnz * height * width / (rows * cols))
+
+    def _layout_config(self) -> dict[str, Any]:
+        return {
+            "pattern": self.pattern,
+            "nnz": self.nnz,
+            "weight_dtype": str(self.weight_dtype).removeprefix("torch."),
+        }
+
+    def _layout_repr(self) -> str:
+        dtype = str(self.weight_dtype).removeprefix("torch.")
+        return f"pattern={self.pattern}, density={self.density():.3g}, weight_dtype={dtype}"
+
+    # ---- PackedModule -----------------------------------------------------------------------------------
+
+    def _layout(self) -> tuple[Tensor, Tensor | None, Tensor]:
+        """The canonical buffers, in the canonical state."""
+        values, crow, col = (self._buffers[n] for n in ("values", "crow_indices", "col_indices"))
+        assert values is not None and col is not None
+        return values, crow, col
+
+    def _operands(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """What the torch op takes: the canonical buffers, or the pack."""
+        values, crow, col = (self._buffers[n] for n in ("values", "crow_indices", "col_indices"))
+        return (values, crow, col) if values is not None else (self._buffers["packed"], None, None)
+
+    def _device(self) -> str:
+        held = self._buffers["packed"]
+        held = self._buffers["values"] if held is None else held
+        return "cpu" if held is None else held.device.type
+
+    def _kernel_of_pack(self) -> str:
+        packed = self._buffers["packed"]
+        return "" if packed is None else str(lib.pack_info(packed)["kernel"])
+
+    def _pack(self, kernel: str) -> Tensor:
+        layout = self._layout()
+        where = (self.pattern, self._shape, self._groups)
+        packed = sparse.pack(*layout, *where, kernel=kernel, op=self.op)
+        # A pack that cannot tell where zeros are stored leaves the indices in their buffers.
+        whole = not sparse.packs_dense(self.pattern, self._shape) or sparse.dense_keeps_indices(
+            *layout, *where
+        )
+        self.packed_names = SparseModule.packed_names if whole else ("values",)  # type: ignore[misc]
+        return packed
+
+    def _unpack(self, packed: Tensor) -> dict[str, Tensor]:
+        where = (self.pattern, self._shape, self._groups)
+        col = self._buffers["col_indices"]
+        if col is not None and "col_indices" not in self.packed_names:
+            crow = self._buffers["crow_indices"]
+            like = torch.empty(self._values_shape(), dtype=torch.int8)
+            kept = _stored(like, crow, col, *where)
+            values, _, _ = encode(sparse.unpack_dense(packed, self._shape), kept, self.pattern, self._groups)
+            return {"values": values}
+        values, crow, col = sparse.unpack(packed, *where)
+        fresh = {"values": values, "col_indices": col, "crow_indices": crow}
+        return {name: tensor for name, tensor in fresh.items() if tensor is not None}
+
+    def _values_shape(self) -> tuple[int, ...]:
+        if self.pattern == "2:4":
+            rows, cols = matrix_shape(self._shape, self._groups)
+            return rows, block_cols(cols, self.pattern) * 2
+        return (self.nnz,) if self.pattern == "unstructured" else (self.nnz, *block_shape(self.pattern))

@@ -1,0 +1,145 @@
+"""``SparseConv2d``: a 2-D convolution whose weight is stored and multiplied sparse."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from tautorch import _C, dispatch
+from tautorch.ops import library as lib
+from tautorch.ops.geometry import Pair
+from tautorch.ops.sparse_conv2d import OP, plan, problem
+
+from .convolution import ConvModule, Padding
+from .factors import weight_dtype_of
+from .packed import Canonical
+from .sparse import SparseModule
+from .tail import static_tensors
+
+
+class SparseConv2d(SparseModule, ConvModule):
+    """``y = activation(conv2d(q(x), weight) * scales + bias)``, the weight ``[O, I/groups*kh*kw]`` sparse.
+
+    Args:
+        in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode,
+            device, dtype: as ``nn.Conv2d``; ``padding_mode`` must be "zeros"; ``dtype`` is ignored.
+        pattern: "unstructured", "2:4", "4x1", "16x16", "32x32" or "64x64". Blocks do not cross groups. On
+            CPUs 2:4 runs as a dense weight: none has a unit for it.
+        nnz: stored blocks (unstructured: weights); ignored for 2:4, where it follows from the shape.
+        weight_dtype: ``torch.int8``, or ``torch.float32`` values that meet x in fp32.
+        quant: with int8 values "dynamic" (x quantised per sample) or "static" (by ``x_scale``,
+            ``x_zero_point``).
+        activation: "none", "relu", "gelu", "gelu_tanh" or "silu", fused.
+
+    Buffers: ``values``, ``crow_indices``, ``col_indices`` (see ``tautorch.reference.layouts``); int8:
+    ``weight_scale`` float32 ``[O]``; static: ``x_scale``, ``x_zero_point``.
+    """
+
+    op: ClassVar[str] = OP
+    run: ClassVar[Any] = staticmethod(_C.sparse_conv2d_run)
+
+    values = Canonical()
+    crow_indices = Canonical()
+    col_indices = Canonical()
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Pair,
+        stride: Pair = 1,
+        padding: Padding = 0,
+        dilation: Pair = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        pattern: str = "4x1",
+        nnz: int = 0,
+        weight_dtype: torch.dtype | str = torch.int8,
+        quant: str = "dynamic",
+        activation: str = "none",
+    ) -> None:
+        ConvModule.__init__(
+            self, in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias,
+            padding_mode, device, quant=quant, quants=("dynamic", "static"), activation=activation,
+        )  # fmt: skip
+        self.weight_dtype = weight_dtype_of(OP, weight_dtype)
+        if self.weight_dtype == torch.int8:
+            lib.check_k(OP, self.geometry.k)
+        elif quant != "dynamic":
+            raise ValueError(f'{OP}: quant must be "dynamic" for float32 values, got {quant!r}')
+        self._empty_layout(pattern, nnz, self.geometry.weight_shape, groups, device)
+
+    @classmethod
+    def from_float(
+        cls,
+        module: nn.Conv2d,
+        *,
+        pattern: str = "4x1",
+        mask: Tensor | None = None,
+        weight_dtype: torch.dtype | str = torch.int8,
+        quant: str = "dynamic",
+        x_scale: Tensor | float | None = None,
+        x_zero_point: Tensor | int | None = None,
+        activation: str = "none",
+    ) -> SparseConv2d:
+        """Store a float layer's weight where the mask is True, int8 with one scale per output, or float32.
+
+        Args:
+            module: the layer; left as it is.
+            mask: bool of the weight's shape, True = kept; None keeps the non-zeros, for block patterns
+                every block that holds one.
+            pattern, weight_dtype, quant, activation: see the class.
+            x_scale, x_zero_point: for ``quant="static"``, from ``tautorch.quantize.calibrate``.
+
+        Raises:
+            TypeError: not an ``nn.Conv2d``, or a mask that is not bool.
+            ValueError: a mask off its pattern (naming the first offending block), NaN or Inf in weight or
+                bias, scales that do not fit ``quant``, or padding that is not zeros on both sides alike.
+        """
+        arguments = cls._arguments(module)
+        dtype = weight_dtype_of(OP, weight_dtype)
+        layout, scale = cls._sparsify(module.weight, mask, pattern, module.groups, dtype)
+        new = cls(
+            **arguments,
+            pattern=pattern,
+            nnz=layout["values"].shape[0],
+            weight_dtype=dtype,
+            quant=quant,
+            activation=activation,
+        )
+        x_scale, x_zero_point = static_tensors(OP, quant, x_scale, x_zero_point, module.weight.device)
+        new._take(module.bias, **layout, weight_scale=scale, x_scale=x_scale, x_zero_point=x_zero_point)
+        return new.train(module.training)
+
+    def get_config(self) -> dict[str, Any]:
+        return {**ConvModule.get_config(self), **self._layout_config()}
+
+    def _format_repr(self) -> str:
+        text = self._layout_repr()
+        return text if self._float_input() else f"{text}, quant={self.quant}"
+
+    # ---- PackedModule -----------------------------------------------------------------------------------
+
+    def _float_input(self) -> bool:
+        return self.weight_dtype != torch.int8
+
+    def _problem(self) -> dispatch.Problem:
+        int8 = self.weight_dtype == torch.int8
+        return problem(self.geometry, self.pattern, int8, device=self._device())
+
+    def _plan(self, packed: Tensor, codes: dict[str, int]) -> bytes:
+        return plan(packed, self.geometry, codes)
+
+    def _through_op(self, x: Tensor) -> Tensor:
+        values, crow, col = self._operands()
+        y: Tensor = torch.ops.tautorch.sparse_conv2d(
+            x, values, crow, col, self.weight_scale, self.bias, self.pattern, *self.geometry.operands(),
+            self.x_scale, self.x_zero_point, False, self.activation,
+        )  # fmt: skip
+        return y

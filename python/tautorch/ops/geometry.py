@@ -1,0 +1,285 @@
+"""What the convolutions share: geometry, memory formats, packs, gradients and the call of a kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.grad import conv2d_input
+
+from tautorch import _C
+from tautorch.reference.common import pair
+
+from . import library as lib
+from .library import Tail
+
+# What the schemas of the convolutions end with. A packed weight comes with its ``weight_shape``.
+CONV_SCHEMA = (
+    "int[]? weight_shape=None, int[2] stride=1, int[2] padding=0, int[2] dilation=1, int groups=1, "
+    + lib.TAIL_SCHEMA
+)
+Pair = int | Sequence[int]
+
+
+class Geometry(NamedTuple):
+    """A convolution without its numbers; pairs are (height, width)."""
+
+    weight_shape: tuple[int, int, int, int]  # O, I/groups, kh, kw
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    dilation: tuple[int, int]
+    groups: int
+
+    @property
+    def in_channels(self) -> int:
+        """I, of all groups."""
+        return self.weight_shape[1] * self.groups
+
+    @property
+    def taps(self) -> int:
+        """kh * kw."""
+        return self.weight_shape[2] * self.weight_shape[3]
+
+    @property
+    def k(self) -> int:
+        """Length of an inner product."""
+        return self.weight_shape[1] * self.taps
+
+    def plan_arguments(self) -> tuple[int, ...]:
+        """What every ``<op>_plan`` takes before the tail."""
+        return (self.in_channels, *self.weight_shape[2:], *self.stride, *self.padding, *self.dilation)
+
+    def operands(self) -> tuple[tuple[int, ...], tuple[int, int], tuple[int, int], tuple[int, int], int]:
+        """The geometry's arguments in the schemas' order."""
+        return self.weight_shape, self.stride, self.padding, self.dilation, self.groups
+
+    def keywords(self) -> dict[str, Any]:
+        """The geometry's arguments of the functional forms."""
+        return {
+            "stride": self.stride,
+            "padding": self.padding,
+            "dilation": self.dilation,
+            "groups": self.groups,
+        }
+
+    def out_size(self, height: int, width: int) -> tuple[int, int]:
+        """Output height and width; under 1 where the kernel is larger than the padded input."""
+        _, _, kh, kw = self.weight_shape
+        (sh, sw), (ph, pw), (dh, dw) = self.stride, self.padding, self.dilation
+        return (height + 2 * ph - dh * (kh - 1) - 1) // sh + 1, (width + 2 * pw - dw * (kw - 1) - 1) // sw + 1
+
+
+def as_pair(op: str, name: str, value: Pair, least: int) -> tuple[int, int]:
+    """``(v, v)`` of an int or a sequence of one, the pair of a sequence of two.
+
+    Raises:
+        ValueError: another length, or an entry under ``least``.
+    """
+    if not isinstance(value, int) and len(value) not in (1, 2):
+        raise ValueError(f"{op}: {name} must be an int or a (height, width) pair, got {value!r}")
+    both = pair(value if isinstance(value, int) else (value[0], value[-1]))
+    if min(both) < least:
+        raise ValueError(f"{op}: {name} must be at least {least}, got {value!r}")
+    return both
+
+
+def geometry_of(
+    op: str, weight_shape: Sequence[int], stride: Pair, padding: Pair, dilation: Pair, groups: int
+) -> Geometry:
+    """The geometry of a call, checked.
+
+    Raises:
+        ValueError: a weight that is not ``[O, I/groups, kh, kw]``, an O that groups does not divide, or a
+            stride, padding or dilation out of range.
+    """
+    shape = tuple(int(s) for s in weight_shape)
+    if len(shape) != 4 or min(shape) < 1:
+        raise ValueError(f"{op}: weight must be [O, I/groups, kh, kw], got {list(shape)}")
+    if groups < 1 or shape[0] % groups:
+        raise ValueError(f"{op}: groups must divide the {shape[0]} output channels, got {groups}")
+    return Geometry(
+        (shape[0], shape[1], shape[2], shape[3]),
+        as_pair(op, "stride", stride, 1),
+        as_pair(op, "padding", padding, 0),
+        as_pair(op, "dilation", dilation, 1),
+        int(groups),
+    )
+
+
+def check_input(op: str, x: Tensor, geometry: Geometry) -> None:
+    """ValueError unless x is ``[B, I, H, W]`` or ``[I, H, W]`` with this I and room for the kernel."""
+    if x.dim() not in (3, 4):
+        raise ValueError(f"{op}: x must be [B, I, H, W] or [I, H, W], got {list(x.shape)}")
+    if x.shape[-3] != geometry.in_channels:
+        raise ValueError(
+            f"{op}: x must have {geometry.in_channels} channels as the weight is "
+            f"{list(geometry.weight_shape)} with groups={geometry.groups}, got {list(x.shape)}"
+        )
+    height, width = geometry.out_size(x.shape[-2], x.shape[-1])
+    if height < 1 or width < 1:
+        raise ValueError(
+            f"{op}: x must be at least as large as the kernel {geometry.weight_shape[2:]} with dilation "
+            f"{geometry.dilation}, got {x.shape[-2]}x{x.shape[-1]} with padding {geometry.padding}"
+        )
+
+
+def check_call(
+    op: str,
+    x: Tensor,
+    geometry: Geometry,
+    weights: dict[str, Tensor | None],
+    weight_scale: Tensor | None,
+    bias: Tensor | None,
+    tail: Tail,
+    *,
+    float_weight: bool = False,
+    k: int = 0,
+) -> None:
+    """Check what all convolutions take alike; ``weights`` are the weight's tensors by name, ``k`` the
+    longest inner product beside the geometry's own.
+
+    Raises:
+        TypeError: a dtype that is not supported.
+        ValueError: a shape, device or combination that does not fit.
+    """
+    check_input(op, x, geometry)
+    for name, tensor in weights.items():
+        if tensor is not None and tensor.device != x.device:
+            raise ValueError(f"{op}: {name} must be on {x.device} like x, got {tensor.device}; move it there")
+    if not (tail.weight_only or float_weight):
+        lib.check_k(op, max(geometry.k, k))
+    lib.check_tail(
+        op,
+        x,
+        n=geometry.weight_shape[0],
+        weight_scale=weight_scale,
+        bias=bias,
+        rows=samples(x),
+        float_weight=float_weight,
+        **tail._asdict(),
+    )
+
+
+def samples(x: Tensor) -> int:
+    """How many samples x has."""
+    return x.shape[0] if x.dim() == 4 else 1
+
+
+def channels_last(x: Tensor) -> bool:
+    """Whether 4-D x lies in channels-last memory and could not as well be NCHW."""
+    return not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+
+
+def output(x: Tensor, geometry: Geometry, dtype: torch.dtype) -> Tensor:
+    """An empty output in the memory format of 4-D x."""
+    height, width = geometry.out_size(x.shape[2], x.shape[3])
+    memory = torch.channels_last if channels_last(x) else torch.contiguous_format
+    shape = (x.shape[0], geometry.weight_shape[0], height, width)
+    return torch.empty(shape, dtype=dtype, device=x.device, memory_format=memory)
+
+
+def fake_output(x: Tensor, geometry: Geometry, dtype: torch.dtype) -> Tensor:
+    """What ``call`` returns, without running."""
+    if x.dim() == 3:
+        return output(x.unsqueeze(0), geometry, dtype).squeeze(0)
+    return output(x, geometry, dtype)
+
+
+def call(run: Callable[..., None], plan: bytes, x: Tensor, geometry: Geometry, dtype: torch.dtype) -> Tensor:
+    """Run a convolution's plan on checked x; the output has x's memory format.
+
+    Memory that is neither NCHW nor channels-last is copied first.
+    """
+    image = x.unsqueeze(0) if x.dim() == 3 else x
+    batch, _, height, width = image.shape
+    last = not image.is_contiguous()
+    if last and not image.is_contiguous(memory_format=torch.channels_last):
+        image, last = image.contiguous(), False
+    out = output(image, geometry, dtype)
+    codes = lib.DTYPE_CODE
+    if out.numel():
+        run(
+            plan, image.data_ptr(), codes[x.dtype], batch, height, width, last, out.data_ptr(), codes[dtype],
+            last,
+        )  # fmt: skip
+    return out if x.dim() == 4 else out.squeeze(0)
+
+
+# ---- packs ----------------------------------------------------------------------------------------------
+
+
+def pack(weight: Tensor, groups: int, kind: int, kernel: str) -> Tensor:
+    """Dense pack of a canonical ``[O, I/groups, kh, kw]`` weight, int8 or floating as ``kind`` asks."""
+    if kind == lib.DENSE_F32:
+        weight = weight.to(torch.float32)
+    weight = weight.detach().contiguous()
+    o, i, kh, kw = weight.shape
+    taps = kh * kw
+    return lib.dense_pack(kernel, kind, weight, groups, o // groups, i, taps, (i * taps, taps, 1))
+
+
+def unpack(packed: Tensor, shape: Sequence[int]) -> Tensor:
+    """The canonical weight ``[O, I/groups, kh, kw]`` of a dense pack, int8 or fp32."""
+    kind = lib.pack_info(packed)["kind"]
+    weight = torch.empty(tuple(shape), dtype=torch.float32 if kind == lib.DENSE_F32 else torch.int8)
+    taps = shape[2] * shape[3]
+    _C.dense_unpack(packed.data_ptr(), packed.numel(), weight.data_ptr(), shape[1] * taps, taps, 1)
+    return weight
+
+
+def canonical(weight: Tensor, shape: Sequence[int]) -> Tensor:
+    """A canonical or packed dense weight as canonical one."""
+    return unpack(weight, shape) if weight.dtype == torch.uint8 else weight
+
+
+def packed_for(weight: Tensor, kernel: str) -> bool:
+    """Whether a weight is a pack for this kernel."""
+    return weight.dtype == torch.uint8 and lib.pack_info(weight)["kernel"] == kernel
+
+
+# The float32 weight that a canonical or packed one stands for, for backward graphs.
+lib.LIB.define(
+    "float_conv2d_weight(Tensor weight, Tensor? scale, SymInt[] shape) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+def _float_weight(weight: Tensor, scale: Tensor | None, shape: Sequence[int]) -> Tensor:
+    dense = canonical(weight, shape).to(torch.float32, copy=True)
+    return dense if scale is None else dense * scale.reshape(-1, 1, 1, 1)
+
+
+def _float_weight_fake(weight: Tensor, scale: Tensor | None, shape: Sequence[int]) -> Tensor:
+    return weight.new_empty(tuple(shape), dtype=torch.float32)
+
+
+lib.LIB.impl("float_conv2d_weight", _float_weight, "CPU")
+torch.library.register_fake("tautorch::float_conv2d_weight", _float_weight_fake, lib=lib.LIB)
+
+
+# ---- gradients ------------------------------------------------------------------------------------------
+
+
+def input_gradient(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    geometry: Geometry,
+    x_scale: Tensor | None,
+    x_zero_point: Tensor | None,
+) -> Tensor:
+    """Gradient with respect to x through a float weight, zero where a static quantiser clips."""
+    batch = x.unsqueeze(0) if x.dim() == 3 else x
+    g = grad.unsqueeze(0) if grad.dim() == 3 else grad
+    result = conv2d_input(  # type: ignore[no-untyped-call]
+        batch.shape, weight, g, geometry.stride, geometry.padding, geometry.dilation, geometry.groups
+    )
+    return lib.input_gradient(result.reshape(x.shape), x, x_scale, x_zero_point)
+
+
+def bias_gradient(grad: Tensor, bias: Tensor) -> Tensor:
+    """Gradient with respect to the bias."""
+    dims = [d for d in range(grad.dim()) if d != grad.dim() - 3]
+    return grad.sum(dims).to(bias.dtype)
