@@ -1,0 +1,26 @@
+"""tautorch: compiled int8, sparse and low-rank layers for PyTorch, and the methods that make them."""
+
+from __future__ import annotations
+
+from . import dispatch, distill, factorize, nn, ops, prune, quantize
+from ._version import __version__
+from .convert import convert
+from .dispatch import kernels
+from .fuse import fuse
+from .storage import load, save
+
+__all__ = [
+    "__version__",
+    "convert",
+    "dispatch",
+    "distill",
+    "factorize",
+    "fuse",
+    "kernels",
+    "load",
+    "nn",
+    "ops",
+    "prune",
+    "quantize",
+    "save",
+]

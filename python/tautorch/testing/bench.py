@@ -1,0 +1,163 @@
+"""What the benches share: a fair comparison with peers, a table, and a results file.
+
+Each bench verifies before it times, names the kernel that ran, and puts the peer beside the product in the
+same process, in alternating samples (`tautorch.timing.compare`). Ratios are peer time over ours: above 1 is
+a win. Rows are printed as they come and written together by `write`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import pathlib
+import platform
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+import tautorch
+from tautorch import _C, timing
+
+
+@dataclass
+class Table:
+    """Rows of one bench session."""
+
+    timed: bool
+    rows: list[dict[str, Any]] = field(default_factory=list)
+
+    def add(self, bench: str, case: str, **figures: Any) -> None:
+        """Record and print one row; figures are numbers or text."""
+        self.rows.append({"bench": bench, "case": case, **figures})
+        if self.timed:
+            print(
+                "  ".join([f"{bench:<16}", f"{case:<44}", *(f"{k} {_text(v)}" for k, v in figures.items())])
+            )
+
+    def compare(
+        self,
+        bench: str,
+        case: str,
+        ours: Callable[[], object],
+        peers: dict[str, Callable[[], object]],
+        *,
+        operations: float | None = None,
+        target: tuple[str, float] | None = None,
+        **extra: Any,
+    ) -> dict[str, float]:
+        """Time `ours` against every peer and add a row; returns ratios by peer (none when not timing).
+
+        `operations`: of one call, for GOPS. `target`: a peer's name and the ratio asked.
+        """
+        with torch.inference_mode():
+            ours()
+            for peer in peers.values():
+                peer()
+            if not self.timed:
+                self.add(bench, case, **extra)
+                return {}
+            ratios, ours_us = {}, 0.0
+            figures: dict[str, Any] = {}
+            for name, peer in peers.items():
+                c = timing.compare(peer, ours, seconds=0.4)
+                ratios[name], ours_us = c.ratio, c.b_s * 1e6
+                figures[f"vs {name}"] = f"{c.ratio:.2f}x [{c.ratio_low:.2f}, {c.ratio_high:.2f}]"
+            row: dict[str, Any] = {"us": round(ours_us, 2)}
+            if operations is not None:
+                row["GOPS"] = round(operations / ours_us / 1e3)
+            row |= figures | extra
+            if target is not None:
+                row["target"] = (
+                    f">= {target[1]}x {target[0]}: {'met' if ratios[target[0]] >= target[1] else 'MISSED'}"
+                )
+            self.add(bench, case, **row)
+            return ratios
+
+    def write(self, folder: pathlib.Path) -> pathlib.Path | None:
+        """Write the rows to `folder`/<machine>.json, replacing rows of the same bench and case."""
+        if not self.timed or not self.rows:
+            return None
+        path = folder / f"{machine().replace(' ', '-').lower()}.json"
+        old: list[dict[str, Any]] = []
+        if path.exists():
+            old = json.loads(path.read_text())["rows"]
+        fresh = {(r["bench"], r["case"]) for r in self.rows}
+        rows = [r for r in old if (r["bench"], r["case"]) not in fresh] + self.rows
+        about = {
+            "machine": machine(),
+            "date": time.strftime("%Y-%m-%d"),
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+            "tautorch": tautorch.__version__,
+        }
+        folder.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
+        os.replace(temporary, path)
+        return path
+
+
+def _text(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def machine() -> str:
+    """Model of this CPU and the number of threads used."""
+    name = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError):
+        for line in pathlib.Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                name = line.split(":", 1)[1].strip()
+                break
+    best = next(isa for isa, available in _C.isas().items() if available)
+    return f"{name} {best} {torch.get_num_threads()} threads"
+
+
+def best_seconds(fn: Callable[[], object], repeats: int = 50) -> float:
+    """Least wall time of one call: what the machine can do when nothing interferes."""
+    best = float("inf")
+    for _ in range(repeats):
+        start = time.perf_counter()
+        fn()
+        best = min(best, time.perf_counter() - start)
+    return best
+
+
+def peak_gops(kernel: str) -> float:
+    """Operations per ns (2 per multiply-accumulate) of one core's product instruction, measured now."""
+    rounds = 20_000
+    macs = _C.peak_i8(kernel, rounds)
+    return 2 * macs / best_seconds(lambda: _C.peak_i8(kernel, rounds)) / 1e9
+
+
+@contextlib.contextmanager
+def threads(n: int) -> Iterator[None]:
+    """Run with n torch threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(n)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def dynamic_peers(linear: torch.nn.Linear) -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:
+    """torch.ao's dynamically quantised linear with every engine this torch has."""
+    peers: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {}
+    before = torch.backends.quantized.engine
+    for engine in ("x86", "onednn", "fbgemm"):
+        if engine not in torch.backends.quantized.supported_engines:
+            continue
+        torch.backends.quantized.engine = engine
+        try:
+            model = torch.ao.quantization.quantize_dynamic(
+                torch.nn.Sequential(linear), {torch.nn.Linear}, dtype=torch.qint8
+            )
+            peers[f"torch.ao {engine}"] = model[0]
+        finally:
+            torch.backends.quantized.engine = before
+    return peers
