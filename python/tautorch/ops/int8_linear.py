@@ -78,8 +78,16 @@ def _cpu(
         out_zero_point, out_dtype,
     )  # fmt: skip
     n, k = weight_scale.numel(), x.shape[-1]
-    if weight.dtype == torch.uint8 and (inputs := lib.pack_info(weight)["k"]) != k:
-        raise ValueError(f"{OP}: x must be [..., {inputs}] as the packed weight takes, got {list(x.shape)}")
+    if weight.dtype == torch.uint8:
+        info = lib.pack_info(weight)
+        if info["k"] != k:
+            raise ValueError(
+                f"{OP}: x must be [..., {info['k']}] as the packed weight takes, got {list(x.shape)}"
+            )
+        if info["n"] != n:
+            raise ValueError(
+                f"{OP}: weight_scale must be [{info['n']}] as the packed weight gives, got [{n}]"
+            )
     kernel = choose(n, k, weight_only)
     if kernel == "reference":
         dispatch.note_used(OP, kernel)

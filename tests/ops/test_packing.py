@@ -1,0 +1,62 @@
+"""Packed weights: they give the canonical ones back, and broken ones are refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tautorch import _C, ops
+from tautorch.ops import library as lib
+from tautorch.ops.int8_linear import pack, unpack
+from tautorch.testing.values import LINEAR_SIZES, float_values, int8_values
+
+KERNELS = [name for name, available in _C.isas().items() if available]
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_dense_packs_give_the_weight_back(kernel: str) -> None:
+    for _, n, k in LINEAR_SIZES:
+        weight = int8_values((n, k), low=-127)
+        for weight_only in (False, True):
+            packed = pack(weight, weight_only, kernel)
+            assert packed.dtype == torch.uint8 and packed.dim() == 1
+            info = lib.pack_info(packed)
+            assert (info["n"], info["k"], info["kernel"]) == (n, k, kernel)
+            assert torch.equal(unpack(packed), weight)
+        factor = float_values((n, k))
+        assert torch.equal(unpack(pack(factor, kernel=kernel)), factor)
+
+
+def test_packing_does_not_care_for_strides() -> None:
+    weight = int8_values((40, 33), low=-127)
+    assert torch.equal(pack(weight.T.contiguous().T), pack(weight))
+
+
+def test_broken_packs_are_refused() -> None:
+    packed = pack(int8_values((40, 33), low=-127))
+    x, scale = torch.ones(2, 33), torch.ones(40)
+    assert ops.int8_linear(x, packed, scale).shape == (2, 40)
+
+    def refused(broken: torch.Tensor, message: str) -> None:
+        with pytest.raises(ValueError, match=message):
+            ops.int8_linear(x, broken, scale)
+        with pytest.raises(ValueError, match=message):
+            unpack(broken)
+
+    refused(packed[:10].clone(), "shorter than their header")
+    refused(packed[:-1].clone(), "are cut short")
+    refused(torch.zeros_like(packed), "have no header of this version")
+    other = packed.clone()
+    other[4] ^= 0x55  # the version
+    refused(other, "have no header of this version")
+    other = packed.clone()
+    other[12] = 99  # the instruction set
+    refused(other, "a kernel this build does not have")
+
+
+def test_a_pack_of_another_shape_is_refused() -> None:
+    packed = pack(int8_values((40, 33), low=-127))
+    with pytest.raises(ValueError, match=r"int8_linear: x must be \[..., 33\]"):
+        ops.int8_linear(torch.ones(2, 34), packed, torch.ones(40))
+    with pytest.raises(ValueError, match=r"int8_linear: weight_scale must be \[40\]"):
+        ops.int8_linear(torch.ones(2, 33), packed, torch.ones(41))
