@@ -65,17 +65,22 @@ def training_modes_kept(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
+def check_batches(op: str, batches: Any) -> None:
+    """TypeError unless `batches` is an iterable that is not itself one batch."""
+    if isinstance(batches, (Tensor, Mapping)) or not isinstance(batches, Iterable):
+        raise TypeError(
+            f"{op}: calibration must be an iterable of batches, got {type(batches).__name__}; "
+            "put a single batch in a list: `[batch]`"
+        )
+
+
 def run_calibration(op: str, model: nn.Module, batches: Batches) -> int:
     """Run the model over `batches` in eval mode without gradients; returns the number of batches.
 
     The training flags are put back, batches are moved to the model's device. Raises ValueError when
     `batches` is empty, TypeError when it is not an iterable of batches.
     """
-    if isinstance(batches, (Tensor, Mapping)) or not isinstance(batches, Iterable):
-        raise TypeError(
-            f"{op}: calibration must be an iterable of batches, got {type(batches).__name__}; "
-            "put a single batch in a list: `[batch]`"
-        )
+    check_batches(op, batches)
     device = model_device(model)
     count = 0
     with training_modes_kept(model), torch.no_grad():
@@ -127,8 +132,8 @@ def observe_inputs(
     return seen
 
 
-def require_seen(op: str, layers: Iterable[str], seen: set[str]) -> None:
-    """ValueError naming the first of `layers` that calibration never ran."""
+def require_seen(op: str, layers: Iterable[str], seen: set[str], named: bool) -> None:
+    """ValueError for the first of `layers` that calibration never ran; unless `named`, only if none ran."""
     for name in layers:
-        if name not in seen:
-            raise ValueError(f"{op}: calibration must reach layer {name!r}; leave it out with layers=[...]")
+        if name not in seen and (named or not seen):
+            raise ValueError(f"{op}: calibration must reach layer {name!r}; leave it out of layers=[...]")

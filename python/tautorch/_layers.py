@@ -25,6 +25,8 @@ def own_weight(layer: nn.Module) -> str | None:
     weight = layer._parameters.get("weight")
     if weight is None:
         return "its weight is not a parameter of its own (weight_norm, spectral_norm or torch prune?)"
+    if isinstance(weight, nn.UninitializedParameter):
+        return "its weight is not initialised yet; run the model once first"
     if not weight.is_floating_point():
         return f"its weight is {weight.dtype}, not floating point"
     if weight.is_meta:

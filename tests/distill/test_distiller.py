@@ -208,6 +208,22 @@ def test_outputs_and_batches_of_other_kinds() -> None:
     distiller.fit([(x, x, "ignored")], 1)
 
 
+def test_a_sampler_that_counts_epochs_is_told() -> None:
+    class Counting:
+        def __init__(self) -> None:
+            self.epochs: list[int] = []
+
+        def set_epoch(self, epoch: int) -> None:
+            self.epochs.append(epoch)
+
+    class Loader(list[Any]):
+        sampler = Counting()
+
+    distiller, _ = make(SoftTarget(alpha=0))
+    distiller.fit(Loader([torch.randn(4, 8)]), 3)
+    assert Loader.sampler.epochs == [0, 1, 2]
+
+
 def test_progress_shows_epoch_and_loss() -> None:
     screen = io.StringIO()
     with Progress("{task.description} {task.fields[loss]}", console=Console(file=screen)) as progress:

@@ -36,8 +36,8 @@ def test_rank_of_energy_is_the_least_that_holds_it() -> None:
 
 def test_whitened_is_the_best_on_the_inputs(rng: np.random.Generator) -> None:
     weight = rng.standard_normal((8, 6))
-    mix = rng.standard_normal((6, 6)) * np.array([10, 3, 1, 0.3, 0.1, 0.03])
-    x = mix.T @ rng.standard_normal((6, 200))
+    rotation, _ = np.linalg.qr(rng.standard_normal((6, 6)))
+    x = rotation * np.array([10, 3, 1, 0.3, 0.2, 0.1]) @ rng.standard_normal((6, 200))
     gram = torch.from_numpy(x @ x.T).unsqueeze(0)
     svd = Svd(torch.from_numpy(weight).unsqueeze(0), gram)
     for rank in (1, 2, 4):

@@ -100,6 +100,10 @@ def test_batches_are_tuples_or_dicts(batch: Any) -> None:
     torch.testing.assert_close(norms, torch.full((1, 4), 18.0, dtype=torch.float64).sqrt())
 
 
+def test_without_names_a_layer_that_never_runs_is_left_out() -> None:
+    assert list(compute_masks(TwoInputs(), "activation", calibration=[(torch.ones(2, 4), 1.0)])) == ["a"]
+
+
 @pytest.mark.parametrize(
     ("importance", "calibration", "error", "message"),
     [
@@ -124,7 +128,7 @@ def test_bad_input_changes_nothing(
     model = TwoInputs()
     state = {name: value.clone() for name, value in model.state_dict().items()}
     with pytest.raises(error, match=message):
-        compute_masks(model, importance, sparsity=0.5, calibration=calibration)
+        compute_masks(model, importance, sparsity=0.5, calibration=calibration, layers=["a", "unused"])
     assert not model.a._forward_pre_hooks
     assert model.training
     for name, value in model.state_dict().items():

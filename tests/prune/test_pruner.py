@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.utils import parametrizations
+from torch.nn.utils import prune as torch_prune
 
 from tautorch.prune import (
     MaskHandle,
@@ -131,6 +132,21 @@ def test_a_parametrised_weight_is_refused() -> None:
         prune(model, layers=["0"])
     with pytest.raises(ValueError, match="at least one"):
         prune(model)
+
+
+def test_weights_that_are_no_plain_float_parameters_are_refused() -> None:
+    whole = nn.Linear(4, 4)
+    whole.weight = nn.Parameter(torch.ones(4, 4, dtype=torch.int8), requires_grad=False)
+    old = nn.Linear(4, 4)
+    torch_prune.identity(old, "weight")
+    for layer, message in (
+        (nn.LazyLinear(4), "not initialised yet"),
+        (nn.Linear(4, 4, device="meta"), "on the meta device"),
+        (whole, r"its weight is torch.int8, not floating point"),
+        (old, "not a parameter of its own"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            prune(nn.Sequential(layer), layers=["0"])
 
 
 def test_a_model_without_layers_is_refused() -> None:

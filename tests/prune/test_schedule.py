@@ -133,6 +133,11 @@ def test_removed_masks_let_go() -> None:
             "calibration must hold batches",
         ),
         ({"sparsity": 0.5, "end": 5, "calibration": iter([])}, ValueError, "re-iterable"),
+        (
+            {"sparsity": 0.5, "end": 5, "calibration": torch.ones(2)},
+            TypeError,
+            "must be an iterable of batches",
+        ),
         ({"sparsity": 0.5, "end": 5, "ranking": "up"}, ValueError, "ranking must be one of"),
     ],
 )

@@ -54,7 +54,8 @@ def factorize(
         rank: inner channels (of each group), one for all layers or by layer name.
         energy: share of the squared singular values to keep, in (0, 1]; of the outputs' energy if whitened.
         budget: share of each layer's weights to keep, in (0, 1). Exactly one of the three must be given.
-        layers: names or shell patterns; None takes every layer that may be replaced and gets smaller.
+        layers: names or shell patterns; None takes every layer that may be replaced and gets smaller (and,
+            if whitened, that calibration runs).
         calibration: batches of what the model takes, for "whitened".
 
     A linear layer becomes `FactorizedLinear(down, up)`, a convolution `FactorizedConv2d(down, up)` with the
@@ -74,7 +75,8 @@ def factorize(
             raise ValueError(f"factorize: the weight of layer {name!r} must be finite, got NaN or Inf")
     grams: Mapping[str, Tensor] = {}
     if method == "whitened" and calibration is not None:
-        grams = input_grams("factorize", model, targets, calibration)
+        grams = input_grams("factorize", model, targets, calibration, named=layers is not None)
+        targets = {name: targets[name] for name in grams}
     new: dict[str, nn.Module] = {}
     for name, layer in targets.items():
         strict = layers is not None

@@ -16,12 +16,12 @@ _UNFOLD_ELEMENTS = 8 << 20
 
 
 def input_grams(
-    op: str, model: nn.Module, layers: Mapping[str, Layer], batches: Batches
+    op: str, model: nn.Module, layers: Mapping[str, Layer], batches: Batches, named: bool = True
 ) -> dict[str, Tensor]:
     """X X^T of each layer's inputs over `batches`, float64: [1, K, K] for Linear, [groups, K, K] for Conv2d.
 
-    A convolution's X is its unfolded input, K = I / groups * kh * kw. Raises ValueError for a layer that the
-    calibration never reaches or that it gives NaN or Inf.
+    A convolution's X is its unfolded input, K = I / groups * kh * kw. A layer that never ran is a ValueError,
+    or left out unless `named`; NaN or Inf in an input is one too.
     """
     grams: dict[str, Tensor] = {}
 
@@ -30,7 +30,7 @@ def input_grams(
         total = _linear_gram(wide) if isinstance(layer, nn.Linear) else _conv_gram(wide, layer)
         grams[name] = grams[name] + total if name in grams else total
 
-    require_seen(op, layers, observe_inputs(op, model, layers, batches, see))
+    require_seen(op, layers, observe_inputs(op, model, layers, batches, see), named)
     return grams
 
 

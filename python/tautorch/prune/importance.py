@@ -21,6 +21,7 @@ def importance_scores(
     layers: Mapping[str, Layer],
     importance: Importance,
     calibration: Batches | None,
+    named: bool = True,
 ) -> dict[str, Tensor]:
     """The score of every weight of `layers`, higher = more important, float64 except from a callable.
 
@@ -29,7 +30,8 @@ def importance_scores(
       Wanda, arXiv:2306.11695); for a convolution X_j is the column of its unfolded input.
     - a callable: whatever it returns, which must have the weight's shape.
 
-    Raises ValueError for an unknown name, a missing calibration, and a layer that calibration never reached.
+    Raises ValueError for an unknown name, a missing calibration, and a layer that calibration never reached;
+    unless the layers were `named`, such a layer only gets no score.
     """
     if callable(importance):
         return {name: _checked(op, name, layer, importance(name, layer)) for name, layer in layers.items()}
@@ -38,8 +40,8 @@ def importance_scores(
     if importance == "activation":
         if calibration is None:
             raise ValueError(f'{op}: calibration must hold batches for importance "activation", got None')
-        norms = input_norms(op, model, layers, calibration)
-        return {name: layer.weight.detach().double().abs() * norms[name] for name, layer in layers.items()}
+        norms = input_norms(op, model, layers, calibration, named)
+        return {name: layers[name].weight.detach().double().abs() * norms[name] for name in norms}
     raise ValueError(f'{op}: importance must be "magnitude", "activation" or a callable, got {importance!r}')
 
 
@@ -51,11 +53,12 @@ def _checked(op: str, name: str, layer: Layer, score: Tensor) -> Tensor:
 
 
 def input_norms(
-    op: str, model: nn.Module, layers: Mapping[str, Layer], batches: Batches
+    op: str, model: nn.Module, layers: Mapping[str, Layer], batches: Batches, named: bool = True
 ) -> dict[str, Tensor]:
     """The L2 norm of each input of each layer over `batches`, float64, broadcastable to the layer's weight.
 
-    Linear: [1, K]. Conv2d: [O, I / groups, kh, kw], each tap over the positions it really sees.
+    Linear: [1, K]. Conv2d: [O, I / groups, kh, kw], each tap over the positions it really sees. A layer that
+    never ran is a ValueError, or left out unless `named`.
     """
     squares: dict[str, Tensor] = {}
 
@@ -64,8 +67,8 @@ def input_norms(
         total = _linear_squares(wide) if isinstance(layer, nn.Linear) else _conv_squares(wide, layer)
         squares[name] = squares[name] + total if name in squares else total
 
-    require_seen(op, layers, observe_inputs(op, model, layers, batches, see))
-    return {name: total.sqrt() for name, total in squares.items()}
+    require_seen(op, layers, observe_inputs(op, model, layers, batches, see), named)
+    return {name: squares[name].sqrt() for name in layers if name in squares}
 
 
 def _linear_squares(x: Tensor) -> Tensor:

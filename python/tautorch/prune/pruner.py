@@ -54,7 +54,8 @@ def prune(
             score; see `tautorch.prune.importance`.
         pattern: "unstructured", "n:m", "4x1", "16x16", "32x32" or "64x64"; see `tautorch.prune.patterns`.
         sparsity: share to remove, in [0, 1). n:m patterns take exactly 1 - n / m.
-        layers: names or shell patterns ("encoder.*"); None takes every layer that owns its weight alone.
+        layers: names or shell patterns ("encoder.*"); None takes every layer that owns its weight alone,
+            with "activation" every such layer that calibration runs.
         calibration: batches of what the model takes, run in eval mode.
         ranking: "local" ranks within a layer, "row" within a row of blocks, "global" over all the layers.
             None is "row" for unstructured "activation", as its paper has it, and "local" otherwise.
@@ -85,8 +86,8 @@ def _masks(
     for name, layer in targets.items():
         if not bool(torch.isfinite(layer.weight).all()):
             raise ValueError(f"{op}: the weight of layer {name!r} must be finite, got NaN or Inf")
-    scores = importance_scores(op, model, targets, importance, calibration)
-    groups = {name: layer_groups(layer) for name, layer in targets.items()}
+    scores = importance_scores(op, model, targets, importance, calibration, named=layers is not None)
+    groups = {name: layer_groups(targets[name]) for name in scores}
     if chosen == "global":
         return make_global_masks(scores, pattern, share, groups)
     return {name: make_mask(score, pattern, share, groups[name], chosen) for name, score in scores.items()}

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Literal, get_args
 
 from torch import Tensor, nn
 
-from tautorch._batches import Batches
+from tautorch._batches import Batches, check_batches
 from tautorch._layers import select_layers
 from tautorch.prune.importance import Importance
 from tautorch.prune.patterns import Ranking, check_ranking, check_sparsity, parse_pattern
@@ -28,7 +28,7 @@ class Schedule:
       (Zhu & Gupta 2017, "To prune, or not to prune", arXiv:1710.01878).
     - "steps": the sparsities of `steps`, a mapping {step: sparsity} whose last one is the final.
 
-    An n:m pattern passes through ceil((1 - s_t) m):m on its way (Evci et al. 2023 decay N so).
+    An n:m pattern passes through ceil((1 - s_t) m):m on its way (Kao et al. 2022, arXiv:2209.07617).
 
     Args:
         model: pruned in place, step by step; nothing happens before the first step that is due.
@@ -62,11 +62,13 @@ class Schedule:
         self._form = parse_pattern("Schedule", pattern)
         if ranking is not None:
             check_ranking("Schedule", ranking, self._form)
-        if calibration is not None and iter(calibration) is calibration:
+        if calibration is not None:
+            check_batches("Schedule", calibration)
+        if isinstance(calibration, Iterator):
             raise ValueError("Schedule: calibration must be re-iterable, got an iterator; pass a list")
         if importance == "activation" and calibration is None:
             raise ValueError('Schedule: calibration must hold batches for importance "activation", got None')
-        targets = select_layers("Schedule", model, layers)
+        select_layers("Schedule", model, layers)
         self._plan = _plan(kind, sparsity, begin, end, every, steps)
         self._final = self._plan[max(self._plan)]
         if self._form.of and abs(self._final - (1 - self._form.keep / self._form.of)) > 1e-6:
@@ -75,7 +77,7 @@ class Schedule:
         self._model = model
         self._options: dict[str, Any] = {
             "importance": importance,
-            "layers": list(targets),
+            "layers": layers,
             "calibration": calibration,
             "ranking": ranking,
         }

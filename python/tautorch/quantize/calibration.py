@@ -48,5 +48,5 @@ def calibrate(
         observers[name].observe(x)
 
     seen = observe_inputs("calibrate", model, targets, batches, see)
-    require_seen("calibrate", targets if layers is not None else (), seen)
+    require_seen("calibrate", targets, seen, named=layers is not None)
     return {name: observers[name].qparams(symmetric) for name in targets if name in seen}

@@ -123,9 +123,8 @@ class Percentile(Histogram):
 class Mse(Histogram):
     """The range with the least expected squared error of rounding and clipping together.
 
-    Each end is searched in turn over cuts of 1/128, from the full range (Banner et al. 2019, "Post training
-    4-bit quantization", arXiv:1810.05723, choose it from a formula; Nagel et al. 2021, arXiv:2106.08295,
-    section 3.1, by search).
+    Each end is searched in turn over cuts of 1/128, from the full range (Nagel et al. 2021, "A White Paper on
+    Neural Network Quantization", arXiv:2106.08295, section 3.1).
     """
 
     def qparams(self, symmetric: bool = False) -> QParams:

@@ -60,7 +60,7 @@ def quantize_weight(weight: Tensor, per_channel: bool = True, search: bool = Fal
         weight: [O, ...], floating point, finite.
         per_channel: one scale for each output (dim 0), or one for all.
         search: take the scale with the least sum (Q(w) - w)^2 among 51 that clip up to half the range, in
-            place of amax / 127 (Banner et al. 2019, arXiv:1810.05723, by search).
+            place of amax / 127 (Nagel et al. 2021, arXiv:2106.08295, section 3.1).
 
     Returns (q int8 of the weight's shape, scale float32 [O] or [1]). Channels whose largest magnitude is
     below 2^-100 get scale 1 and zeros. Raises TypeError/ValueError for a weight that is not as above.
