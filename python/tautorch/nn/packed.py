@@ -61,7 +61,7 @@ class PackedModule(nn.Module):
 
     _epoch: int
     _keep: list[Tensor]
-    _plans: dict[str, Any]
+    _plans: dict[Any, Any]
 
     def __init__(self) -> None:
         super().__init__()
@@ -265,7 +265,11 @@ class PackedModule(nn.Module):
         # torch.export and torch.func.functional_call list a model with its duplicates before they trace it
         # or swap its tensors; their graphs take canonical weights, not the kernel's layout.
         if not remove_duplicate:
-            self.unpack_()
+            with _lock:
+                self.unpack_()
+                # torch.export 2.13 counts buffers that are None when it numbers the graph's inputs.
+                self._buffers = dict(sorted(self._buffers.items(), key=lambda item: item[1] is None))
+                self._reset()
         yield from super().named_modules(memo, prefix, remove_duplicate)
 
     # ---- what users ask ---------------------------------------------------------------------------------
