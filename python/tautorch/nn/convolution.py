@@ -44,6 +44,14 @@ def resolve_padding(
     return total[0] // 2, total[1] // 2
 
 
+def _check_padding_mode(op: str, mode: str) -> None:
+    if mode != "zeros":
+        raise ValueError(
+            f"{op}: padding_mode must be 'zeros', got {mode!r}; pad beforehand with "
+            f"torch.nn.functional.pad(x, ..., mode={mode!r}) and use padding=0"
+        )
+
+
 class ConvModule(PackedModule):
     """A convolution over packed weights; subclasses say how to pack, plan and go through the torch op.
 
@@ -79,11 +87,7 @@ class ConvModule(PackedModule):
     ) -> None:
         super().__init__()
         op = self.op
-        if padding_mode != "zeros":
-            raise ValueError(
-                f"{op}: padding_mode must be 'zeros', got {padding_mode!r}; pad beforehand with "
-                f"torch.nn.functional.pad(x, ..., mode={padding_mode!r}) and use padding=0"
-            )
+        _check_padding_mode(op, padding_mode)
         if quant not in quants:
             raise ValueError(f"{op}: quant must be one of {', '.join(quants)}, got {quant!r}")
         check_activation(op, activation)
@@ -92,12 +96,13 @@ class ConvModule(PackedModule):
         kernel = conv.as_pair(op, "kernel_size", kernel_size, 1)
         stride = conv.as_pair(op, "stride", stride, 1)
         dilation = conv.as_pair(op, "dilation", dilation, 1)
-        padding = resolve_padding(op, padding, kernel, stride, dilation)
+        pixels = resolve_padding(op, padding, kernel, stride, dilation)
         shape = (out_channels, in_channels // groups, *kernel)
-        self.geometry: Geometry = conv.geometry_of(op, shape, stride, padding, dilation, groups)
+        self.geometry: Geometry = conv.geometry_of(op, shape, stride, pixels, dilation, groups)
         self.in_channels, self.out_channels, self.kernel_size = in_channels, out_channels, kernel
-        self.stride, self.padding, self.dilation, self.groups = stride, padding, dilation, groups
-        self.padding_mode = padding_mode
+        self.stride, self.dilation, self.groups = stride, dilation, groups
+        self.padding = padding if isinstance(padding, str) else pixels  # as nn.Conv2d has it
+        self.padding_mode, self.output_padding, self.transposed = padding_mode, (0, 0), False
         self.quant, self.activation = quant, activation
         static = quant == "static"
         self.register_buffer("x_scale", torch.ones(1, device=device) if static else None)
@@ -114,6 +119,7 @@ class ConvModule(PackedModule):
         """The constructor's leading arguments for a float layer."""
         if not isinstance(module, nn.Conv2d):
             raise TypeError(f"{cls.op}: from_float takes nn.Conv2d, got {type(module).__name__}")
+        _check_padding_mode(cls.op, module.padding_mode)
         names = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups")
         arguments = {name: getattr(module, name) for name in names}
         return {
@@ -161,7 +167,7 @@ class ConvModule(PackedModule):
             "out_channels": self.out_channels,
             "kernel_size": list(self.kernel_size),
             "stride": list(self.stride),
-            "padding": list(self.padding),
+            "padding": self.padding if isinstance(self.padding, str) else list(self.padding),
             "dilation": list(self.dilation),
             "groups": self.groups,
             "bias": self.bias is not None,

@@ -72,6 +72,7 @@ class LowRankConv2d(ConvModule):
             device, quant=quant, quants=("dynamic", "static"), activation=activation,
         )  # fmt: skip
         self.rank, self.weight_dtype = rank, weight_dtype_of(OP, weight_dtype)
+        self._down_bytes = 0
         int8 = self.weight_dtype == torch.int8
         if rank < 1:
             raise ValueError(f"{OP}: rank must be at least 1, got {rank}")
@@ -293,14 +294,12 @@ class LowRankConv2d(ConvModule):
             factor = self._buffers[name]
             assert factor is not None
             packs.append(pack(factor, self.groups, kernel))
-        return torch.cat(packs)  # a pack's length is a multiple of its alignment
+        self._down_bytes = packs[0].numel()  # a multiple of the alignment
+        return torch.cat(packs)
 
     def _parts(self, packed: Tensor) -> tuple[Tensor, Tensor]:
         """The packs of the two factors, views."""
-        info = lib.pack_info(packed)
-        what = (int(info[name]) for name in ("kind", "groups", "n", "k", "taps"))
-        size = _C.dense_pack_bytes(str(info["kernel"]), *what)
-        return packed[:size], packed[size:]
+        return packed[: self._down_bytes], packed[self._down_bytes :]
 
     def _unpack(self, packed: Tensor) -> dict[str, Tensor]:
         parts = zip(self._shapes().items(), self._parts(packed), strict=True)

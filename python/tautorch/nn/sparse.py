@@ -52,23 +52,28 @@ class SparseModule(PackedModule):
         device: torch.device | str | None,
     ) -> None:
         """Register the buffers of a weight of ``shape``, all zero."""
-        height, width = block_shape(pattern, op=self.op)
-        if nnz < 0:
-            raise ValueError(f"{self.op}: nnz must be at least 0, got {nnz}")
+        block_shape(pattern, op=self.op)
         self.pattern, self._shape, self._groups = pattern, tuple(shape), groups
         rows, cols = matrix_shape(shape, groups, op=self.op)
         n_rows, n_cols = block_rows(rows, pattern, groups), block_cols(cols, pattern)
-        self.nnz = rows if pattern == "2:4" else nnz
         crow = None
         if pattern == "2:4":
-            values, col = (rows, n_cols * 2), torch.full((rows, n_cols // 2), 0b0100_0100, dtype=torch.uint8)
+            self.nnz = rows
+            self.packed_names = ("values", "col_indices")  # type: ignore[misc]
+            col = torch.full(
+                (rows, n_cols // 2), 0b0100_0100, dtype=torch.uint8, device=device
+            )  # places 0, 1
         else:
-            values = (nnz,) if pattern == "unstructured" else (nnz, height, width)  # type: ignore[assignment]
-            col = torch.zeros(nnz, dtype=index_dtype(n_cols - 1))
-            crow = torch.zeros(n_rows + 1, dtype=index_dtype(nnz), device=device)
-        self._buffers["values"] = torch.zeros(values, dtype=self.weight_dtype, device=device)
+            if not 0 <= nnz <= n_rows * n_cols:
+                raise ValueError(f"{self.op}: nnz must be in 0..{n_rows * n_cols} blocks, got {nnz}")
+            self.nnz = nnz
+            # any valid layout of so many blocks: the first ones
+            col = torch.arange(nnz, dtype=torch.int32, device=device) % n_cols
+            col = col.to(index_dtype(n_cols - 1))
+            crow = (torch.arange(n_rows + 1, device=device) * n_cols).clamp(max=nnz).to(index_dtype(nnz))
+        self._buffers["values"] = torch.zeros(self._values_shape(), dtype=self.weight_dtype, device=device)
         self._buffers["crow_indices"] = crow
-        self._buffers["col_indices"] = col.to(device)
+        self._buffers["col_indices"] = col
         int8 = self.weight_dtype == torch.int8
         self.register_buffer("weight_scale", torch.ones(rows, device=device) if int8 else None)
 
@@ -80,17 +85,16 @@ class SparseModule(PackedModule):
         weight = weight.detach()
         if not bool(torch.isfinite(weight).all()):
             raise ValueError(f"{cls.op}: weight must be finite, got NaN or Inf; mend the float layer first")
-        values, crow, col = encode(weight.to(torch.float32), mask, pattern, groups, op=cls.op)
-        scale = None
+        shape, scale = weight.shape, None
+        layout = encode(weight.to(torch.float32), mask, pattern, groups, op=cls.op)
+        dense = decode(*layout, pattern, shape, groups, check=False)
         if dtype == torch.int8:
-            shape = weight.shape
-            q, scale = quantize_weight(decode(values, crow, col, pattern, shape, groups, check=False))
-            kept = _stored(values, crow, col, pattern, shape, groups)
-            values, _, _ = encode(q, kept, pattern, groups, op=cls.op)
-        else:
-            values = values.clone()
-        layout = {"values": values, "crow_indices": crow, "col_indices": col}
-        return {name: tensor for name, tensor in layout.items() if tensor is not None}, scale
+            dense, scale = quantize_weight(dense, op=cls.op)
+        # Where the weight is packed dense, only non-zeros are stored: the pack then gives all indices back.
+        kept = None if sparse.packs_dense(pattern, shape) else _stored(*layout, pattern, shape, groups)
+        values, crow, col = encode(dense, kept, pattern, groups, op=cls.op)
+        named = {"values": values, "crow_indices": crow, "col_indices": col}
+        return {name: tensor for name, tensor in named.items() if tensor is not None}, scale
 
     def dense_weight(self) -> Tensor:
         """The float32 weight that this layer stands for, 0 where nothing is stored."""
@@ -149,11 +153,10 @@ class SparseModule(PackedModule):
         layout = self._layout()
         where = (self.pattern, self._shape, self._groups)
         packed = sparse.pack(*layout, *where, kernel=kernel, op=self.op)
-        # A pack that cannot tell where zeros are stored leaves the indices in their buffers.
-        whole = not sparse.packs_dense(self.pattern, self._shape) or sparse.dense_keeps_indices(
-            *layout, *where
-        )
-        self.packed_names = SparseModule.packed_names if whole else ("values",)  # type: ignore[misc]
+        names = ("values", "col_indices") if layout[1] is None else SparseModule.packed_names
+        if sparse.packs_dense(self.pattern, self._shape) and not sparse.dense_keeps_indices(*layout, *where):
+            names = ("values",)  # the indices stay in their buffers
+        self.packed_names = names  # type: ignore[misc]
         return packed
 
     def _unpack(self, packed: Tensor) -> dict[str, Tensor]:
