@@ -71,7 +71,7 @@ ARROWS: dict[str, set[str]] = {
     "fuse": MODULES,
     "convert": MODULES,
     **dict.fromkeys(METHODS, MODULES | METHODS),
-    "storage": CONVERT | METHODS,
+    "storage": CONVERT | METHODS | {"reference"},
     "compress": CONVERT | METHODS | {"storage"},
     "demo": CONVERT | METHODS | {"storage", "compress"},
     "__main__": {"cli"},

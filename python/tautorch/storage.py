@@ -19,6 +19,8 @@ from torch import nn
 
 from tautorch import storage_structure
 from tautorch.nn import MODULES
+from tautorch.nn.sparse import SparseModule
+from tautorch.reference.layouts import check_layout
 from tautorch.storage_file import DTYPES, CheckpointError, Entry, bad, digest, read, tensors, write
 from tautorch.storage_structure import Rebuilt, StructureError
 
@@ -264,6 +266,9 @@ def _fill(
     filled = model.load_state_dict(ordered, strict=True)
     if filled.missing_keys or filled.unexpected_keys:
         raise StructureError(f"leaves {filled.missing_keys or filled.unexpected_keys} over")
+    for module in model.modules():
+        if isinstance(module, SparseModule):  # kernels follow the indices wherever they point
+            check_layout(*module._layout(), module.pattern, module._shape, module._groups, op=module.op)
 
 
 def _check_packed(name: str, value: torch.Tensor) -> None:

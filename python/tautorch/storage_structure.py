@@ -244,6 +244,8 @@ class _Builder:
             raise StructureError(
                 f"gives {path!r} ({cls.__name__}) other arguments than {list(_PLAIN.get(cls, ()))}"
             )
+        if not _in_range(config):
+            raise StructureError(f"gives {path!r} a number beyond 32 bits, in {config}")
         if cls not in _PACKED and not all(_plain_value(key, value) for key, value in config.items()):
             raise StructureError(f"cannot build {cls.__name__} at {path!r} from {config}: wrong kinds")
         arguments = {key: _tuples(value) for key, value in config.items()}
@@ -307,6 +309,13 @@ def _plain_value(key: str, value: object) -> bool:
     if isinstance(value, list):
         return all(type(n) is int or n is None for n in value)
     return value is None or isinstance(value, (bool, int, float))
+
+
+def _in_range(value: object) -> bool:
+    """Whether every number in a configuration fits what sizes, strides and paddings are made of."""
+    if isinstance(value, (list, dict)):
+        return all(_in_range(v) for v in (value.values() if isinstance(value, dict) else value))
+    return not isinstance(value, (int, float)) or abs(value) < 2**31
 
 
 def _tuples(value: Any) -> Any:
