@@ -5,8 +5,8 @@
 
 namespace tautorch {
 
-constexpr int kBlockRows = 96; // rows whose pointers are set up together
-constexpr int kTileRows = 48;  // rows that share one pass of the epilogue; 48 x 64 x 4 bytes stay in L1
+constexpr int kBlockRows = 192; // rows that one pass over the weights serves
+constexpr int kTileRows = 48;   // rows that share one pass of the epilogue; 48 x 64 x 4 bytes stay in L1
 
 // How a row of activations becomes an operand.
 struct ActQuant {
@@ -48,6 +48,11 @@ struct Split {
     int64_t tm = 1, tn = 1;
 };
 Split split_gemm(int64_t m, int64_t n_panels, int64_t macs, int64_t weight_bytes);
+
+// Rows of a block, so that `rows` rows make blocks of equal size: 200 rows are two of 100, not 192 and 8.
+inline int64_t block_rows(int64_t rows) {
+    return rows <= kBlockRows ? kBlockRows : div_up(rows, div_up(rows, kBlockRows));
+}
 
 inline int64_t chunk_begin(int64_t n, int64_t parts, int64_t i) { return n * i / parts; }
 

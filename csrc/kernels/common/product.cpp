@@ -130,11 +130,13 @@ void dense_product(const Isa &isa, const uint8_t *packed, const Source &x, const
     const int64_t macs = x.m * h.n * h.k * h.taps * h.groups;
     const Split split = split_gemm(x.m, n_panels, depthwise ? macs * 16 : macs, h.total);
     parallel_tasks(split.tm * split.tn, [&](int64_t task) {
-        const int64_t i = task / split.tn, j = task % split.tn, end = chunk_begin(x.m, split.tm, i + 1);
+        const int64_t i = task / split.tn, j = task % split.tn;
+        const int64_t begin = chunk_begin(x.m, split.tm, i), end = chunk_begin(x.m, split.tm, i + 1);
+        const int64_t step = block_rows(end - begin);
         const Pointers pointers(h.taps * kBlockRows);
         float scales[kBlockRows];
-        for (int64_t m0 = chunk_begin(x.m, split.tm, i); m0 < end; m0 += kBlockRows) {
-            const int rows = static_cast<int>(std::min<int64_t>(kBlockRows, end - m0));
+        for (int64_t m0 = begin; m0 < end; m0 += step) {
+            const int rows = static_cast<int>(std::min(step, end - m0));
             const float *scale = x.row_scales(m0, rows, scales) ? scales : nullptr;
             if (depthwise) {
                 depthwise_block(isa, packed, x, out, m0, rows, pointers.at, scale);

@@ -37,8 +37,9 @@ Operand prepare(const Isa &isa, const LinearArgs &a, const PackHeader &h, int64_
 void multiply(const Isa &isa, const LinearArgs &a, const Output &out, Operand x, int64_t m0, int64_t rows,
               int64_t p0, int64_t p1, const float *row_scale) {
     const void *pointers[kBlockRows];
-    for (int64_t b = 0; b < rows; b += kBlockRows) {
-        const int n = static_cast<int>(std::min<int64_t>(kBlockRows, rows - b));
+    const int64_t step = block_rows(rows);
+    for (int64_t b = 0; b < rows; b += step) {
+        const int n = static_cast<int>(std::min(step, rows - b));
         for (int r = 0; r < n; ++r)
             pointers[r] = x.data + (b + r) * x.stride;
         gemm_block(isa, a.packed, 0, pointers, kBlockRows, n, p0, p1, out, m0 + b,
@@ -66,9 +67,10 @@ void int8_linear(const LinearArgs &a) {
     if (split.tn == 1) {
         // Every thread quantises its own rows, a block at a time, and runs all panels over them.
         parallel_tasks(split.tm, [&](int64_t t) {
-            const int64_t end = chunk_begin(a.m, split.tm, t + 1);
-            for (int64_t m0 = chunk_begin(a.m, split.tm, t); m0 < end; m0 += kBlockRows) {
-                const int64_t rows = std::min<int64_t>(kBlockRows, end - m0);
+            const int64_t begin = chunk_begin(a.m, split.tm, t), end = chunk_begin(a.m, split.tm, t + 1);
+            const int64_t step = block_rows(end - begin);
+            for (int64_t m0 = begin; m0 < end; m0 += step) {
+                const int64_t rows = std::min(step, end - m0);
                 float *scale = nullptr;
                 uint8_t *buffer = buffers(rows, &scale);
                 const Operand x = prepare(isa, a, h, m0, rows, buffer, scale);

@@ -97,7 +97,8 @@ int int8_linear_run(const Int8LinearKernel &kernel, const Int8Linear &a, void *s
     const bool scales = a.out_dtype == DType::i32 || (a.x_scale != nullptr && a.w_scale != nullptr);
     const bool requantised = a.out_dtype != DType::i8 || a.out_scale != nullptr;
     if (!scales || !requantised || a.ldx < a.k || a.ldx % 16 != 0 || a.ldy < a.n || a.ldy * bytes % 16 != 0 ||
-        !is_aligned(a.x, 16) || !is_aligned(a.y, 16) || !is_aligned(a.packed, kLine))
+        !is_aligned(a.x, 16) || !is_aligned(a.y, 16) || !is_aligned(a.weight, 16) || a.ldw < a.k ||
+        a.ldw % 16 != 0 || (a.x_zero_point != nullptr && a.sums == nullptr))
         return kBadArgument;
     return kernel.run(a, stream);
 }

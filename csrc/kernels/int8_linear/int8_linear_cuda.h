@@ -10,12 +10,15 @@
 
 namespace tautorch::cuda {
 
-// ---- packed weights ----
+// ---- weights ----
 //
-// One uint8 block, 128-byte aligned:  header | w int8 [n, ldw], k..ldw zero | sums int32 [n], sum_k w[n, k]
-// The header lets a file or a test recognise the block; launchers take the sizes from the caller instead,
-// because reading it would wait for the device.
-constexpr int64_t kLine = 128;              // header, weights and sums each start on a line of the block
+// The kernels read canonical int8 [n, k] rows as they are, if every row starts on 16 bytes (TMA and 16-byte
+// cp.async want that). Other weights are packed, once, into one uint8 block:
+//     header | w int8 [n, ldw], k..ldw zero | sums int32 [n]          each part on a line of 128 bytes
+// sums[n] = sum_k w[n, k] corrects a zero point of x: sum_k (x - z) w = sum_k x w - z * sum_k w.
+// The header lets a file or a test recognise the block. Launchers take sizes from the caller instead, because
+// reading it would wait for the device.
+constexpr int64_t kLine = 128;
 constexpr uint32_t kPackMagic = 0x50475454; // "TTGP"
 constexpr int32_t kPackVersion = 1;
 
@@ -28,7 +31,6 @@ struct PackHeader {
 
 inline PackHeader pack_header(int64_t n, int64_t k) {
     PackHeader h{kPackMagic, kPackVersion, n, k, 0, 0, 0, 0};
-    // TMA and 16-byte cp.async want rows that start on 16 bytes.
     h.ldw = round_up(k, 16);
     h.weight_off = kLine;
     h.sums_off = h.weight_off + round_up(n * h.ldw, kLine);
@@ -40,20 +42,25 @@ inline PackHeader pack_header(int64_t n, int64_t k) {
 // packed: pack_header(n, k).total bytes, 128-byte aligned.
 int int8_linear_pack(const int8_t *weight, int64_t stride_n, int64_t n, int64_t k, uint8_t *packed,
                      void *stream);
+// The sums alone, into int32 [n].
+int int8_linear_sums(const int8_t *weight, int64_t stride_n, int64_t n, int64_t k, int32_t *sums,
+                     void *stream);
 
 // ---- the product ----
 
 struct Int8Linear {
-    int64_t m, n, k;             // within what int8_linear_supports() says
-    const int8_t *x;             // [m, ldx], 16-byte aligned; what lies in k..ldx is read but does not count
-    int64_t ldx;                 // multiple of 16, at least k
-    const uint8_t *packed;       // by int8_linear_pack
-    const float *x_scale;        // 1 value, or m where x_scale_per_row; unused for int32 output
-    bool x_scale_per_row;        //
-    const float *w_scale;        // [n]; unused for int32 output
-    const float *bias;           // [n], or null
-    const int32_t *x_zero_point; // 1 value, or null for 0
-    const float *out_scale;      // 1 value; int8 output only
+    int64_t m, n, k;               // within what int8_linear_supports() says
+    const int8_t *x;               // [m, ldx], 16-byte aligned; k..ldx is read but does not count
+    int64_t ldx;                   // multiple of 16, at least k
+    const int8_t *weight;          // [n, ldw], 16-byte aligned; k..ldw is zero
+    int64_t ldw;                   // multiple of 16, at least k
+    const int32_t *sums;           // [n]; used with x_zero_point only
+    const float *x_scale;          // 1 value, or m where x_scale_per_row; unused for int32 output
+    bool x_scale_per_row;          //
+    const float *w_scale;          // [n]; unused for int32 output
+    const float *bias;             // [n], or null
+    const int32_t *x_zero_point;   // 1 value, or null for 0
+    const float *out_scale;        // 1 value; int8 output only
     const int32_t *out_zero_point; // 1 value, or null for 0; int8 output only
     Activation activation;
     DType out_dtype; // any; int32: the accumulators

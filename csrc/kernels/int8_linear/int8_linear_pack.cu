@@ -1,5 +1,4 @@
-// Packing: rows padded to 16 bytes with zeros, and the sum of each row, which corrects a zero point of x:
-// sum_k (x - z) w = sum_k x w - z * sum_k w.
+// Packing of weights whose rows do not start on 16 bytes, and the sum of each row.
 #include <cuda_runtime.h>
 
 #include "kernels/int8_linear/int8_linear_cuda.h"
@@ -9,18 +8,18 @@ namespace {
 
 constexpr int kThreads = 128;
 
-// One block per row.
+// One block per row. `to` null: the sum alone.
 __global__ void __launch_bounds__(kThreads)
-    pack_kernel(const int8_t *weight, int64_t stride_n, PackHeader h, uint8_t *packed) {
+    pack_kernel(const int8_t *weight, int64_t stride_n, int64_t k, int8_t *to, int64_t ldw, int32_t *sums) {
     __shared__ int32_t warp_sum[kThreads / 32];
     const int64_t n = blockIdx.x;
     const int8_t *from = weight + n * stride_n;
-    int8_t *to = reinterpret_cast<int8_t *>(packed + h.weight_off) + n * h.ldw;
 
     int32_t sum = 0;
-    for (int64_t k = threadIdx.x; k < h.ldw; k += kThreads) {
-        const int8_t w = k < h.k ? from[k] : int8_t{0};
-        to[k] = w;
+    for (int64_t i = threadIdx.x; i < ldw; i += kThreads) {
+        const int8_t w = i < k ? from[i] : int8_t{0};
+        if (to != nullptr)
+            to[n * ldw + i] = w;
         sum += w;
     }
     sum = __reduce_add_sync(0xffffffffu, sum);
@@ -31,22 +30,42 @@ __global__ void __launch_bounds__(kThreads)
         int32_t total = 0;
         for (int w = 0; w < kThreads / 32; ++w)
             total += warp_sum[w];
-        reinterpret_cast<int32_t *>(packed + h.sums_off)[n] = total;
-        if (n == 0)
-            *reinterpret_cast<PackHeader *>(packed) = h;
+        sums[n] = total;
     }
+}
+
+__global__ void header_kernel(PackHeader h, PackHeader *to) { *to = h; }
+
+bool good(int64_t stride_n, int64_t n, int64_t k) {
+    return n >= 1 && n < (int64_t{1} << 31) && k >= 0 && k <= kMaxK && stride_n >= 0;
+}
+
+int launch(const int8_t *weight, int64_t stride_n, int64_t n, int64_t k, int8_t *to, int64_t ldw,
+           int32_t *sums, cudaStream_t stream) {
+    pack_kernel<<<static_cast<unsigned>(n), kThreads, 0, stream>>>(weight, stride_n, k, to, ldw, sums);
+    return static_cast<int>(cudaGetLastError());
 }
 
 } // namespace
 
 int int8_linear_pack(const int8_t *weight, int64_t stride_n, int64_t n, int64_t k, uint8_t *packed,
                      void *stream) {
-    if (n < 1 || n >= (int64_t{1} << 31) || k < 0 || k > kMaxK || stride_n < 0 || !is_aligned(packed, kLine))
+    if (!good(stride_n, n, k) || !is_aligned(packed, kLine))
         return kBadArgument;
     const PackHeader h = pack_header(n, k);
-    pack_kernel<<<static_cast<unsigned>(n), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
-        weight, stride_n, h, packed);
-    return static_cast<int>(cudaGetLastError());
+    const auto s = static_cast<cudaStream_t>(stream);
+    header_kernel<<<1, 1, 0, s>>>(h, reinterpret_cast<PackHeader *>(packed));
+    if (const cudaError_t e = cudaGetLastError(); e != cudaSuccess)
+        return static_cast<int>(e);
+    return launch(weight, stride_n, n, k, reinterpret_cast<int8_t *>(packed + h.weight_off), h.ldw,
+                  reinterpret_cast<int32_t *>(packed + h.sums_off), s);
+}
+
+int int8_linear_sums(const int8_t *weight, int64_t stride_n, int64_t n, int64_t k, int32_t *sums,
+                     void *stream) {
+    if (!good(stride_n, n, k) || !is_aligned(sums, 4))
+        return kBadArgument;
+    return launch(weight, stride_n, n, k, nullptr, k, sums, static_cast<cudaStream_t>(stream));
 }
 
 } // namespace tautorch::cuda

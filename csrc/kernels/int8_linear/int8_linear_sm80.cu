@@ -149,20 +149,17 @@ template <class Out, class Tile, class Warp, int kStages> struct Gemm {
 
 template <class G, class Out> int launch(const Int8Linear &a, cudaStream_t stream) {
     using Device = typename G::Device;
-    const PackHeader h = pack_header(a.n, a.k);
-    const auto *weight = reinterpret_cast<const int8_t *>(a.packed + h.weight_off);
-    const auto *sums = reinterpret_cast<const int32_t *>(a.packed + h.sums_off);
     const typename G::Values::Arguments values{
         typename G::XScale::Arguments{a.x_scale, 0.f, {a.x_scale_per_row ? 1 : 0, _0{}, _0{}}},
         typename G::WScale::Arguments{a.w_scale},
-        typename G::Sums::Arguments{a.x_zero_point ? sums : nullptr}, typename G::Bias::Arguments{a.bias},
+        typename G::Sums::Arguments{a.x_zero_point ? a.sums : nullptr}, typename G::Bias::Arguments{a.bias},
         FinishArguments{a.x_zero_point, a.out_scale, a.out_zero_point, a.activation, a.out_dtype}};
     const typename G::Tree::Arguments tree{
         values, typename G::Store::Arguments{static_cast<Out *>(a.y), {a.ldy, _1{}, _0{}}}};
 
     const GemmCoord problem(static_cast<int>(a.m), static_cast<int>(a.n), static_cast<int>(a.k));
     const typename Device::Arguments args(cutlass::gemm::GemmUniversalMode::kGemm, problem, 1, tree, a.x,
-                                          weight, nullptr, nullptr, 0, 0, 0, 0, a.ldx, h.ldw, 0, 0);
+                                          a.weight, nullptr, nullptr, 0, 0, 0, 0, a.ldx, a.ldw, 0, 0);
     Device gemm;
     if (gemm.initialize(args, nullptr, stream) != cutlass::Status::kSuccess)
         return kCutlassRefused;

@@ -117,8 +117,22 @@ int multiprocessors(int device) {
     return cached;
 }
 
+// A driver older than CUDA 12 has no tensor maps. CUTLASS would print a message and launch with garbage.
+bool has_tensor_maps() {
+    static const bool found = [] {
+        void *entry = nullptr;
+        cudaDriverEntryPointQueryResult result;
+        return cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry, 12000, cudaEnableDefault,
+                                                &result) == cudaSuccess &&
+               result == cudaDriverEntryPointSuccess;
+    }();
+    return found;
+}
+
 template <class G, class Out> int launch(const Int8Linear &a, cudaStream_t stream) {
     using Device = typename G::Device;
+    if (!has_tensor_maps())
+        return kNoTensorMap;
     int device = 0;
     if (const cudaError_t e = cudaGetDevice(&device); e != cudaSuccess)
         return static_cast<int>(e);
@@ -126,19 +140,16 @@ template <class G, class Out> int launch(const Int8Linear &a, cudaStream_t strea
     hardware.device_id = device;
     hardware.sm_count = multiprocessors(device);
 
-    const PackHeader h = pack_header(a.n, a.k);
-    const auto *weight = reinterpret_cast<const int8_t *>(a.packed + h.weight_off);
-    const auto *sums = reinterpret_cast<const int32_t *>(a.packed + h.sums_off);
     const typename G::Tree::Arguments tree{
         typename G::XScale::Arguments{a.x_scale, 0.f, {a.x_scale_per_row, _0{}, _0{}}},
         typename G::WScale::Arguments{a.w_scale, 0.f, {}},
-        typename G::Sums::Arguments{a.x_zero_point ? sums : nullptr, 0, {}},
+        typename G::Sums::Arguments{a.x_zero_point ? a.sums : nullptr, 0, {}},
         typename G::Bias::Arguments{a.bias, 0.f, {}},
         FinishArguments{a.x_zero_point, a.out_scale, a.out_zero_point, a.activation, a.out_dtype}};
 
     typename Device::Arguments args{cutlass::gemm::GemmUniversalMode::kGemm,
                                     {static_cast<int>(a.m), static_cast<int>(a.n), static_cast<int>(a.k), 1},
-                                    {a.x, {a.ldx, _1{}, 0}, weight, {h.ldw, _1{}, 0}},
+                                    {a.x, {a.ldx, _1{}, 0}, a.weight, {a.ldw, _1{}, 0}},
                                     {tree, nullptr, {}, static_cast<Out *>(a.y), {a.ldy, _1{}, 0}},
                                     hardware};
     // Neighbouring tiles share rows of w and x in L2.
