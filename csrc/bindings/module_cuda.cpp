@@ -7,8 +7,6 @@
 
 #include <cuda_runtime_api.h>
 
-#include <optional>
-
 namespace tautorch::bindings {
 namespace {
 
@@ -241,12 +239,14 @@ PyMethodDef kQuantizeRows = {"quantize_rows", as_c(&fastcall<quantize_rows>), ME
                              "quantize_rows(x, dtype, stride_m, stride_k, m, k, x_scale, zero_point, q, ldq, "
                              "scale, device, stream)"};
 
-py::bytes make_plan(int64_t packed, int64_t n, int64_t k, const py::dict &tail) {
+py::bytes make_plan(int64_t weight, int64_t ldw, int64_t sums, int64_t n, int64_t k, const py::dict &tail) {
     const auto integer = [&](const char *key) { return tail[key].cast<int64_t>(); };
     Plan p{};
     p.args.n = n;
     p.args.k = k;
-    p.args.packed = at<const uint8_t>(packed);
+    p.args.weight = at<const int8_t>(weight);
+    p.args.ldw = ldw;
+    p.args.sums = at<const int32_t>(sums);
     p.args.w_scale = at<const float>(integer("weight_scale"));
     p.args.bias = at<const float>(integer("bias"));
     p.args.activation = static_cast<Activation>(integer("activation"));
@@ -276,14 +276,14 @@ void bind_int8_linear_cuda(py::module_ &m) {
     m.def("int8_linear_supports",
           [](const std::string &kernel, int capability, int64_t rows, int64_t n, int64_t k) {
               const char *why = cuda::int8_linear_supports(int8_linear_named(kernel), capability, rows, n, k);
-              return why ? std::optional<std::string>(why) : std::nullopt;
+              return why ? py::object(py::str(why)) : py::none();
           });
     m.def("int8_linear_choose", [](int capability, int multiprocessors, int64_t rows, int64_t n, int64_t k) {
         if (multiprocessors < 1)
             throw py::value_error("int8_linear: multiprocessors must be at least 1, got " +
                                   std::to_string(multiprocessors));
         const Int8LinearKernel *best = cuda::int8_linear_choose(capability, multiprocessors, rows, n, k);
-        return best ? std::optional<std::string>(best->name) : std::nullopt;
+        return best ? py::object(py::str(best->name)) : py::none();
     });
     m.def("int8_linear_layout", [](int64_t n, int64_t k) {
         const cuda::PackHeader h = cuda::pack_header(n, k);
@@ -302,6 +302,13 @@ void bind_int8_linear_cuda(py::module_ &m) {
         const DeviceGuard guard(device);
         check("int8_linear: packing", cuda::int8_linear_pack(at<const int8_t>(weight), stride_n, n, k,
                                                              at<uint8_t>(out), at<void>(stream)));
+    });
+    m.def("int8_linear_sums", [](int64_t weight, int64_t stride_n, int64_t n, int64_t k, int64_t sums,
+                                 int device, int64_t stream) {
+        const py::gil_scoped_release release;
+        const DeviceGuard guard(device);
+        check("int8_linear: summing", cuda::int8_linear_sums(at<const int8_t>(weight), stride_n, n, k,
+                                                             at<int32_t>(sums), at<void>(stream)));
     });
     m.def("int8_linear_plan", &make_plan);
     m.def("int8_linear_workspace",
