@@ -234,7 +234,7 @@ def overridden() -> nn.Module:
         (lambda: nn.TransformerEncoderLayer(8, 2), "linear2", "fast path"),
         (lambda: nn.TransformerEncoderLayer(8, 2), "self_attn.out_proj", "fast path"),
         (
-            lambda: nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2), 2),
+            lambda: nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, batch_first=True), 2),
             "layers.1.linear2",
             "fast path",
         ),
