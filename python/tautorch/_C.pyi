@@ -51,6 +51,16 @@ def int8_linear_plan(packed: int, bytes: int, k: int, tail: dict[str, int]) -> b
 def int8_linear_run(
     plan: bytes, x: int, x_dtype: int, m: int, x_stride: int, out: int, out_dtype: int, /
 ) -> None: ...
+def sparse_linear_plan(packed: int, bytes: int, k: int, tail: dict[str, int]) -> bytes: ...
+def sparse_linear_run(
+    plan: bytes, x: int, x_dtype: int, m: int, x_stride: int, out: int, out_dtype: int, /
+) -> None: ...
+def lowrank_linear_plan(
+    down: int, down_bytes: int, up: int, up_bytes: int, k: int, down_scale: int, tail: dict[str, int]
+) -> bytes: ...
+def lowrank_linear_run(
+    plan: bytes, x: int, x_dtype: int, m: int, x_stride: int, out: int, out_dtype: int, /
+) -> None: ...
 
 # in_channels, kh, kw, sh, sw, ph, pw, dh, dw
 _Geometry = tuple[int, ...]

@@ -224,7 +224,7 @@ lib.define(
 lib.LIB.define(
     "unpack_linear(Tensor weight, SymInt n, SymInt k) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,)
 )
-lib.LIB.impl(  # type: ignore[no-untyped-call]
+lib.LIB.impl(
     "unpack_linear",
     lambda w, n, k: (unpack(w) if w.dtype == torch.uint8 else w).to(torch.float32, copy=True),
     "CPU",

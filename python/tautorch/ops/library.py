@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -288,7 +289,7 @@ def run_rows(op: str, run: Callable[..., None], plan: bytes, x: Tensor, n: int, 
 
 def row_count(x: Tensor) -> int:
     """How many rows x ``[..., K]`` has."""
-    return x.shape[:-1].numel()
+    return math.prod(x.shape[:-1])  # Size.numel() would fix the batch of an exported graph
 
 
 # ---- gradients ------------------------------------------------------------------------------------------

@@ -88,6 +88,12 @@ def _cpu(
     _check(x, values, crow_indices, col_indices, weight_scale, bias, pattern, out_features, tail)
     shape = (out_features, x.shape[-1])
     float_input = tail.weight_only or weight_scale is None
+    if values.dtype == torch.uint8:
+        info = lib.pack_info(values)
+        if (info["n"], info["k"]) != shape:
+            raise ValueError(
+                f"{OP}: x must be [..., {info['k']}] for these packed values, got {list(x.shape)}"
+            )
     kernel = dispatch.choose(problem(*shape, pattern, "float32" if weight_scale is None else "int8"))
     is_packed = col_indices is None
     if kernel == "reference":

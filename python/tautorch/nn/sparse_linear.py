@@ -1,0 +1,144 @@
+"""``SparseLinear``: a linear layer whose weight is stored and multiplied sparse."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from tautorch import _C, dispatch
+from tautorch.ops import library as lib
+from tautorch.ops.sparse_linear import OP, plan, problem
+
+from .eager import autocast_input
+from .factors import weight_dtype_of
+from .linear import LinearModule
+from .packed import Canonical
+from .sparse import SparseModule
+from .tail import static_tensors
+
+
+class SparseLinear(SparseModule, LinearModule):
+    """``y = activation(q(x) @ weight.T * scales + bias)``, the weight ``[out, in]`` sparse.
+
+    Args:
+        in_features, out_features, bias, device, dtype: as ``nn.Linear``; ``dtype`` is ignored.
+        pattern: "unstructured", "2:4", "4x1", "16x16", "32x32" or "64x64". On CPUs 2:4 runs as a dense
+            weight: none has a unit for it.
+        nnz: stored blocks (unstructured: weights); ignored for 2:4, where it follows from the shape.
+        weight_dtype: ``torch.int8``, or ``torch.float32`` values that meet x in fp32.
+        quant: with int8 values "dynamic" (x quantised per row) or "static" (by ``x_scale``,
+            ``x_zero_point``).
+        activation: "none", "relu", "gelu", "gelu_tanh" or "silu", fused.
+
+    Buffers: ``values``, ``crow_indices``, ``col_indices`` (see ``tautorch.reference.layouts``); int8:
+    ``weight_scale`` float32 ``[out]``; static: ``x_scale`` float32 and ``x_zero_point`` int32, one value
+    each.
+    """
+
+    op: ClassVar[str] = OP
+    run: ClassVar[Any] = _C.sparse_linear_run
+
+    values = Canonical()
+    crow_indices = Canonical()
+    col_indices = Canonical()
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        pattern: str = "4x1",
+        nnz: int = 0,
+        weight_dtype: torch.dtype | str = torch.int8,
+        quant: str = "dynamic",
+        activation: str = "none",
+    ) -> None:
+        LinearModule.__init__(
+            self, in_features, out_features, bias, device, quant=quant, quants=("dynamic", "static"),
+            activation=activation,
+        )  # fmt: skip
+        self.weight_dtype = weight_dtype_of(OP, weight_dtype)
+        if self.weight_dtype == torch.int8:
+            lib.check_k(OP, in_features)
+        elif quant != "dynamic":
+            raise ValueError(f'{OP}: quant must be "dynamic" for float32 values, got {quant!r}')
+        self._empty_layout(pattern, nnz, (out_features, in_features), 1, device)
+
+    @classmethod
+    def from_float(
+        cls,
+        module: nn.Linear,
+        *,
+        pattern: str = "4x1",
+        mask: Tensor | None = None,
+        weight_dtype: torch.dtype | str = torch.int8,
+        quant: str = "dynamic",
+        x_scale: Tensor | float | None = None,
+        x_zero_point: Tensor | int | None = None,
+        activation: str = "none",
+    ) -> SparseLinear:
+        """Store a float layer's weight where the mask is True, int8 with one scale per output, or float32.
+
+        Args:
+            module: the layer; left as it is.
+            mask: bool of the weight's shape, True = kept; None keeps the non-zeros, for block patterns
+                every block that holds one.
+            pattern, weight_dtype, quant, activation: see the class.
+            x_scale, x_zero_point: for ``quant="static"``, from ``tautorch.quantize.calibrate``.
+
+        Raises:
+            TypeError: not an ``nn.Linear``, or a mask that is not bool.
+            ValueError: a mask of another shape or off its pattern (naming the first offending block), NaN or
+                Inf in weight or bias, or scales that do not fit ``quant``.
+        """
+        arguments = cls._arguments(module)
+        dtype = weight_dtype_of(OP, weight_dtype)
+        layout, scale = cls._sparsify(module.weight, mask, pattern, 1, dtype)
+        new = cls(
+            **arguments,
+            pattern=pattern,
+            nnz=layout["values"].shape[0],
+            weight_dtype=dtype,
+            quant=quant,
+            activation=activation,
+        )
+        x_scale, x_zero_point = static_tensors(OP, quant, x_scale, x_zero_point, module.weight.device)
+        new._take(module.bias, **layout, weight_scale=scale, x_scale=x_scale, x_zero_point=x_zero_point)
+        return new.train(module.training)
+
+    def get_config(self) -> dict[str, Any]:
+        return {**LinearModule.get_config(self), **self._layout_config()}
+
+    def _format_repr(self) -> str:
+        text = self._layout_repr()
+        return text if self._float_input() else f"{text}, quant={self.quant}"
+
+    # ---- PackedModule -----------------------------------------------------------------------------------
+
+    def _float_input(self) -> bool:
+        return self.weight_dtype != torch.int8
+
+    def _problem(self) -> dispatch.Problem:
+        dtype = str(self.weight_dtype).removeprefix("torch.")
+        return problem(self.out_features, self.in_features, self.pattern, dtype, self._device())
+
+    def _plan(self, packed: Tensor, codes: dict[str, int]) -> bytes:
+        return plan(packed, self.in_features, codes)
+
+    def _through_op(self, x: Tensor) -> Tensor:
+        if x.dim() < 1 or x.shape[-1] != self.in_features:
+            raise ValueError(
+                f"{OP}: x must be [..., {self.in_features}] as the weight is [{self.out_features}, "
+                f"{self.in_features}], got {list(x.shape)}"
+            )
+        values, crow, col = self._operands()
+        y: Tensor = torch.ops.tautorch.sparse_linear(
+            autocast_input(x), values, crow, col, self.weight_scale, self.bias, self.pattern,
+            self.out_features, self.x_scale, self.x_zero_point, False, self.activation,
+        )  # fmt: skip
+        return y
