@@ -39,7 +39,16 @@ SHARED = {
     "python/tautorch/ops": {"__init__", "geometry", "library", "sparse_entries"},
     "python/tautorch/reference": {"__init__", "common", "layouts", "quantizer"},
     "python/tautorch/triton_kernels": {"__init__"},
-    "python/tautorch/nn": {"__init__", "packed", "eager", "tail"},
+    "python/tautorch/nn": {
+        "__init__",
+        "packed",
+        "eager",
+        "tail",
+        "linear",
+        "convolution",
+        "sparse",
+        "factors",
+    },
 }
 
 ARCHITECTURES = {"scalar", "avx2", "avxvnni", "avx512vnni", "amx", "neon_dotprod", "neon_i8mm"}
@@ -70,6 +79,7 @@ ARROWS: dict[str, set[str]] = {
     },  # forward calls the binding in plain eager inference
     "fuse": MODULES,
     "convert": MODULES,
+    "explain": MODULES,
     **dict.fromkeys(METHODS, MODULES | METHODS),
     "storage": CONVERT | METHODS | {"reference"},
     "compress": CONVERT | METHODS | {"storage"},

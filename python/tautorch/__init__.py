@@ -6,6 +6,7 @@ from . import dispatch, distill, factorize, nn, ops, prune, quantize
 from ._version import __version__
 from .convert import convert
 from .dispatch import kernels
+from .explain import explain, warmup
 from .fuse import fuse
 from .storage import load, save
 
@@ -14,6 +15,7 @@ __all__ = [
     "convert",
     "dispatch",
     "distill",
+    "explain",
     "factorize",
     "fuse",
     "kernels",
@@ -23,4 +25,5 @@ __all__ = [
     "prune",
     "quantize",
     "save",
+    "warmup",
 ]

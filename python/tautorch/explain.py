@@ -1,0 +1,217 @@
+"""What runs a layer and why nothing else does; and packing everything ahead of the first call."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tautorch import dispatch
+from tautorch._batches import Batch, call_model, training_modes_kept
+from tautorch.nn.eager import plain
+from tautorch.nn.packed import PackedModule
+from tautorch.ops.sparse_entries import MAX_INPUTS, packs_dense
+
+
+@dataclass
+class _Seen:
+    """One kind of call that a layer got, and what ran it."""
+
+    inputs: list[str] = field(default_factory=list)
+    kernels: list[str] = field(default_factory=list)
+    direct: bool = True
+
+
+def explain(module: nn.Module, x: Batch | None = None) -> str:
+    """Print, and return, what runs each tautorch layer of a module and why the other kernels do not.
+
+    Args:
+        module: a layer or a whole model; left as it is, but for packing.
+        x: an input to run it on once, in eval mode without gradients (a tensor, a tuple of positional or a
+            dict of keyword arguments). Then the text says what each layer got and which kernel really ran.
+
+    Returns:
+        One paragraph a layer: its kernel, the bytes of its packed weight, every kernel of its operator with
+        the reason why it does not run, and what is worth knowing.
+
+    Raises:
+        TypeError: not a module, or x is none of these.
+    """
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"explain: module must be an nn.Module, got {type(module).__name__}")
+    layers = _layers(module)
+    seen: dict[str, _Seen] = {}
+    if x is not None:
+        with _watched(layers, seen), training_modes_kept(module), torch.no_grad():
+            module.eval()
+            call_model("explain", module, x)
+    paragraphs = [_paragraph(name, layer, x is not None, seen.get(name)) for name, layer in layers.items()]
+    plain_layers = _float_layers(module)
+    if not layers:
+        paragraphs.append(f"{type(module).__name__} has no tautorch layers; see tautorch.convert")
+    if plain_layers and layers:
+        paragraphs.append(f"torch runs {len(plain_layers)} more: {_shortened(plain_layers)}")
+    if layers and not dispatch.threaded:
+        paragraphs.append("one thread: this torch has no torch_parallel_for; 2.10 or newer shares its pool")
+    text = "\n".join(paragraphs)
+    print(text)
+    return text
+
+
+def warmup(model: nn.Module, x: Batch) -> nn.Module:
+    """Pack and plan every tautorch layer by one inference call, so that no later call pays for it.
+
+    Args:
+        model: any module; its training flags are as before afterwards.
+        x: a tensor, a tuple of positional or a dict of keyword arguments, of the shapes to come.
+
+    Returns:
+        The model.
+
+    Raises:
+        TypeError: not a module, or x is none of these.
+        ValueError: a layer that no kernel can run.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"warmup: model must be an nn.Module, got {type(model).__name__}")
+    with training_modes_kept(model), torch.no_grad():
+        model.eval()
+        call_model("warmup", model, x)
+    for layer in _layers(model).values():  # those that x does not reach, or reaches under autocast
+        if not layer.ready():
+            layer.prepare()
+    return model
+
+
+def _layers(module: nn.Module) -> dict[str, PackedModule]:
+    return {name: m for name, m in module.named_modules() if isinstance(m, PackedModule)}
+
+
+def _float_layers(module: nn.Module) -> list[str]:
+    kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    return [f"{name} ({type(m).__name__})" for name, m in module.named_modules() if isinstance(m, kinds)]
+
+
+def _shortened(names: list[str], most: int = 6) -> str:
+    more = [f"... {len(names) - most} others"] if len(names) > most else []
+    return ", ".join(names[:most] + more)
+
+
+@contextmanager
+def _watched(layers: dict[str, PackedModule], seen: dict[str, _Seen]) -> Iterator[None]:
+    """Note what each layer gets and which kernel runs it."""
+
+    def before(name: str, layer: PackedModule, args: tuple[Any, ...]) -> None:
+        tensor = args[0] if args and isinstance(args[0], Tensor) else None
+        note = seen.setdefault(name, _Seen())
+        if tensor is not None:
+            what = f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+            if what not in note.inputs:
+                note.inputs.append(what)
+            note.direct = note.direct and plain(tensor, layer._parameters["bias"])
+
+    def after(name: str, layer: PackedModule) -> None:
+        used = dispatch.last_used(layer.op)
+        if used is not None and used not in seen[name].kernels:
+            seen[name].kernels.append(used)
+
+    handles = []
+    for name, layer in layers.items():
+        handles.append(
+            layer.register_forward_pre_hook(lambda m, args, name=name, layer=layer: before(name, layer, args))
+        )
+        handles.append(
+            layer.register_forward_hook(lambda m, args, y, name=name, layer=layer: after(name, layer))
+        )
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _paragraph(name: str, layer: PackedModule, called: bool, seen: _Seen | None) -> str:
+    lines = [f"{name + ': ' if name else ''}{layer!r}"]
+    forced = dispatch.forced(layer.op)
+    try:
+        kernel = layer.kernel()
+    except ValueError as error:
+        lines.append(f"  kernel    none: {error}")
+        return "\n".join(lines)
+    lines.append(f"  kernel    {kernel}{' (forced)' if forced else ''}")
+    if called and seen is None:
+        lines.append("  ran       nothing: x does not reach this layer")
+    if seen is not None:
+        how = (
+            "called directly"
+            if seen.direct and kernel != "reference"
+            else "called through the torch operator"
+        )
+        ran = ", ".join(seen.kernels) or "nothing"
+        lines.append(f"  ran       {ran} on {', '.join(seen.inputs) or 'no tensor'}, {how}")
+    if kernel != "reference":
+        lines.append(f"  weight    {_bytes(layer.packed_bytes())} packed")
+    for other, reason in layer.refusals().items():
+        if other != kernel:
+            lines.append(f"  not       {other}: {reason or _why_not_chosen(other, kernel, forced)}")
+    lines += [f"  note      {note}" for note in _notes(layer, kernel)]
+    return "\n".join(lines)
+
+
+def _why_not_chosen(other: str, kernel: str, forced: str | None) -> str:
+    if forced is not None:
+        return f"it can run, but {forced} is forced"
+    if other == "reference":
+        return "plain torch, the truth to compare with; it runs only when forced"
+    return f"it can run, but {kernel} comes first"
+
+
+def _bytes(count: int) -> str:
+    return f"{count} bytes" if count < 10_240 else f"{count / 1024:.1f} KiB"
+
+
+def _notes(layer: PackedModule, kernel: str) -> Iterator[str]:
+    """What a user would not guess from the kernel's name."""
+    pattern = getattr(layer, "pattern", None)
+    if pattern is not None:
+        yield from _sparse_notes(pattern, layer)
+    if getattr(layer, "quant", None) == "weight_only":
+        yield "weight-only: fp32 multiply-adds; int8 saves memory, not arithmetic"
+    elif getattr(layer, "weight_dtype", torch.int8) == torch.float32:
+        yield "float32 values: fp32 multiply-adds, no quantisation"
+    rank = getattr(layer, "rank", None)
+    if rank is not None:
+        n, k = _matrix(layer)
+        if rank * (n + k) >= n * k:
+            yield f"rank {rank} takes {rank * (n + k) / (n * k):.2f} times the dense weight's multiply-adds"
+    if kernel == "scalar":
+        yield "scalar: portable C++ for CPUs without a vector kernel; far slower than those"
+    if kernel == "reference":
+        yield "reference: plain torch in float64, for comparison alone"
+
+
+def _shape(layer: Any) -> tuple[int, ...]:
+    """The weight's shape, ``[N, K]`` or ``[O, I/groups, kh, kw]``."""
+    if layer.op.endswith("conv2d"):
+        return tuple(layer.geometry.weight_shape)
+    return layer.out_features, layer.in_features
+
+
+def _matrix(layer: Any) -> tuple[int, int]:
+    """Outputs and inputs of one group's weight matrix."""
+    shape = _shape(layer)
+    return shape[0] // getattr(layer, "groups", 1), math.prod(shape[1:])
+
+
+def _sparse_notes(pattern: str, layer: Any) -> Iterator[str]:
+    if pattern == "2:4":
+        yield "2:4 runs the dense kernel: no CPU has a 2:4 unit"
+    elif packs_dense(pattern, _shape(layer)):
+        yield f"runs the dense kernel: more than {MAX_INPUTS} inputs, which 16-bit indices cannot name"
+    elif pattern not in ("unstructured", "4x1"):
+        yield f"{pattern} blocks run as 4x1 ones"
