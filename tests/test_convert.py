@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import time
 from collections.abc import Callable
@@ -541,3 +542,18 @@ def test_a_method_that_forward_does_not_use_may_read_the_weight() -> None:
     convert(model, {"a": Int8Linear.from_float})
     with pytest.raises(ValueError, match=r"reads b.weight directly in helper"):
         convert(model, {"b": Int8Linear.from_float})
+
+
+def test_compare_leaves_disturbed_samples_out() -> None:
+    """Every third call is held up by ten times what it takes, as by another process."""
+    calls = itertools.count()
+
+    def held_up(seconds: float) -> None:
+        time.sleep(seconds)
+        if next(calls) % 3 == 0:
+            time.sleep(10 * seconds)
+
+    found = compare(lambda: held_up(2e-3), lambda: held_up(1e-3), seconds=0.1)
+    assert 0.2 < found.disturbed < 0.9
+    assert 1.2 < found.ratio < 2.5
+    assert 1e-3 < found.b_s < 2e-3 < found.a_s < 4e-3

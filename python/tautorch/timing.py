@@ -2,7 +2,9 @@
 
 Two measurements taken one after the other differ by whatever the machine did in between (frequency,
 neighbours, caches). `compare` therefore alternates short samples of both (A B, B A, A B, ...) and decides on
-the ratios of neighbouring samples, whose common drift cancels. All times are seconds of wall clock per call.
+the ratios of neighbouring samples, whose common drift cancels. A sample in which the machine was taken away
+(another process on the core, a helper thread that had to wait for one) says nothing of the code: pairs with
+one are left out and sampling goes on. All times are seconds of wall clock per call.
 """
 
 from __future__ import annotations
@@ -18,6 +20,8 @@ import torch
 
 _MIN_SAMPLE_S = 100e-6  # below this the clock and the loop itself show
 _MIN_SAMPLE_CUDA_S = 2e-3  # a synchronisation costs tens of microseconds
+_DISTURBED = 2.0  # times its side's fastest sample; without interference samples stay within 1.3
+_PATIENCE = 4  # times the given seconds are spent to find undisturbed pairs
 
 
 @dataclass(frozen=True)
@@ -33,7 +37,8 @@ class Comparison:
     ratio: float
     ratio_low: float
     ratio_high: float
-    samples: int
+    samples: int  # undisturbed pairs, that all figures are of
+    disturbed: float  # the share of pairs that were left out
 
 
 def compare(
@@ -46,7 +51,7 @@ def compare(
     setup_b: Callable[[], object] | None = None,
     device: torch.device | None = None,
 ) -> Comparison:
-    """Times `a` against `b`, in turns, for about `seconds` altogether and at least `min_samples` pairs.
+    """Times `a` against `b`, in turns, for about `seconds` altogether and at least `min_samples` good pairs.
 
     `setup_a` / `setup_b` run before each sample of their side, outside the clock (to swap a layer, say).
     `device`: where the work runs; a CUDA device is synchronised around each sample.
@@ -57,12 +62,16 @@ def compare(
     floor = _MIN_SAMPLE_S if sync is None else _MIN_SAMPLE_CUDA_S
     repeats = [_repeats(fn, setup, floor, sync) for fn, setup in sides]
     times: tuple[list[float], list[float]] = ([], [])
-    deadline = time.perf_counter() + seconds
+    start = time.perf_counter()
     collecting = gc.isenabled()
     gc.disable()
     try:
         pair = 0
-        while pair < min_samples or time.perf_counter() < deadline:
+        while True:
+            spent = time.perf_counter() - start
+            enough = pair >= min_samples and spent > seconds
+            if enough and (spent > _PATIENCE * seconds or len(_undisturbed(*times)) >= min_samples):
+                break
             for side in (0, 1) if pair % 2 == 0 else (1, 0):
                 fn, setup = sides[side]
                 setup()
@@ -72,16 +81,26 @@ def compare(
     finally:
         if collecting:
             gc.enable()
-    ratios = sorted(x / y for x, y in zip(times[0], times[1], strict=True))
+    good = _undisturbed(*times)
+    if len(good) < min_samples // 2:
+        good = list(zip(*times, strict=True))
+    ratios = sorted(x / y for x, y in good)
     low, high = _median_interval(len(ratios))
     return Comparison(
-        a_s=statistics.median(times[0]),
-        b_s=statistics.median(times[1]),
+        a_s=statistics.median(x for x, _ in good),
+        b_s=statistics.median(y for _, y in good),
         ratio=statistics.median(ratios),
         ratio_low=ratios[low],
         ratio_high=ratios[high],
-        samples=len(ratios),
+        samples=len(good),
+        disturbed=1 - len(good) / pair,
     )
+
+
+def _undisturbed(a: list[float], b: list[float]) -> list[tuple[float, float]]:
+    """The pairs of samples in which neither side took much longer than it can."""
+    limits = _DISTURBED * min(a), _DISTURBED * min(b)
+    return [(x, y) for x, y in zip(a, b, strict=True) if x <= limits[0] and y <= limits[1]]
 
 
 def _synchronizer(device: torch.device | None) -> Callable[[], object] | None:
@@ -110,7 +129,7 @@ def _repeats(
     fn()
     repeats = 1
     while True:
-        took = _sample(fn, repeats, sync) * repeats
+        took = min(_sample(fn, repeats, sync) for _ in range(3)) * repeats
         if took >= floor or repeats >= 1 << 16:
             return repeats
         repeats = max(repeats * 2, math.ceil(repeats * floor / took)) if took > floor / 50 else repeats * 8
