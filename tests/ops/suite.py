@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import itertools
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any, ClassVar
@@ -29,6 +30,7 @@ PATTERNS = ("unstructured", "2:4", "4x1", "16x16", "32x32", "64x64")
 HYPOTHESIS = settings(
     max_examples=60,
     deadline=None,
+    derandomize=not os.environ.get("TAUTORCH_TEST_SEED"),  # the same cases on every run, unless asked
     # each example makes its own tensors, and the kernel is forced for the whole test
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.differing_executors],
 )

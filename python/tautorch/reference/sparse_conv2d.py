@@ -46,6 +46,7 @@ def sparse_conv2d(
 
     The other arguments, the result and the errors are those of ``int8_conv2d``. A weight that is not stored
     takes no part: in float products an Inf or NaN under a dropped tap does not reach the output.
+    (A kernel that expands the layout multiplies it by 0, and gives NaN.)
     """
     if (values.dtype == torch.int8) != (weight_scale is not None):
         raise ValueError(f"{_OP}: weight_scale must be given for int8 values and only there")

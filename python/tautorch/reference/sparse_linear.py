@@ -43,6 +43,7 @@ def sparse_linear(
 
     The other arguments, the result and the errors are those of ``int8_linear``. A weight that is not stored
     takes no part: in float products an Inf or NaN of a dropped input does not reach the output.
+    (A kernel that expands the layout multiplies it by 0, and gives NaN.)
     """
     if x.dim() < 1:
         raise ValueError(f"{_OP}: x must be [..., K], got a 0-dimensional tensor")

@@ -105,7 +105,10 @@ def _input(
             shape, pattern if pattern in ("lowest", "highest", "extremes") else "random", seed=seed
         )
         return x, {"x_scale": torch.tensor([0.03]), "x_zero_point": torch.tensor([-5], dtype=torch.int32)}
-    x = float_values(shape, pattern, seed=seed).to(dtype)
+    x = float_values(shape, pattern, seed=seed)
+    if pattern == "mixed":
+        x = x.clamp(torch.finfo(dtype).min, torch.finfo(dtype).max)  # fp16 would make Inf of the largest
+    x = x.to(dtype)
     if mode == "static":
         return x, {"x_scale": torch.tensor([0.021]), "x_zero_point": torch.tensor([3], dtype=torch.int32)}
     return x, {"weight_only": True} if mode == "weight_only" else {}
