@@ -17,7 +17,8 @@ from torch.nn.utils import parametrize
 
 from tautorch.convert import convert
 from tautorch.convert_report import ConvertReport
-from tautorch.nn import Int8Linear
+from tautorch.factorize import FactorizedLinear
+from tautorch.nn import MODULES, Int8Linear, LowRankLinear
 from tautorch.timing import compare
 
 
@@ -557,3 +558,35 @@ def test_compare_leaves_disturbed_samples_out() -> None:
     assert 0.2 < found.disturbed < 0.9
     assert 1.2 < found.ratio < 2.5
     assert 1e-3 < found.b_s < 2e-3 < found.a_s < 4e-3
+
+
+@pytest.mark.parametrize("kind", sorted(MODULES))
+@pytest.mark.parametrize("gate", [False, True])
+def test_every_compiled_layer(kind: str, gate: bool) -> None:
+    """Checked on real inputs of two sizes; the report names the kernel and the bytes of what now runs."""
+    linear = kind.endswith("Linear")
+    layer: nn.Module = nn.Linear(40, 64) if linear else nn.Conv2d(5, 64, 3, padding=1)
+    model = nn.Sequential(nn.Identity(), layer).eval()
+    batches = [torch.randn(n, 40) if linear else torch.randn(n, 5, 6, 6) for n in (1, 9)]
+    expected = [model(x) for x in batches]
+    options = {"rank": 40 if linear else 45} if "LowRank" in kind else {}  # full
+    report = ConvertReport()
+    plan = {"1": lambda la: MODULES[kind].from_float(la, **options)}
+    convert(model, plan, batches, gate, min_speedup=0.0, seconds=0.01, report=report)
+    record = report.layers[0]
+    assert type(model[1]) is MODULES[kind]
+    assert record.new_class == kind and record.kernel == model[1].kernel() != "torch"
+    assert record.bytes_after >= model[1].packed_bytes() > 0
+    for x, y in zip(batches, expected, strict=True):
+        assert (model(x) - y).norm() / y.norm() < 0.03
+    assert record.error is not None and record.error < 0.03
+    assert len(record.times) == (2 if gate else 0)
+
+
+def test_a_factorised_pair_becomes_one_layer() -> None:
+    model = nn.Sequential(FactorizedLinear(nn.Linear(40, 6, bias=False), nn.Linear(6, 30)), nn.ReLU()).eval()
+    x = torch.randn(4, 40)
+    expected = model(x)
+    convert(model, {"0": lambda pair: LowRankLinear.from_float(pair, weight_dtype=torch.float32)}, x)
+    assert isinstance(model[0], LowRankLinear)
+    torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from tautorch.convert import convert
 from tautorch.fuse import fuse
-from tautorch.nn import Int8Linear
+from tautorch.nn import MODULES, Int8Linear
 
 
 def randomise(model: nn.Module) -> nn.Module:
@@ -115,6 +115,20 @@ def test_activations(activation: nn.Module, name: str, tolerance: float) -> None
     lines = assert_fused(model, x, "1", tolerance=tolerance)
     assert lines == [f"1: {name} folded into 0"]
     assert model[0].activation == name
+
+
+@pytest.mark.parametrize("kind", sorted(MODULES))
+@pytest.mark.parametrize("activation", [nn.ReLU(), nn.SiLU()])
+def test_every_compiled_layer_takes_an_activation(kind: str, activation: nn.Module) -> None:
+    linear = kind.endswith("Linear")
+    layer: nn.Module = nn.Linear(40, 24) if linear else nn.Conv2d(5, 24, 3, padding=1)
+    norm: nn.Module = nn.BatchNorm1d(24) if linear else nn.BatchNorm2d(24)
+    model = randomise(nn.Sequential(layer, norm, activation))
+    x = torch.randn(3, 40) if linear else torch.randn(2, 5, 6, 6)
+    fuse(model, x)
+    options = {"rank": 7} if "LowRank" in kind else {}
+    convert(model, {"0": lambda la: MODULES[kind].from_float(la, **options)})  # type: ignore[attr-defined]
+    assert_fused(model, x, "2")
 
 
 @pytest.mark.parametrize("follower", [nn.Sigmoid(), nn.LeakyReLU(), nn.ReLU6(), nn.Dropout(), nn.Softmax(-1)])
