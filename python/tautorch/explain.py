@@ -83,9 +83,14 @@ def warmup(model: nn.Module, x: Batch) -> nn.Module:
         model.eval()
         call_model("warmup", model, x)
     for layer in _layers(model).values():  # those that x does not reach, or reaches under autocast
-        if not layer.ready():
+        if _on_cpu(layer) and not layer.ready():
             layer.prepare()
     return model
+
+
+def _on_cpu(layer: PackedModule) -> bool:
+    """Whether the layer packs for the CPU."""
+    return layer._problem().device == "cpu"
 
 
 def _layers(module: nn.Module) -> dict[str, PackedModule]:
@@ -154,7 +159,7 @@ def _paragraph(name: str, layer: PackedModule, called: bool, seen: _Seen | None)
         )
         ran = ", ".join(seen.kernels) or "nothing"
         lines.append(f"  ran       {ran} on {', '.join(seen.inputs) or 'no tensor'}, {how}")
-    if kernel != "reference":
+    if kernel != "reference" and _on_cpu(layer):
         lines.append(f"  weight    {_bytes(layer.packed_bytes())} packed")
     for other, reason in layer.refusals().items():
         if other != kernel:
