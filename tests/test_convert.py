@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import itertools
 import json
 import time
 from collections.abc import Callable
@@ -19,7 +18,6 @@ from tautorch.convert import convert
 from tautorch.convert_report import ConvertReport
 from tautorch.factorize import FactorizedLinear
 from tautorch.nn import MODULES, Int8Linear, LowRankLinear
-from tautorch.timing import compare
 
 
 class Wrapped(nn.Module):
@@ -506,58 +504,6 @@ def test_report_prints_and_turns_into_json() -> None:
     assert data["layers"][0]["bytes_after"] < data["layers"][0]["bytes_before"]
     text = str(report)
     assert "Int8Linear" in text and "1 of 2 layers replaced" in text and "model at 1x16" in text
-
-
-def test_compare_finds_the_faster_one() -> None:
-    order: list[str] = []
-    found = compare(
-        lambda: time.sleep(2e-3),
-        lambda: time.sleep(1e-3),
-        seconds=0.05,
-        setup_a=lambda: order.append("a"),
-        setup_b=lambda: order.append("b"),
-    )
-    assert found.a_s > found.b_s > 9e-4
-    assert 1.2 < found.ratio_low <= found.ratio <= found.ratio_high
-    assert found.samples >= 9
-    assert "".join(order[-8:]) in ("abbaabba", "baabbaab")
-
-
-def test_a_method_that_forward_does_not_use_may_read_the_weight() -> None:
-    class Shown(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
-            self.a.weight.data.zero_()
-
-        def shown(self) -> Tensor:
-            return self.a.weight
-
-        def helper(self, x: Tensor) -> Tensor:
-            return F.linear(x, self.b.weight)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.a(self.helper(x))
-
-    model = Shown()
-    convert(model, {"a": Int8Linear.from_float})
-    with pytest.raises(ValueError, match=r"reads b.weight directly in helper"):
-        convert(model, {"b": Int8Linear.from_float})
-
-
-def test_compare_leaves_disturbed_samples_out() -> None:
-    """Every third call is held up by ten times what it takes, as by another process."""
-    calls = itertools.count()
-
-    def held_up(seconds: float) -> None:
-        time.sleep(seconds)
-        if next(calls) % 3 == 0:
-            time.sleep(10 * seconds)
-
-    found = compare(lambda: held_up(2e-3), lambda: held_up(1e-3), seconds=0.1)
-    assert 0.2 < found.disturbed < 0.9
-    assert 1.2 < found.ratio < 2.5
-    assert 1e-3 < found.b_s < 2e-3 < found.a_s < 4e-3
 
 
 @pytest.mark.parametrize("kind", sorted(MODULES))
