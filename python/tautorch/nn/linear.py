@@ -156,17 +156,26 @@ class LinearModule(PackedModule):
         self._keep += keep
         return self._plan(packed, codes)
 
+    def _checked(self, x: Tensor) -> Tensor:
+        """x, if it is as wide as the weight. The torch op could not tell where the weight is packed."""
+        if x.dim() < 1 or x.shape[-1] != self.in_features:
+            raise ValueError(
+                f"{self.op}: x must be [..., {self.in_features}] as the weight is [{self.out_features}, "
+                f"{self.in_features}], got {list(x.shape)}"
+            )
+        return x
+
     def forward(self, x: Tensor) -> Tensor:
         d = self.__dict__
         if not plain(x, d["_parameters"]["bias"]):
-            return self._through_op(x)
+            return self._through_op(self._checked(x))
         if not self.ready():
             self.prepare()
         plans = d["_plans"]  # held to the end: it keeps alive what the plan points to
         entry = plans.get(x.dtype)
         shape = x.shape
         if entry is None or d["_epoch"] < 0 or not shape or shape[-1] != d["in_features"]:
-            return self._through_op(x)  # the reference backend, and every error
+            return self._through_op(self._checked(x))  # the reference backend, and every error
         plan, code, out_dtype, out_code = entry
         if len(shape) == 2 and x.is_contiguous():
             m, k = shape

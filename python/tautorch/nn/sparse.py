@@ -14,6 +14,7 @@ from tautorch.reference.layouts import (
     block_cols,
     block_rows,
     block_shape,
+    check_layout,
     decode,
     encode,
     index_dtype,
@@ -163,14 +164,45 @@ class SparseModule(PackedModule):
         where = (self.pattern, self._shape, self._groups)
         col = self._buffers["col_indices"]
         if col is not None and "col_indices" not in self.packed_names:
+            dense = sparse.unpack_dense(packed, self._shape)
             crow = self._buffers["crow_indices"]
-            like = torch.empty(self._values_shape(), dtype=torch.int8)
-            kept = _stored(like, crow, col, *where)
-            values, _, _ = encode(sparse.unpack_dense(packed, self._shape), kept, self.pattern, self._groups)
-            return {"values": values}
+            return {"values": sparse.values_at(dense, crow, col, self.pattern, self._groups)}
         values, crow, col = sparse.unpack(packed, *where)
         fresh = {"values": values, "col_indices": col, "crow_indices": crow}
         return {name: tensor for name, tensor in fresh.items() if tensor is not None}
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        self.unpack_()
+        names = [name for name in SparseModule.packed_names if self._buffers[name] is not None]
+        given = {name: state_dict.get(prefix + name) for name in names}
+        # Before anything is copied: a copy to narrower indices would wrap around. What is missing or of
+        # another shape, torch reports.
+        if all(
+            isinstance(tensor, Tensor) and not tensor.is_meta and tensor.shape == self._buffers[name].shape  # type: ignore[union-attr]
+            for name, tensor in given.items()
+        ):
+            try:
+                self._check_given(given["values"], given.get("crow_indices"), given["col_indices"])
+            except (TypeError, ValueError) as error:
+                error_msgs.append(f"{prefix.rstrip('.') or type(self).__name__}: {error}")
+                return
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+
+    def _check_given(self, values: Any, crow: Any, col: Any) -> None:
+        if values.dtype.is_floating_point != self.weight_dtype.is_floating_point:
+            raise TypeError(f"{self.op}: values must be {self.weight_dtype}, got {values.dtype}")
+        check_layout(values, crow, col, self.pattern, self._shape, self._groups, op=self.op)
 
     def _values_shape(self) -> tuple[int, ...]:
         if self.pattern == "2:4":

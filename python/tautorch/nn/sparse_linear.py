@@ -131,11 +131,6 @@ class SparseLinear(SparseModule, LinearModule):
         return plan(packed, self.in_features, codes)
 
     def _through_op(self, x: Tensor) -> Tensor:
-        if x.dim() < 1 or x.shape[-1] != self.in_features:
-            raise ValueError(
-                f"{OP}: x must be [..., {self.in_features}] as the weight is [{self.out_features}, "
-                f"{self.in_features}], got {list(x.shape)}"
-            )
         values, crow, col = self._operands()
         y: Tensor = torch.ops.tautorch.sparse_linear(
             autocast_input(x), values, crow, col, self.weight_scale, self.bias, self.pattern,

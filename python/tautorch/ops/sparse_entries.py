@@ -20,11 +20,14 @@ from torch import Tensor
 from tautorch import _C
 from tautorch.reference.layouts import (
     block_cols,
+    block_row_indices,
+    block_rows,
     block_shape,
     check_layout,
     decode,
     encode,
     index_dtype,
+    unpack_positions,
 )
 
 from . import library as lib
@@ -241,6 +244,32 @@ def dense_keeps_indices(
         crow is not None and crow_indices is not None and torch.equal(crow.long(), crow_indices.long())
     )
     return same_crow and col.shape == col_indices.shape and torch.equal(col.long(), col_indices.long())
+
+
+def values_at(
+    dense: Tensor,
+    crow_indices: Tensor | None,
+    col_indices: Tensor,
+    pattern: str,
+    groups: int = 1,
+) -> Tensor:
+    """The ``values`` that a dense weight has at the places of a layout."""
+    matrix = dense.reshape(dense.shape[0], -1)
+    n, k = matrix.shape
+    if crow_indices is None:
+        padded = torch.nn.functional.pad(matrix, (0, -k % 8)).reshape(n, -1, 4)
+        places = unpack_positions(col_indices).reshape(n, -1, 2).long()
+        return padded.gather(2, places).reshape(n, -1)
+    height, width = block_shape(pattern)
+    rows = block_row_indices(crow_indices)
+    in_group = block_rows(n // groups, pattern)
+    # Outputs and inputs of each block; those beyond the matrix are 0.
+    local = (rows % in_group * height)[:, None] + torch.arange(height)
+    row = ((rows // in_group * (n // groups))[:, None] + local)[:, :, None]
+    col = (col_indices.long() * width)[:, None, None] + torch.arange(width)
+    inside = (local < n // groups)[:, :, None] & (col < k)
+    values = matrix[row.clamp(max=n - 1), col.clamp(max=k - 1)] * inside
+    return values.reshape(-1) if pattern == "unstructured" else values
 
 
 def _section(packed: Tensor, offset: int | str, length: int, dtype: torch.dtype) -> Tensor:
