@@ -9,15 +9,24 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import importlib.util
 import os
 import pathlib
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
 from . import _C
+
+try:
+    from . import _cuda as _built_cuda
+except ImportError:  # a CPU build
+    cuda: Any = None  #: the CUDA extension, or None
+else:
+    cuda = _built_cuda
 
 OPS = (
     "int8_linear",
@@ -196,6 +205,69 @@ for _op in OPS:
         register(_cpu_row(_op, _name, _available))
     for _device in ("cpu", "cuda"):
         register(Kernel(_op, "reference", _device, lambda problem: None))
+
+
+# ---- GPU rows -------------------------------------------------------------------------------------------
+
+MIN_DRIVER = 13000  # CUDA 13, driver 580: what the wheel's CUDA runtime is made for
+
+
+def _gpu(problem: Problem) -> tuple[int, int] | None:
+    """Compute capability (90 for 9.0) and multiprocessors of the problem's device, or the current one."""
+    capability, count = problem.details.get("capability"), problem.details.get("multiprocessors")
+    if isinstance(capability, int) and isinstance(count, int):
+        return capability, count
+    if not torch.cuda.is_available():
+        return None
+    p = torch.cuda.get_device_properties(torch.cuda.current_device())
+    return p.major * 10 + p.minor, p.multi_processor_count
+
+
+def _text(reason: object) -> str | None:
+    return None if reason is None else str(reason)
+
+
+def _cuda_row(name: str, chosen_by_shape: bool) -> Kernel:
+    def supports(problem: Problem) -> str | None:
+        if cuda is None:
+            return "this build has no CUDA kernels; reinstall with TAUTORCH_CUDA=on and nvcc on PATH"
+        if problem.details.get("weight_only"):
+            return "it quantises its input, which a weight-only layer must not"
+        gpu = _gpu(problem)
+        if gpu is None:
+            return "no CUDA device is visible"
+        driver = cuda.driver_version()
+        if driver < MIN_DRIVER:
+            version = f"{driver // 1000}.{driver % 1000 // 10}"
+            return f"it needs a driver for CUDA 13 (580 or newer), this one is for {version}"
+        m = problem.details.get("rows", 1)
+        size = (m if isinstance(m, int) else 1, problem.n, problem.k)
+        if not chosen_by_shape:
+            return _text(cuda.int8_linear_supports(name, gpu[0], *size))
+        if cuda.int8_linear_choose(*gpu, *size) is not None:
+            return None
+        # The last row of the extension's table serves the most devices, so its reason says the most.
+        return _text(cuda.int8_linear_supports(cuda.int8_linear_kernels()[-1], gpu[0], *size))
+
+    return Kernel("int8_linear", name, "cuda", supports)
+
+
+def _triton_supports(problem: Problem) -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed; pip install triton"
+    gpu = _gpu(problem)
+    if gpu is None:
+        return "no CUDA device is visible"
+    if gpu[0] < 80:
+        return f"it needs compute capability 8.0, this device has {gpu[0] // 10}.{gpu[0] % 10}"
+    return None
+
+
+# "cuda" picks a tile by shape; forcing picks one of the tiles that follow. Nothing else in the table does.
+register(_cuda_row("cuda", chosen_by_shape=True))
+register(Kernel("int8_linear", "triton", "cuda", _triton_supports))
+for _name in cuda.int8_linear_kernels() if cuda is not None else ():
+    register(_cuda_row(_name, chosen_by_shape=False))
 
 
 def _force_from_environment() -> None:

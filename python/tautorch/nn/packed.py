@@ -133,8 +133,9 @@ class PackedModule(nn.Module):
     def _prepare(self) -> None:
         self._epoch = -1  # other threads wait for the lock
         buffers = self._buffers
-        kernel = dispatch.choose(self._problem())
-        if kernel == "reference":
+        problem = self._problem()
+        kernel = dispatch.choose(problem)
+        if kernel == "reference" or problem.device != "cpu":  # GPU kernels read the canonical weight
             return
         dispatch.clear_last_python(self.op)
         edited = not self._handed_unchanged()
@@ -291,7 +292,10 @@ class PackedModule(nn.Module):
         if not self.ready():
             self.prepare()
         packed = self._buffers["packed"]
-        return 0 if packed is None else packed.numel()
+        if packed is not None:
+            return packed.numel()
+        held = [self._buffers[name] for name in self.packed_names]
+        return sum(t.numel() * t.element_size() for t in held if t is not None)
 
     def refusals(self) -> dict[str, str | None]:
         """For each kernel of this layer's operator and device: None, or why it cannot run it."""

@@ -11,6 +11,7 @@ from tautorch import _C, dispatch
 from tautorch.dispatch import Problem
 from tautorch.reference import int8_linear as reference
 
+from . import _int8_linear_gpu as gpu
 from . import library as lib
 from .library import rows_of as rows_of
 
@@ -167,6 +168,27 @@ def _check(
     )
 
 
+def _cuda(
+    x: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None = None,
+    x_scale: Tensor | None = None,
+    x_zero_point: Tensor | None = None,
+    weight_only: bool = False,
+    activation: str = "none",
+    out_scale: Tensor | None = None,
+    out_zero_point: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    arguments = (
+        x, weight, weight_scale, bias, x_scale, x_zero_point, weight_only, activation, out_scale,
+        out_zero_point, out_dtype,
+    )  # fmt: skip
+    _check(*arguments)
+    return gpu.run(*arguments)
+
+
 def _fake(
     x: Tensor,
     weight: Tensor,
@@ -218,6 +240,7 @@ lib.define(
     _fake,
     _setup,
     _backward,
+    _cuda,
 )
 
 # A packed or canonical linear weight as canonical float32 tensor, for backward graphs.
@@ -229,6 +252,7 @@ lib.LIB.impl(
     lambda w, n, k: (unpack(w) if w.dtype == torch.uint8 else w).to(torch.float32, copy=True),
     "CPU",
 )
+lib.LIB.impl("unpack_linear", lambda w, n, k: w.to(torch.float32, copy=True), "CUDA")
 torch.library.register_fake(
     "tautorch::unpack_linear", lambda w, n, k: w.new_empty((n, k), dtype=torch.float32), lib=lib.LIB
 )

@@ -42,15 +42,27 @@ def define(
     fake: Callable[..., Tensor],
     setup: Callable[..., None],
     backward: Callable[..., Any],
+    cuda: Callable[..., Tensor] | None = None,
 ) -> None:
-    """Register ``tautorch::name`` with its CPU kernel, fake kernel and gradient."""
+    """Register ``tautorch::name`` with its kernels, fake kernel and gradient."""
+
+    def refuse(*args: Any, **kwargs: Any) -> Tensor:
+        dispatch.choose(dispatch.Problem(name, "cuda"))  # raises, with what the table says
+        raise ValueError(f"{name}: no kernel for cuda; run this layer on the CPU or keep the float layer")
+
     LIB.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
     LIB.impl(name, cpu, "CPU")
+    LIB.impl(name, refuse if cuda is None else cuda, "CUDA")
     torch.library.register_fake(f"tautorch::{name}", fake, lib=LIB)
     torch.library.register_autograd(f"tautorch::{name}", backward, setup_context=setup, lib=LIB)
 
 
 # ---- arguments ------------------------------------------------------------------------------------------
+
+
+def round_up(n: int, multiple: int) -> int:
+    """The smallest multiple that is at least n."""
+    return -(-n // multiple) * multiple
 
 
 def output_dtype(x: Tensor, out_scale: Tensor | None, out_dtype: torch.dtype | None) -> torch.dtype:
@@ -227,26 +239,34 @@ class PackCache:
     def __init__(self) -> None:
         self._entries: dict[int, tuple[tuple[weakref.ref[Tensor], ...], object, Tensor]] = {}
 
+    def peek(self, weight: Tensor, key: object, also: Sequence[Tensor | None] = ()) -> Tensor | None:
+        """The pack that ``get`` would return without packing, or None."""
+        tensors = (weight, *[t for t in also if t is not None])
+        if any(t.is_inference() for t in tensors):  # no version counter: an edit could not be seen
+            return None
+        entry = self._entries.get(id(weight))
+        if (
+            entry is not None
+            and entry[1] == (key, *[t._version for t in tensors])
+            and all(r() is t for r, t in zip(entry[0], tensors, strict=False))
+        ):
+            return entry[2]
+        return None
+
     def get(
         self, weight: Tensor, key: object, pack: Callable[[], Tensor], also: Sequence[Tensor | None] = ()
     ) -> Tensor:
         """The pack of ``weight``, and the tensors it is packed with, for ``key`` (kernel, kind, ...)."""
-        tensors = (weight, *[t for t in also if t is not None])
-        if any(t.is_inference() for t in tensors):  # no version counter: an edit could not be seen
-            return pack()
-        token = id(weight)
-        entry = self._entries.get(token)
-        key = (key, *[t._version for t in tensors])
-        if (
-            entry is not None
-            and entry[1] == key
-            and all(r() is t for r, t in zip(entry[0], tensors, strict=False))
-        ):
-            return entry[2]
+        found = self.peek(weight, key, also)
+        if found is not None:
+            return found
         packed = pack()
-        entries = self._entries
-        first = weakref.ref(weight, lambda _: entries.pop(token, None))
-        entries[token] = ((first, *[weakref.ref(t) for t in tensors[1:]]), key, packed)
+        tensors = (weight, *[t for t in also if t is not None])
+        if not any(t.is_inference() for t in tensors):
+            token, entries = id(weight), self._entries
+            first = weakref.ref(weight, lambda _: entries.pop(token, None))
+            versions = (key, *[t._version for t in tensors])
+            entries[token] = ((first, *[weakref.ref(t) for t in tensors[1:]]), versions, packed)
         return packed
 
 

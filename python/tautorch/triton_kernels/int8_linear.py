@@ -9,8 +9,8 @@ Three kernels:
 
 Integers are exact because every float operation before rounding is one IEEE operation: ``div_rn``, products
 that no addition can contract with (the launchers pass ``enable_fp_fusion=False``), and rounding to nearest
-even by adding and subtracting 1.5 * 2**23, which is exact for the clamped range. libdevice's ``rint`` would do
-the same but does not exist in the interpreter.
+even by adding and subtracting 1.5 * 2**23, which is exact for the clamped range. libdevice's ``rint`` would
+do the same but does not exist in the interpreter.
 """
 
 from __future__ import annotations
@@ -374,8 +374,8 @@ def matmul(
 ) -> Tensor:
     """int8 ``q`` [M, K] times int8 ``weight`` [N, K] transposed, with the epilogue, to ``out_dtype`` [M, N].
 
-    ``x_scale`` is fp32 of 1 or M values, ``weight_scale`` fp32 [N], ``bias`` float [N]. ``column_sums``, int32
-    [N], holds sum_k weight[n, k]; it is made here when a zero point needs it and it was not given.
+    ``x_scale`` is fp32 of 1 or M values, ``weight_scale`` fp32 [N], ``bias`` float [N]. ``column_sums``,
+    int32 [N], holds sum_k weight[n, k]; it is made here when a zero point needs it and it was not given.
     ``out_dtype`` int32 gives the raw accumulators; int8 needs ``out_scale``.
     """
     _check_last_stride("x", q)
@@ -388,8 +388,8 @@ def matmul(
     if out_dtype not in OUT_DTYPES or (out_dtype == torch.int8) != (out_scale is not None):
         given = "None" if out_scale is None else "a tensor"
         raise ValueError(
-            f"int8_linear: out_dtype must be int8 with an out_scale and float or int32 without, got {out_dtype} "
-            f"and out_scale {given}"
+            f"int8_linear: out_dtype must be int8 with an out_scale and float or int32 without, got "
+            f"{out_dtype} and out_scale {given}"
         )
     y = torch.empty((m, n), dtype=out_dtype, device=q.device)
     if m == 0 or n == 0:

@@ -1,0 +1,195 @@
+"""int8_linear on CUDA tensors: by the CUDA extension or by Triton, as the kernel table says."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from tautorch import dispatch
+from tautorch.dispatch import Problem
+from tautorch.reference import int8_linear as reference
+
+from . import library as lib
+
+OP = "int8_linear"
+_packs = lib.PackCache()
+_sums = lib.PackCache()
+
+
+@functools.lru_cache(maxsize=64)
+def _facts(index: int) -> tuple[int, int]:
+    p = torch.cuda.get_device_properties(index)
+    return p.major * 10 + p.minor, p.multi_processor_count
+
+
+def problem(index: int, rows: int, n: int, k: int, weight_only: bool) -> Problem:
+    """What a call asks of the table, with the facts of its device."""
+    capability, multiprocessors = _facts(index)
+    details: dict[str, object] = {
+        "weight_only": weight_only,
+        "rows": rows,
+        "capability": capability,
+        "multiprocessors": multiprocessors,
+    }
+    return Problem(OP, "cuda", n, k, details)
+
+
+def _check_devices(x: Tensor, weight: Tensor, **others: Tensor | None) -> None:
+    """The kernels read scales and zero points on the device, where they cannot be checked."""
+    if weight.dtype == torch.uint8:
+        raise ValueError(f"{OP}: weight must be int8 [N, K] on CUDA, got a pack; CPU packs do not run there")
+    for name, t in others.items():
+        if t is not None and t.device != x.device:
+            raise ValueError(f"{OP}: {name} must be on {x.device} like x, got {t.device}; move it there")
+
+
+def run(
+    x: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    x_scale: Tensor | None,
+    x_zero_point: Tensor | None,
+    weight_only: bool,
+    activation: str,
+    out_scale: Tensor | None,
+    out_zero_point: Tensor | None,
+    out_dtype: torch.dtype | None,
+) -> Tensor:
+    """The operator for arguments that have passed its checks; x is on a CUDA device."""
+    _check_devices(
+        x,
+        weight,
+        x_scale=x_scale,
+        x_zero_point=x_zero_point,
+        out_scale=out_scale,
+        out_zero_point=out_zero_point,
+    )
+    (n, k), m = weight.shape, x.shape[:-1].numel()
+    kernel = dispatch.choose(problem(x.get_device(), m, n, k, weight_only))
+    if kernel not in ("reference", "triton"):
+        return _extension(
+            kernel, x, weight, weight_scale, bias, x_scale, x_zero_point, activation, out_scale,
+            out_zero_point, lib.output_dtype(x, out_scale, out_dtype),
+        )  # fmt: skip
+    dispatch.note_used(OP, kernel)
+    function = reference.int8_linear if kernel == "reference" else _triton()
+    with torch.cuda.device(x.device):
+        return function(
+            x, weight, weight_scale.contiguous(), bias, x_scale=x_scale, x_zero_point=x_zero_point,
+            weight_only=weight_only, activation=activation, out_scale=out_scale,
+            out_zero_point=out_zero_point, out_dtype=out_dtype,
+        )  # fmt: skip
+
+
+def _triton() -> Callable[..., Tensor]:
+    from tautorch.triton_kernels import int8_linear as kernels  # imports Triton: optional, and slow
+
+    return kernels.int8_linear
+
+
+def _extension(
+    kernel: str,
+    x: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    x_scale: Tensor | None,
+    x_zero_point: Tensor | None,
+    activation: str,
+    out_scale: Tensor | None,
+    out_zero_point: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    ext, (n, k), m, index = dispatch.cuda, weight.shape, x.shape[:-1].numel(), x.get_device()
+    codes, keep = lib.tail(
+        weight_scale=weight_scale,
+        bias=bias,
+        mode=lib.quant_mode(x.dtype, x_scale, False),
+        x_scale=x_scale,
+        x_zero_point=x_zero_point,
+        activation=activation,
+        out_scale=out_scale,
+        out_zero_point=out_zero_point,
+    )
+    stream = torch.cuda.current_stream(index).cuda_stream
+    weight_at, ldw, sums_at, held = _operand(weight, x_zero_point is not None, index, stream)
+    rows = x.reshape(m, k)
+    if x.dtype == torch.int8 and k > 1 and rows.stride(1) != 1:
+        rows = rows.contiguous()
+    # stride_m, stride_k; a dimension of one element has any stride
+    strides = (rows.stride(0) if m > 1 else lib.round_up(k, 16), rows.stride(1) if k > 1 else 1)
+    # Rows of the output start on 16 bytes; where n does not give that, the kernel writes wider ones.
+    ldy = lib.round_up(n, 16 // dtype.itemsize)
+    y = torch.empty((m, ldy), dtype=dtype, device=x.device)
+    code = lib.DTYPE_CODE[x.dtype]
+    size = ext.int8_linear_workspace(rows.data_ptr(), code, m, k, *strides)
+    workspace = torch.empty(size, dtype=torch.uint8, device=x.device)
+    kernels = ext.int8_linear_kernels()
+    ran = ext.int8_linear_run(
+        ext.int8_linear_plan(weight_at, ldw, sums_at, n, k, codes),
+        -1 if kernel == "cuda" else kernels.index(kernel),
+        rows.data_ptr(),
+        code,
+        m,
+        *strides,
+        y.data_ptr(),
+        ldy,
+        lib.DTYPE_CODE[dtype],
+        workspace.data_ptr(),
+        index,
+        stream,
+    )
+    dispatch.note_used(OP, kernels[ran])
+    # Freed memory goes back to this stream's pool: what reuses it is queued behind the kernel.
+    del keep, workspace, held
+    return (y if ldy == n else y[:, :n].contiguous()).view(*x.shape[:-1], n)
+
+
+def _operand(weight: Tensor, with_sums: bool, index: int, stream: int) -> tuple[int, int, int, list[Tensor]]:
+    """Address and row stride of a weight the kernels can read, address of its sums, and what holds them."""
+    n, k = weight.shape
+    ext = dispatch.cuda
+    if weight.stride(1) == 1 and weight.stride(0) % 16 == 0 and weight.data_ptr() % 16 == 0:
+        if not with_sums:
+            return weight.data_ptr(), weight.stride(0), 0, [weight]
+
+        def make_sums() -> Tensor:
+            sums = torch.empty(n, dtype=torch.int32, device=weight.device)
+            ext.int8_linear_sums(weight.data_ptr(), weight.stride(0), n, k, sums.data_ptr(), index, stream)
+            return sums
+
+        sums = _once(_sums, weight, make_sums)
+        return weight.data_ptr(), weight.stride(0), sums.data_ptr(), [weight, sums]
+
+    layout = ext.int8_linear_layout(n, k)
+
+    def make_pack() -> Tensor:
+        source = weight if weight.stride(1) == 1 or k == 1 else weight.contiguous()
+        packed = torch.empty(layout["total"], dtype=torch.uint8, device=weight.device)
+        ext.int8_linear_pack(source.data_ptr(), source.stride(0), n, k, packed.data_ptr(), index, stream)
+        return packed
+
+    packed = _once(_packs, weight, make_pack)
+    base = packed.data_ptr()
+    return base + layout["weight_off"], layout["ldw"], base + layout["sums_off"], [weight, packed]
+
+
+def _once(cache: lib.PackCache, weight: Tensor, make: Callable[[], Tensor]) -> Tensor:
+    """What ``make`` makes of ``weight``, remembered, and safe to read from any stream."""
+    if torch.cuda.is_current_stream_capturing():
+        # What a graph makes exists only after its replay, so it is not remembered.
+        found = cache.peek(weight, "cuda")
+        return make() if found is None else found
+
+    def finished() -> Tensor:
+        made = make()
+        torch.cuda.current_stream(weight.device).synchronize()
+        return made
+
+    found = cache.get(weight, "cuda", finished)
+    found.record_stream(torch.cuda.current_stream(weight.device))
+    return found
