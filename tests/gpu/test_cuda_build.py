@@ -1,0 +1,226 @@
+"""The CUDA extension as compiled: which instructions its kernels are made of, what they spill, what it links.
+
+Reads the machine code; runs nothing on a device.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from .conftest import CudaBuild
+
+pytestmark = pytest.mark.cuda_build
+
+# Bytes of shared memory one block may have, by architecture (CUDA C++ Programming Guide).
+SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_90a": 227 * 1024}
+
+
+@dataclass
+class Function:
+    """One kernel of one architecture: its resources and how often each opcode occurs in it."""
+
+    arch: str
+    name: str
+    registers: int = 0
+    stack: int = 0
+    local: int = 0
+    opcodes: dict[str, int] = field(default_factory=dict)
+
+    def count(self, prefix: str) -> int:
+        return sum(n for op, n in self.opcodes.items() if op.startswith(prefix))
+
+
+def _cuobjdump() -> str:
+    try:
+        import triton
+    except ImportError:
+        found = shutil.which("cuobjdump")
+    else:
+        found = str(Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump")
+    if found is None:
+        pytest.skip("cuobjdump not found: pip install triton, which brings it")
+    return found
+
+
+def _dump(path: Path, *options: str) -> str:
+    done = subprocess.run([_cuobjdump(), *options, path], capture_output=True, text=True, check=True)
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def functions(cuda_build: CudaBuild) -> list[Function]:
+    found: dict[tuple[str, str], Function] = {}
+    arch = name = ""
+    for line in _dump(cuda_build.path, "-res-usage").splitlines():
+        if match := re.search(r"arch = (\w+)", line):
+            arch = match[1]
+        elif match := re.search(r"Function (\S+):", line):
+            name = match[1]
+        elif match := re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", line):
+            found[arch, name] = Function(arch, name, *(int(v) for v in match.groups()))
+    opcode = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)")
+    current: Function | None = None
+    for line in _dump(cuda_build.path, "-sass").splitlines():
+        if match := re.search(r"arch = (\w+)", line):
+            arch = match[1]
+        elif match := re.search(r"Function : (\S+)", line):
+            current = found[arch, match[1]]
+        elif current is not None and (match := opcode.search(line)):
+            current.opcodes[match[1]] = current.opcodes.get(match[1], 0) + 1
+    assert found
+    return list(found.values())
+
+
+def gemms(functions: list[Function], arch: str) -> list[Function]:
+    return [f for f in functions if f.arch == arch and "cutlass" in f.name]
+
+
+def test_every_table_row_is_compiled_once_per_output_size(
+    cuda_build: CudaBuild, functions: list[Function]
+) -> None:
+    names = cuda_build.module.int8_linear_kernels()
+    for arch in ("sm_90a", "sm_80"):
+        rows = [n for n in names if n.startswith(arch.replace("_", ""))]
+        assert rows and len(gemms(functions, arch)) == 3 * len(rows)
+
+
+def test_no_kernel_spills(functions: list[Function]) -> None:
+    for f in functions:
+        assert f.registers <= 255
+        assert f.stack == 0 and f.local == 0, f
+        assert f.opcodes, f"no code read for {f.name}"
+        assert f.count("LDL") == 0 and f.count("STL") == 0, f"{f.arch} {f.name} uses local memory"
+
+
+def test_hopper_kernels_are_wgmma_and_tma(functions: list[Function]) -> None:
+    for f in gemms(functions, "sm_90a"):
+        assert f.count("IGMMA") > 0, f.name
+        assert f.count("UTMALDG") > 0 and f.count("UTMASTG") > 0, f.name
+        assert f.count("IMMA") == 0, f.name
+        # One wait per block of K. As many waits as wgmmas means that ptxas serialised the pipeline.
+        assert f.count("WARPGROUP.DEPBAR") <= f.count("IGMMA") / 2, f.name
+
+
+def test_ampere_kernels_are_mma_and_cp_async(functions: list[Function]) -> None:
+    for f in gemms(functions, "sm_80"):
+        assert f.count("IMMA.16832.S8.S8") > 0, f.name
+        assert f.count("LDGSTS.E.BYPASS") > 0 and f.count("LDSM") > 0, f.name
+
+
+def test_the_quantiser_has_every_variant_and_wide_loads(functions: list[Function]) -> None:
+    for arch in ("sm_80", "sm_90"):
+        rows = [f for f in functions if f.arch == arch and "quantize_rows_kernel" in f.name]
+        assert len(rows) == 12  # three dtypes, row per warp or per block, 16-byte or single loads
+        wide = [f for f in rows if f.count("LDG.E.128")]
+        assert len(wide) == 6
+        assert all(f.count("REDUX") > 0 for f in rows)
+
+
+def test_later_devices_find_ptx(cuda_build: CudaBuild) -> None:
+    assert re.search(r"sm_80\.ptx", _dump(cuda_build.path, "-lptx"))
+
+
+def test_it_links_no_torch_and_no_cuda_library(cuda_build: CudaBuild) -> None:
+    needed = subprocess.run(["ldd", cuda_build.path], capture_output=True, text=True, check=True).stdout
+    assert "libc.so" in needed
+    assert not re.search(r"libtorch|libc10|libcudart|libcublas|libcuda\.so|libpython", needed)
+
+
+def test_it_loads_and_refuses_without_a_driver(cuda_build: CudaBuild) -> None:
+    m = cuda_build.module
+    assert m.runtime_version() >= 12080
+    if m.driver_version() == 0:
+        with pytest.raises(RuntimeError, match="driver"):
+            m.quantize_rows(0, 0, 1, 1, 1, 1, 0, 0, 0, 16, 0, 0, 0)
+
+
+SHAPES = [
+    (m, n, k) for m in (0, 1, 16, 17, 64, 65, 512, 4096) for n in (1, 17, 4096) for k in (1, 4096, 66311)
+]
+
+
+@pytest.mark.parametrize("capability,prefix", [(80, "sm80"), (89, "sm80"), (90, "sm90a"), (120, "sm80")])
+def test_choice_is_the_devices_own(cuda_build: CudaBuild, capability: int, prefix: str) -> None:
+    m = cuda_build.module
+    for shape in SHAPES:
+        name = m.int8_linear_choose(capability, 132, *shape)
+        assert name.startswith(prefix)
+        assert m.int8_linear_supports(name, capability, *shape) is None
+
+
+def test_choice_follows_the_shape(cuda_build: CudaBuild) -> None:
+    choose = cuda_build.module.int8_linear_choose
+    assert choose(90, 132, 1, 4096, 4096) == choose(90, 132, 17, 4096, 4096) == "sm90a_64x64x256"
+    assert choose(90, 132, 8192, 8192, 8192) == "sm90a_128x256x128_cooperative"
+    assert choose(90, 132, 512, 4096, 4096) == "sm90a_128x128x128_pingpong"
+    assert choose(80, 108, 8, 4096, 4096) == "sm80_64x64x128"
+    assert choose(80, 108, 4096, 4096, 4096) == "sm80_128x128x64"
+
+
+@pytest.mark.parametrize(
+    "capability,shape,reason",
+    [
+        (75, (1, 64, 64), "8.0 or later"),
+        (103, (1, 64, 64), "10.3 has almost no int8"),
+        (80, (1, 64, 0), "K is outside"),
+        (80, (1, 64, 66312), "K is outside"),
+        (80, (1, 0, 64), "N is outside"),
+        (80, (2**31, 64, 64), "M is outside"),
+    ],
+)
+def test_what_no_kernel_can_do_is_said(
+    cuda_build: CudaBuild, capability: int, shape: tuple[int, int, int], reason: str
+) -> None:
+    m = cuda_build.module
+    assert m.int8_linear_choose(capability, 132, *shape) is None
+    assert reason in m.int8_linear_supports("sm80_128x128x64", capability, *shape)
+
+
+def test_a_hopper_kernel_declines_other_devices(cuda_build: CudaBuild) -> None:
+    supports = cuda_build.module.int8_linear_supports
+    assert "9.0" in supports("sm90a_64x64x256", 100, 1, 64, 64)
+    with pytest.raises(ValueError, match="no CUDA kernel is called 'sm10'"):
+        supports("sm10", 90, 1, 64, 64)
+
+
+@pytest.mark.parametrize("n,k", [(1, 1), (3, 16), (5, 17), (128, 4096), (1000, 66311)])
+def test_pack_layout(cuda_build: CudaBuild, n: int, k: int) -> None:
+    d = cuda_build.module.int8_linear_layout(n, k)
+    assert d["ldw"] % 16 == 0 and k <= d["ldw"] < k + 16
+    assert all(d[name] % 128 == 0 for name in ("weight_off", "sums_off", "total"))
+    assert d["weight_off"] >= 64 and d["sums_off"] >= d["weight_off"] + n * d["ldw"]
+    assert d["sums_off"] + 4 * n <= d["total"] < d["sums_off"] + 4 * n + 128
+
+
+def test_workspace(cuda_build: CudaBuild) -> None:
+    size = cuda_build.module.int8_linear_workspace
+    assert size(256, 0, 3, 33, 33, 1) == 256 + 128  # 3 rows of 48 bytes, then 3 scales, in lines of 128
+    assert size(256, 3, 3, 32, 32, 1) == 0  # int8 rows on 16 bytes are read where they are
+    assert size(257, 3, 3, 32, 32, 1) > 0
+    assert size(256, 3, 3, 33, 33, 1) > 0
+    assert size(256, 3, 3, 8, 0, 1) > 0  # an expanded row
+    with pytest.raises(ValueError, match="adjacent"):
+        size(256, 3, 3, 32, 1, 3)
+
+
+def tail(**values: int) -> dict[str, int]:
+    names = "weight_scale bias activation mode x_scale x_scales x_zero_point out_scale out_zero_point"
+    return dict.fromkeys(names.split(), 0) | values
+
+
+def test_plans(cuda_build: CudaBuild) -> None:
+    m: Any = cuda_build.module
+    assert isinstance(m.int8_linear_plan(256, 64, 0, 8, 64, tail()), bytes)
+    with pytest.raises(ValueError, match="weight-only products run in Triton"):
+        m.int8_linear_plan(256, 64, 0, 8, 64, tail(mode=3))
+    with pytest.raises(TypeError, match="plan"):
+        m.int8_linear_run(b"", -1, 0, 0, 1, 64, 1, 0, 8, 0, 0, 0, 0)
+    with pytest.raises(TypeError, match="few"):
+        m.int8_linear_run(m.int8_linear_plan(256, 64, 0, 8, 64, tail()), -1)
