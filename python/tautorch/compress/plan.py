@@ -59,7 +59,10 @@ def compile_layers(
     """
     scales = calibrate(model, calibration, observer=observer)
     before = {name: model.get_submodule(name) for name in compilable(model)}
-    offers = {name: _offers(layer, scales.get(name), pattern) for name, layer in before.items()}
+    offers = {
+        name: _offers(layer, scales.get(name) or scales.get(f"{name}.down"), pattern)
+        for name, layer in before.items()
+    }
     records: dict[str, LayerRecord] = {}
     reasons: dict[str, list[str]] = {name: [] for name in before}
     while plan := {name: waiting[0] for name, waiting in offers.items() if waiting}:
@@ -81,7 +84,7 @@ def compile_layers(
 
 
 def describe_layer(layer: nn.Module) -> str:
-    """One line for people: ``Conv2d 32→64, 3×3``, ``SparseLinear 1152→256, 4x1, 25 % kept``."""
+    """One line for people: ``Conv2d 32→64, 3×3``, ``SparseLinear 1152→256, 4x1 + relu``."""
     name = type(layer).__name__
     if isinstance(layer, FactorizedLinear):
         return f"Linear {layer.down.in_features}→{layer.rank}→{layer.up.out_features}"
@@ -101,8 +104,7 @@ def describe_layer(layer: nn.Module) -> str:
     pattern = getattr(layer, "pattern", None)
     parts += [pattern] if isinstance(pattern, str) else []
     activation = getattr(layer, "activation", "none")
-    parts += [f"+ {activation}"] if activation != "none" else []
-    return ", ".join(parts)
+    return ", ".join(parts) + (f" + {activation}" if activation != "none" else "")
 
 
 def _size(kernel: Any) -> str:
@@ -127,7 +129,7 @@ def _offers(layer: nn.Module, scale: QParams | None, pattern: str) -> list[Facto
         quant = {"quant": "static", "x_scale": scale.scale, "x_zero_point": scale.zero_point}
     if isinstance(layer, (FactorizedLinear, FactorizedConv2d)):
         kind = LowRankLinear if isinstance(layer, FactorizedLinear) else LowRankConv2d
-        return [lambda old: kind.from_float(old, weight_dtype=torch.int8)]
+        return [lambda old: kind.from_float(old, weight_dtype=torch.int8, **quant)]
     sparse, dense = (SparseLinear, Int8Linear) if isinstance(layer, nn.Linear) else (SparseConv2d, Int8Conv2d)
     offers: list[Factory] = [lambda old: dense.from_float(old, **quant)]
     if _zeros(layer) >= SPARSE_FROM:

@@ -238,6 +238,7 @@ def _progress(console: Console) -> Progress:
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         console=console,
+        disable=not console.is_terminal,
     )
 
 
@@ -252,5 +253,7 @@ class _Steps:
         task = self._progress.add_task(name, total=total)
         start = time.perf_counter()
         yield lambda *_: self._progress.advance(task)
-        self._report.steps_s[name] = time.perf_counter() - start
+        took = self._report.steps_s[name] = time.perf_counter() - start
         self._progress.update(task, completed=total)
+        if not self._progress.console.is_terminal:  # there are no bars in a log
+            self._progress.console.print(f"{name:<34} {took:6.1f} s")
