@@ -33,7 +33,7 @@ def test_micro_kernel(table: Table, kernel: str) -> None:
     x = torch.randint(-128, 128, (m, k), dtype=torch.int8)
     weight = torch.randint(-127, 128, (n, k), dtype=torch.int8)
     packed, out = pack(weight, kernel=kernel), torch.empty(m, n, dtype=torch.int32)
-    codes, keep = lib.tail(
+    codes, _keep = lib.tail(
         weight_scale=torch.ones(n), bias=None, mode=lib.GIVEN, x_scale=torch.ones(1), x_zero_point=None,
         activation="none",
     )  # fmt: skip
@@ -87,7 +87,8 @@ def test_against_torch(table: Table, m: int, k: int, n: int) -> None:
         torch.testing.assert_close(ours(x), expected, rtol=1e-5, atol=1e-5)
     peers = {name: (lambda p=p: p(x)) for name, p in dynamic_peers(linear).items()}
     ratios = table.compare(
-        "int8_linear", f"dynamic {m}x{k}x{n}", lambda: ours(x), {"nn.Linear fp32": lambda: linear(x), **peers},
+        "int8_linear", f"dynamic {m}x{k}x{n}", lambda: ours(x),
+        {"nn.Linear fp32": lambda: linear(x), **peers},
         operations=2 * m * n * k, kernel=ours.kernel(),
     )  # fmt: skip
     if ratios and (m, k, n) == (128, 1024, 4096):
