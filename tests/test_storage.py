@@ -156,6 +156,18 @@ def test_channels_last_is_kept(path: Path) -> None:
     assert not loaded.features[0].weight.is_contiguous()
 
 
+@pytest.mark.parametrize("channels", [1, 3])
+def test_strides_are_kept_where_the_layout_is_ambiguous(path: Path, channels: int) -> None:
+    model = nn.Sequential(nn.Conv2d(channels, 8, 3))
+    weight = model[0].weight
+    strides = torch.empty(weight.shape, memory_format=torch.channels_last).stride()
+    weight.data = torch.empty_strided(weight.shape, strides).copy_(weight.data)
+    save(model, path)
+    loaded = load(path, lambda: nn.Sequential(nn.Conv2d(channels, 8, 3)))
+    assert loaded[0].weight.stride() == strides
+    assert torch.equal(loaded[0].weight, weight)
+
+
 class Tied(nn.Module):
     def __init__(self, tied: bool = True) -> None:
         super().__init__()

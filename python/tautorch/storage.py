@@ -108,10 +108,15 @@ def _plain_copy(value: torch.Tensor) -> torch.Tensor:
 
 
 def _memory_format(value: torch.Tensor) -> str | None:
-    """A dense layout other than the contiguous one; float kernels may round differently in it."""
+    """A dense layout other than the contiguous one; float kernels may round differently in it.
+
+    Strides are compared, not `is_contiguous`: with one channel a tensor is contiguous in both layouts, and
+    torch goes by its strides.
+    """
     name, memory_format = _FORMATS.get(value.dim(), ("", torch.contiguous_format))
-    plain = value.is_contiguous() or not name or not value.is_contiguous(memory_format=memory_format)
-    return None if plain else name
+    plain = not name or not value.is_contiguous(memory_format=memory_format)
+    usual = torch.empty(value.shape, device="meta").stride()
+    return None if plain or value.stride() == usual else name
 
 
 def load(path: str | PathLike[str], skeleton: nn.Module | Callable[[], nn.Module]) -> nn.Module:
@@ -260,7 +265,8 @@ def _fill(
         tensor = direct.get(name)
         if tensor is not None and (tensor.dtype != value.dtype or name in document["memory_format"]):
             memory_format = formats.get(document["memory_format"].get(name), torch.preserve_format)
-            tensor.data = tensor.data.to(value.dtype, memory_format=memory_format)
+            # Not `.to`, which leaves the strides of a tensor that is contiguous in both layouts.
+            tensor.data = torch.empty_like(tensor.data, dtype=value.dtype, memory_format=memory_format)
     ordered = OrderedDict(state)
     ordered._metadata = expected._metadata  # type: ignore[attr-defined]
     filled = model.load_state_dict(ordered, strict=True)
