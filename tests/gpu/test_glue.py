@@ -1,0 +1,218 @@
+"""From torch tensors to the CUDA extension's integers, with an extension that works on the CPU's memory.
+
+The stand-in reads and writes through the addresses and strides it is given, and nothing else, so a wrong
+stride, offset, padding or lifetime shows as a wrong number.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import pickle
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tautorch import dispatch
+from tautorch.dispatch import Kernel
+from tautorch.ops import _int8_linear_gpu as gpu
+from tautorch.reference.int8_linear import int8_linear as reference
+from tautorch.testing.cases import Case, linear_case
+from tautorch.testing.tolerances import assert_close
+
+OP = "int8_linear"
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8, torch.int32)
+
+
+def view(address: int, dtype: torch.dtype, shape: tuple[int, ...], strides: tuple[int, ...]) -> Tensor:
+    """The memory at an address as a tensor that shares it."""
+    span = 1 + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
+    buffer = (ctypes.c_uint8 * (span * dtype.itemsize)).from_address(address)
+    return torch.frombuffer(buffer, dtype=dtype).as_strided(shape, strides)
+
+
+def up(n: int, to: int) -> int:
+    return -(-n // to) * to
+
+
+class Extension:
+    """``tautorch._cuda`` in plain torch, on addresses of the CPU; counts what it is asked."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+        self.layouts: list[tuple[int, int]] = []
+
+    def int8_linear_kernels(self) -> list[str]:
+        return ["tile_a", "tile_b"]
+
+    def int8_linear_layout(self, n: int, k: int) -> dict[str, int]:
+        ldw = up(k, 16)
+        sums = 128 + up(n * ldw, 128)
+        return {"ldw": ldw, "weight_off": 128, "sums_off": sums, "total": sums + up(4 * n, 128)}
+
+    def int8_linear_pack(self, weight: int, stride: int, n: int, k: int, packed: int, *_: int) -> None:
+        self.calls.append("pack")
+        layout = self.int8_linear_layout(n, k)
+        rows = view(packed + layout["weight_off"], torch.int8, (n, layout["ldw"]), (layout["ldw"], 1))
+        rows.zero_()[:, :k] = view(weight, torch.int8, (n, k), (stride, 1))
+        self.int8_linear_sums(weight, stride, n, k, packed + layout["sums_off"])
+
+    def int8_linear_sums(self, weight: int, stride: int, n: int, k: int, sums: int, *_: int) -> None:
+        self.calls.append("sums")
+        view(sums, torch.int32, (n,), (1,)).copy_(view(weight, torch.int8, (n, k), (stride, 1)).sum(1))
+
+    def int8_linear_plan(self, *arguments: Any) -> bytes:
+        return pickle.dumps(arguments)
+
+    def int8_linear_workspace(self, x: int, code: int, m: int, k: int, stride_m: int, stride_k: int) -> int:
+        if code == 3 and stride_k == 1 and stride_m % 16 == 0 and x % 16 == 0:
+            return 0
+        return up(m * up(k, 16), 128) + up(4 * m, 128)
+
+    def int8_linear_run(self, plan: bytes, kernel: int, x: int, x_code: int, m: int, *rest: int) -> int:
+        stride_m, stride_k, y, ldy, y_code, _, device, stream = rest
+        assert (device, stream) == (-1, 7)
+        weight, ldw, sums, n, k, tail = pickle.loads(plan)
+        assert ldw % 16 == 0 and weight % 16 == 0 and ldy * DTYPES[y_code].itemsize % 16 == 0 and ldy >= n
+        self.calls.append("run")
+
+        def value(name: str, dtype: torch.dtype, count: int = 1) -> Tensor | None:
+            return view(tail[name], dtype, (count,), (1,)).clone() if tail[name] else None
+
+        w = view(weight, torch.int8, (n, ldw), (ldw, 1))
+        assert not w[:, k:].any()
+        zero_point = value("x_zero_point", torch.int32)
+        if zero_point is not None:
+            assert torch.equal(view(sums, torch.int32, (n,), (1,)), w.sum(1, dtype=torch.int32))
+        if m:
+            out = reference(
+                view(x, DTYPES[x_code], (m, k), (stride_m, stride_k)),
+                w[:, :k].contiguous(),
+                view(tail["weight_scale"], torch.float32, (n,), (1,)),
+                value("bias", torch.float32, n),
+                x_scale=value("x_scale", torch.float32, tail["x_scales"] or 1),
+                x_zero_point=zero_point,
+                activation=("none", "relu", "gelu", "gelu_tanh", "silu")[tail["activation"]],
+                out_scale=value("out_scale", torch.float32),
+                out_zero_point=value("out_zero_point", torch.int32),
+                out_dtype=DTYPES[y_code],
+            )
+            view(y, DTYPES[y_code], (m, ldy), (ldy, 1))[:, :n] = out
+        return 1 if kernel < 0 else kernel
+
+
+@pytest.fixture
+def extension(monkeypatch: pytest.MonkeyPatch) -> Iterator[Extension]:
+    ext = Extension()
+    stream = SimpleNamespace(cuda_stream=7, synchronize=lambda: ext.calls.append("synchronize"))
+    monkeypatch.setattr(dispatch, "cuda", ext)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: stream)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda self, s: None)
+    monkeypatch.setattr(gpu, "_facts", lambda index: (90, 132))
+    rows = [Kernel(OP, name, "cuda", lambda p: None) for name in ("cuda", "tile_a", "tile_b")]
+    monkeypatch.setattr(dispatch, "_table", rows)
+    yield ext
+    dispatch._last_python.pop(OP, None)
+
+
+def call(case: Case) -> Tensor:
+    """The GPU path on CPU tensors."""
+    x, weight, scale, bias = case.args
+    names = (
+        "x_scale",
+        "x_zero_point",
+        "weight_only",
+        "activation",
+        "out_scale",
+        "out_zero_point",
+        "out_dtype",
+    )
+    defaults = {"weight_only": False, "activation": "none"}
+    return gpu.run(x, weight, scale, bias, *[case.kwargs.get(name, defaults.get(name)) for name in names])
+
+
+def check(case: Case) -> None:
+    actual, expected = call(case), case(reference)
+    assert actual.is_contiguous() and actual.shape == expected.shape
+    assert_close(actual, expected, magnitude=case.magnitude(reference))
+
+
+@pytest.mark.parametrize("mode", ["dynamic", "static", "int8"])
+@pytest.mark.parametrize("m,n,k", [(1, 1, 1), (3, 16, 16), (5, 17, 33), (4, 8, 64), (2, 130, 100)])
+def test_sizes(extension: Extension, mode: str, m: int, n: int, k: int) -> None:
+    case = linear_case(OP, m, n, k, mode=mode)
+    check(case)
+    check(case.raw())
+    check(case.but(out_dtype=torch.bfloat16, activation="gelu"))
+    check(case.but(out_scale=torch.tensor([0.05]), out_zero_point=torch.tensor([3], dtype=torch.int32)))
+
+
+def test_strides_reach_the_kernel(extension: Extension) -> None:
+    case = linear_case(OP, 24, 40, 48)
+    base = torch.randn(96, 96)
+    views = (base[:24, :48], base[:48, :24].t(), base[:24, ::2], base[0, :48].expand(24, 48))
+    for x in (*views, torch.randn(2, 3, 4, 48), torch.randn(48), torch.randn(0, 48), base[:1, :48]):
+        check(case.with_x(x))
+    q = linear_case(OP, 24, 40, 48, mode="int8")
+    wide = torch.randint(-128, 128, (48, 96), dtype=torch.int8)
+    for x in (wide[:24, 1:49], wide[:, :24].t(), wide[0, :48].expand(24, 48), wide[:1, :48]):
+        check(q.with_x(x))
+
+
+def test_aligned_weights_are_read_where_they_are(extension: Extension) -> None:
+    case = linear_case(OP, 4, 8, 64)
+    check(case)
+    assert extension.calls == ["run"]
+
+
+def test_sums_and_packs_are_made_once_and_waited_for(extension: Extension) -> None:
+    static = linear_case(OP, 4, 8, 64, mode="static")
+    check(static)
+    check(static)
+    assert extension.calls == ["sums", "synchronize", "run", "run"]
+    extension.calls.clear()
+    odd = linear_case(OP, 4, 8, 61)
+    check(odd)
+    check(odd)
+    assert extension.calls == ["pack", "sums", "synchronize", "run", "run"]
+    odd.args[1].mul_(-1)
+    extension.calls.clear()
+    check(odd)
+    assert extension.calls == ["pack", "sums", "synchronize", "run"]
+
+
+def test_nothing_made_in_a_capture_is_kept(extension: Extension, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = linear_case(OP, 4, 8, 61)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    check(case)
+    check(case)
+    assert extension.calls == ["pack", "sums", "run"] * 2, "a graph may not wait, and its pack is its own"
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    check(case)
+    extension.calls.clear()
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    check(case)
+    assert extension.calls == ["run"], "what an earlier call made is used"
+
+
+def test_what_ran_is_noted(extension: Extension) -> None:
+    case = linear_case(OP, 4, 8, 64)
+    check(case)
+    assert dispatch.last_used(OP) == "tile_b"
+    with dispatch.force(OP, "tile_a"):
+        check(case)
+    assert dispatch.last_used(OP) == "tile_a"
+
+
+def test_packs_of_the_cpu_and_strangers_are_refused(extension: Extension) -> None:
+    case = linear_case(OP, 4, 8, 64)
+    with pytest.raises(ValueError, match=r"weight must be int8 .* got a pack"):
+        gpu.run(case.x, torch.zeros(9, dtype=torch.uint8), *case.args[2:], *[None] * 7)
+    elsewhere = torch.zeros(1, device="meta")
+    with pytest.raises(ValueError, match="x_scale must be on cpu like x, got meta"):
+        call(case.but(x_scale=elsewhere))
+    assert not extension.calls
