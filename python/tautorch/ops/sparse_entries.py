@@ -238,6 +238,12 @@ def dense_keeps_indices(
     groups: int = 1,
 ) -> bool:
     """Whether a dense pack gives these very indices back: they store no zeros but the usual fillers."""
+    if pattern == "2:4":
+        # encode() fills a group up at its lowest free places.
+        places = unpack_positions(col_indices).reshape(-1, 2)
+        kept = values.reshape(-1, 2) != 0
+        usual = (places[:, 0] == 0) & (kept[:, 1] | (places[:, 1] == 1))
+        return bool((usual | kept[:, 0] & kept[:, 1]).all())
     dense = decode(values, crow_indices, col_indices, pattern, shape, groups, check=False)
     _, crow, col = encode(dense, None, pattern, groups)
     same_crow = crow is crow_indices or (
