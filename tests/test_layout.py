@@ -48,6 +48,8 @@ SHARED = {
         "convolution",
         "sparse",
         "factors",
+        "layer",
+        "lowrank",
     },
 }
 

@@ -152,7 +152,7 @@ def test_pairs_become_one_layer(groups: int, bias: bool) -> None:
         first, second = module.to_factors()
         close(second(first(x)), pair(x), 1e-5)
         assert first.bias is None
-    with pytest.raises(ValueError, match="lowrank_conv2d: rank must be None or 3, that of the pair, got 2"):
+    with pytest.raises(ValueError, match="lowrank_conv2d: rank must be None or 3, the pair's, got 2"):
         LowRankConv2d.from_float(pair, rank=2)
 
 

@@ -39,6 +39,7 @@ class Int8Conv2d(ConvModule):
     run: ClassVar[Any] = staticmethod(_C.int8_conv2d_run)
 
     weight = Canonical()
+    weight_scale: Tensor
 
     def __init__(
         self,
@@ -95,17 +96,16 @@ class Int8Conv2d(ConvModule):
         return new.train(module.training)
 
     def dense_weight(self) -> Tensor:
-        packed, weight, scale = (self._buffers[n] for n in ("packed", "weight", "weight_scale"))
+        packed, weight = self._buffers["packed"], self._buffers["weight"]
         if packed is not None:
             weight = conv.unpack(packed, self.geometry.weight_shape)
-        assert weight is not None and scale is not None
-        return weight.to(torch.float32) * scale.reshape(-1, 1, 1, 1)
+        assert weight is not None
+        return weight.to(torch.float32) * self.weight_scale.reshape(-1, 1, 1, 1)
 
     # ---- PackedModule -----------------------------------------------------------------------------------
 
     def _problem(self) -> dispatch.Problem:
-        assert self.weight_scale is not None
-        return problem(self.geometry, self.quant == "weight_only", self.weight_scale.device.type)
+        return problem(self.geometry, self.quant == "weight_only", self.weight_device().type)
 
     def _pack(self, kernel: str) -> Tensor:
         weight = self._buffers["weight"]

@@ -22,7 +22,8 @@ from tautorch.reference.layouts import (
 )
 from tautorch.reference.quantizer import quantize_weight
 
-from .packed import PackedModule
+from .factors import weight_dtype_of
+from .layer import LayerModule
 
 
 def _stored(
@@ -33,7 +34,7 @@ def _stored(
     return decode(ones, crow, col, pattern, shape, groups, check=False).bool()
 
 
-class SparseModule(PackedModule):
+class SparseModule(LayerModule):
     """A layer with ``values``, ``crow_indices`` and ``col_indices`` of ``reference/layouts``."""
 
     packed_names: ClassVar[tuple[str, ...]] = ("values", "crow_indices", "col_indices")
@@ -43,6 +44,14 @@ class SparseModule(PackedModule):
     nnz: int
     weight_dtype: torch.dtype
     weight_scale: Tensor | None
+
+    def _check_values(self, weight_dtype: torch.dtype | str, k: int) -> None:
+        """Set the values' dtype, for inner products of length ``k``."""
+        self.weight_dtype = weight_dtype_of(self.op, weight_dtype)
+        if self.weight_dtype == torch.int8:
+            lib.check_k(self.op, k)
+        elif self.quant != "dynamic":
+            raise ValueError(f'{self.op}: quant must be "dynamic" for float32 values, got {self.quant!r}')
 
     def _empty_layout(
         self,
@@ -117,16 +126,14 @@ class SparseModule(PackedModule):
         height, width = block_shape(self.pattern)
         return min(1.0, self.nnz * height * width / (rows * cols))
 
-    def _layout_config(self) -> dict[str, Any]:
-        return {
-            "pattern": self.pattern,
-            "nnz": self.nnz,
-            "weight_dtype": str(self.weight_dtype).removeprefix("torch."),
-        }
-
-    def _layout_repr(self) -> str:
+    def get_config(self) -> dict[str, Any]:
         dtype = str(self.weight_dtype).removeprefix("torch.")
-        return f"pattern={self.pattern}, density={self.density():.3g}, weight_dtype={dtype}"
+        return {**super().get_config(), "pattern": self.pattern, "nnz": self.nnz, "weight_dtype": dtype}
+
+    def _format_repr(self) -> str:
+        dtype = str(self.weight_dtype).removeprefix("torch.")
+        text = f"pattern={self.pattern}, density={self.density():.3g}, weight_dtype={dtype}"
+        return text if self._float_input() else f"{text}, quant={self.quant}"
 
     # ---- PackedModule -----------------------------------------------------------------------------------
 
@@ -141,14 +148,8 @@ class SparseModule(PackedModule):
         values, crow, col = (self._buffers[n] for n in ("values", "crow_indices", "col_indices"))
         return (values, crow, col) if values is not None else (self._buffers["packed"], None, None)
 
-    def _device(self) -> str:
-        held = self._buffers["packed"]
-        held = self._buffers["values"] if held is None else held
-        return "cpu" if held is None else held.device.type
-
-    def _kernel_of_pack(self) -> str:
-        packed = self._buffers["packed"]
-        return "" if packed is None else str(lib.pack_info(packed)["kernel"])
+    def _float_input(self) -> bool:
+        return self.weight_dtype != torch.int8
 
     def _pack(self, kernel: str) -> Tensor:
         layout = self._layout()

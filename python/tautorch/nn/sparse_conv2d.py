@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from tautorch import _C, dispatch
-from tautorch.ops import library as lib
 from tautorch.ops.geometry import Pair
 from tautorch.ops.sparse_conv2d import OP, plan, problem
 
@@ -68,11 +67,7 @@ class SparseConv2d(SparseModule, ConvModule):
             self, in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias,
             padding_mode, device, quant=quant, quants=("dynamic", "static"), activation=activation,
         )  # fmt: skip
-        self.weight_dtype = weight_dtype_of(OP, weight_dtype)
-        if self.weight_dtype == torch.int8:
-            lib.check_k(OP, self.geometry.k)
-        elif quant != "dynamic":
-            raise ValueError(f'{OP}: quant must be "dynamic" for float32 values, got {quant!r}')
+        self._check_values(weight_dtype, self.geometry.k)
         self._empty_layout(pattern, nnz, self.geometry.weight_shape, groups, device)
 
     @classmethod
@@ -117,21 +112,11 @@ class SparseConv2d(SparseModule, ConvModule):
         new._take(module.bias, **layout, weight_scale=scale, x_scale=x_scale, x_zero_point=x_zero_point)
         return new.train(module.training)
 
-    def get_config(self) -> dict[str, Any]:
-        return {**ConvModule.get_config(self), **self._layout_config()}
-
-    def _format_repr(self) -> str:
-        text = self._layout_repr()
-        return text if self._float_input() else f"{text}, quant={self.quant}"
-
     # ---- PackedModule -----------------------------------------------------------------------------------
-
-    def _float_input(self) -> bool:
-        return self.weight_dtype != torch.int8
 
     def _problem(self) -> dispatch.Problem:
         int8 = self.weight_dtype == torch.int8
-        return problem(self.geometry, self.pattern, int8, device=self._device())
+        return problem(self.geometry, self.pattern, int8, device=self.weight_device().type)
 
     def _plan(self, packed: Tensor, codes: dict[str, int]) -> bytes:
         return plan(packed, self.geometry, codes)

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from tautorch import _C, dispatch
-from tautorch.ops import library as lib
 from tautorch.ops.sparse_linear import OP, plan, problem
 
 from .eager import autocast_input
@@ -62,11 +61,7 @@ class SparseLinear(SparseModule, LinearModule):
             self, in_features, out_features, bias, device, quant=quant, quants=("dynamic", "static"),
             activation=activation,
         )  # fmt: skip
-        self.weight_dtype = weight_dtype_of(OP, weight_dtype)
-        if self.weight_dtype == torch.int8:
-            lib.check_k(OP, in_features)
-        elif quant != "dynamic":
-            raise ValueError(f'{OP}: quant must be "dynamic" for float32 values, got {quant!r}')
+        self._check_values(weight_dtype, in_features)
         self._empty_layout(pattern, nnz, (out_features, in_features), 1, device)
 
     @classmethod
@@ -111,21 +106,11 @@ class SparseLinear(SparseModule, LinearModule):
         new._take(module.bias, **layout, weight_scale=scale, x_scale=x_scale, x_zero_point=x_zero_point)
         return new.train(module.training)
 
-    def get_config(self) -> dict[str, Any]:
-        return {**LinearModule.get_config(self), **self._layout_config()}
-
-    def _format_repr(self) -> str:
-        text = self._layout_repr()
-        return text if self._float_input() else f"{text}, quant={self.quant}"
-
     # ---- PackedModule -----------------------------------------------------------------------------------
-
-    def _float_input(self) -> bool:
-        return self.weight_dtype != torch.int8
 
     def _problem(self) -> dispatch.Problem:
         dtype = str(self.weight_dtype).removeprefix("torch.")
-        return problem(self.out_features, self.in_features, self.pattern, dtype, self._device())
+        return problem(self.out_features, self.in_features, self.pattern, dtype, self.weight_device().type)
 
     def _plan(self, packed: Tensor, codes: dict[str, int]) -> bytes:
         return plan(packed, self.in_features, codes)

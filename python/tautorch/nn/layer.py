@@ -1,0 +1,150 @@
+"""What replacements of ``nn.Linear`` and of ``nn.Conv2d`` share: buffers of the tail, plans, the way back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from tautorch.ops import library as lib
+
+from .packed import PackedModule
+from .tail import check_activation
+
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class LayerModule(PackedModule):
+    """A layer over packed weights; subclasses say how to pack, plan and go through the torch op."""
+
+    #: ``<op>_run`` of the CPU extension
+    run: ClassVar[Any]
+    #: the layer this one replaces
+    float_type: ClassVar[type[nn.Module]]
+
+    bias: nn.Parameter | None
+    x_scale: Tensor | None
+    x_zero_point: Tensor | None
+
+    def _init_tail(
+        self,
+        outputs: int,
+        bias: bool,
+        device: torch.device | str | None,
+        quant: str,
+        quants: Sequence[str],
+        activation: str,
+    ) -> None:
+        """Check and register what follows the product."""
+        if quant not in quants:
+            raise ValueError(f"{self.op}: quant must be one of {', '.join(quants)}, got {quant!r}")
+        check_activation(self.op, activation)
+        self.quant, self.activation = quant, activation
+        static = quant == "static"
+        self.register_buffer("x_scale", torch.ones(1, device=device) if static else None)
+        self.register_buffer(
+            "x_zero_point", torch.zeros(1, dtype=torch.int32, device=device) if static else None
+        )
+        zeros = nn.Parameter(torch.zeros(outputs, device=device), requires_grad=False) if bias else None
+        self.register_parameter("bias", zeros)
+
+    # ---- from and to float ------------------------------------------------------------------------------
+
+    @classmethod
+    def _arguments(cls, module: nn.Module) -> dict[str, Any]:
+        """The constructor's leading arguments for a float layer; TypeError for another module."""
+        raise NotImplementedError
+
+    @classmethod
+    def _check_type(cls, module: nn.Module) -> None:
+        if not isinstance(module, cls.float_type):
+            raise TypeError(
+                f"{cls.op}: from_float takes nn.{cls.float_type.__name__}, got {type(module).__name__}"
+            )
+
+    def _take(self, bias: Tensor | None, **buffers: Tensor | None) -> None:
+        """Fill in buffers, and the bias of a float layer."""
+        self._buffers.update(buffers)
+        if bias is not None:
+            self.bias = nn.Parameter(bias.detach().to(torch.float32).clone(), requires_grad=False)
+            self._check_finite("bias")
+
+    def dense_weight(self) -> Tensor:
+        """The float32 weight that this layer stands for, of the float layer's shape."""
+        raise NotImplementedError
+
+    def weight_device(self) -> torch.device:
+        """Where the weight lies, in whichever form."""
+        held = self._buffers["packed"]
+        held = self._buffers[self.packed_names[0]] if held is None else held
+        assert held is not None
+        return held.device
+
+    def _give(self, layer: nn.Linear | nn.Conv2d) -> None:
+        """Fill a float layer with the weight this one stands for, and the bias."""
+        with torch.no_grad():
+            layer.weight.copy_(self.dense_weight())
+            if self.bias is not None and layer.bias is not None:
+                layer.bias.copy_(self.bias)
+        layer.train(self.training)
+
+    def get_config(self) -> dict[str, Any]:
+        return {"bias": self.bias is not None, "quant": self.quant, "activation": self.activation}
+
+    def _repr_end(self) -> str:
+        """How the weight is stored, and the activation."""
+        text = self._format_repr()
+        return text if self.activation == "none" else f"{text}, activation={self.activation}"
+
+    def _format_repr(self) -> str:
+        """How the weight is stored."""
+        return f"quant={self.quant}"
+
+    # ---- running ----------------------------------------------------------------------------------------
+
+    def _float_input(self) -> bool:
+        """Whether x is multiplied as float."""
+        return self.quant == "weight_only"
+
+    def _output_scale(self) -> str:
+        """Name of the buffer that scales the outputs."""
+        return "weight_scale"
+
+    def _plan(self, packed: Tensor, codes: dict[str, int]) -> bytes:
+        """The plan for ``run``, from the codes of ``library.tail``."""
+        raise NotImplementedError
+
+    def _through_op(self, x: Tensor) -> Tensor:
+        """The torch operator on x."""
+        raise NotImplementedError
+
+    def _kernel_of_pack(self) -> str:
+        packed = self._buffers["packed"]
+        return "" if packed is None else str(lib.pack_info(packed)["kernel"])
+
+    def _make_plans(self, packed: Tensor) -> None:
+        # dtype of x: (plan, its code, dtype of the output, its code)
+        static = self.quant == "static"
+        mode = lib.NONE if self._float_input() else lib.STATIC if static else lib.DYNAMIC
+        plan = self._plan_of(packed, mode)
+        for dtype in _FLOATS:
+            code = lib.DTYPE_CODE[dtype]
+            self._plans[dtype] = (plan, code, dtype, code)
+        if static:
+            given = self._plan_of(packed, lib.GIVEN)
+            codes = lib.DTYPE_CODE[torch.int8], torch.float32, lib.DTYPE_CODE[torch.float32]
+            self._plans[torch.int8] = (given, *codes)
+
+    def _plan_of(self, packed: Tensor, mode: int) -> bytes:
+        codes, keep = lib.tail(
+            weight_scale=self._buffers.get(self._output_scale()),
+            bias=self.bias,
+            mode=mode,
+            x_scale=self.x_scale,
+            x_zero_point=self.x_zero_point,
+            activation=self.activation,
+        )
+        self._keep += keep
+        return self._plan(packed, codes)
