@@ -14,12 +14,12 @@ from tautorch.compress import Report, compile_layers
 
 def make_model() -> nn.Module:
     body = [nn.Conv2d(3, 32, 3, 2, 1), nn.ReLU(), nn.Conv2d(32, 64, 3, 2, 1), nn.ReLU(), nn.Flatten()]
-    return nn.Sequential(*body, nn.Linear(4096, 256), nn.ReLU(), nn.Linear(256, 10))
+    return nn.Sequential(*body, nn.Linear(1024, 256), nn.ReLU(), nn.Linear(256, 10))
 
 
 def main(path: str = "my_model.safetensors") -> nn.Module:
     model = make_model().eval()  # your trained model
-    batches = [torch.randn(32, 3, 32, 32) for _ in range(8)]  # what it sees: for calibration and fine-tuning
+    batches = [torch.randn(32, 3, 16, 16) for _ in range(8)]  # what it sees: for calibration and fine-tuning
 
     teacher = copy.deepcopy(model)
     tt.fuse(model, batches[0])

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from tautorch.compress import Report
 from tautorch.demo import pipeline, verify
 
-SMALL = {"teacher_blocks": 1, "teacher_epochs": 2, "student_epochs": 4, "tune_epochs": 3, "seconds": 0.01}
+SMALL = {"teacher_blocks": 1, "teacher_epochs": 1, "student_epochs": 2, "tune_epochs": 2, "seconds": 0.01}
 
 
 @pytest.fixture(scope="module")

@@ -32,7 +32,9 @@ _VERDICT_STYLE = {
 
 def tables(report: Report) -> RenderableType:
     """Everything in the report, as one thing that `rich` can print."""
-    parts: list[RenderableType] = [_stage_table(report)]
+    parts: list[RenderableType] = [
+        _stage_table(report) if report.stages else Text(report.title, style="bold")
+    ]
     if report.layers:
         parts.append(_layer_table(report.layers))
     if report.speedups:

@@ -14,8 +14,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor, nn
 
-from tautorch.compress import Proportion, Report, Stage, describe_environment
-from tautorch.compress.plan import compilable, compile_layers
+from tautorch.compress import Proportion, Report, Stage, compile_layers, describe_environment
+from tautorch.compress.plan import compilable
 from tautorch.demo import digits, measure, verdicts, verify
 from tautorch.demo.digits import Digits, ShiftedBatches, Student, Teacher
 from tautorch.distill import Distiller, SoftTarget
