@@ -1,0 +1,282 @@
+"""``make gpu``: build, test, sanitize and bench the CUDA and Triton kernels on the machine that has the GPU.
+
+Each stage ends within its limit (nine minutes unless told otherwise), resumes where it stopped when it is run
+again, and needs no network. What it needs: python3 with torch, pybind11, cmake and ninja; nvcc of CUDA 13;
+CUTLASS's headers, from ``TAUTORCH_CUTLASS_DIR`` (a folder that holds ``include/cutlass`` or ``cutlass``) or
+from the installed ``nvidia-cutlass``. State is kept in build/gpu, keyed by the sources.
+
+    python3 benches/gpu/run.py --stage build|test|sanitize|bench|all [--limit SECONDS] [--only WORD]
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import importlib.util
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+BUILD = ROOT / "build" / "gpu"
+PACKAGE = ROOT / "python"
+SANITIZER_TOOLS = ("memcheck", "racecheck")
+# Small shapes on both sides of a tile's edge, padded and not: a sanitizer runs tens of times slower.
+SANITIZED = (
+    "(test_sizes and (1-1-1 or 17-65-129 or 129-257-384)) or test_any_strides or test_int8_rows_off_16_bytes"
+)
+
+
+class Cannot(Exception):
+    """Why a stage cannot be done here, in one line, with what would mend it."""
+
+
+class State:
+    """What has been done for the present sources; written at every change."""
+
+    def __init__(self) -> None:
+        self.path = BUILD / "state.json"
+        key = source_hash()
+        kept = json.loads(self.path.read_text()) if self.path.exists() else {}
+        self.data: dict[str, Any] = kept if kept.get("sources") == key else {"sources": key}
+
+    def done(self, stage: str) -> dict[str, str]:
+        found: dict[str, str] = self.data.setdefault(stage, {})
+        return found
+
+    def save(self) -> None:
+        BUILD.mkdir(parents=True, exist_ok=True)
+        self.path.write_text(json.dumps(self.data, indent=1))
+
+
+def source_hash() -> str:
+    """Of everything that decides how a kernel runs and is tested."""
+    digest = hashlib.sha256()
+    folders = ("csrc", "cmake", "python/tautorch/ops", "python/tautorch/triton_kernels", "tests/gpu")
+    for folder in folders:
+        for path in sorted((ROOT / folder).rglob("*")):
+            if path.is_file() and path.suffix in {".cu", ".cuh", ".h", ".cpp", ".py", ".cmake"}:
+                digest.update(str(path.relative_to(ROOT)).encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def need_gpu(stage: str, otherwise: str = "") -> None:
+    if importlib.util.find_spec("torch") is None:
+        raise Cannot(f"{stage}: {sys.executable} has no torch; use the python3 that has it")
+    import torch
+
+    if not torch.cuda.is_available():
+        raise Cannot(f"{stage}: no CUDA device is visible to torch {torch.__version__}{otherwise}")
+
+
+def need_extension(stage: str) -> None:
+    if not list((PACKAGE / "tautorch").glob("_cuda*.so")):
+        raise Cannot(f"{stage}: tautorch._cuda is not built; run --stage build first")
+
+
+def environment() -> dict[str, str]:
+    paths = [str(PACKAGE), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "TAUTORCH_CUDA": "on"}
+
+
+def tool(name: str) -> str:
+    """cmake or ninja: of this Python's environment, or on PATH."""
+    beside = Path(sys.executable).parent / name
+    found = str(beside) if beside.exists() else shutil.which(name)
+    if found is None:
+        raise Cannot(f"build: {name} not found; pip install {name}")
+    return found
+
+
+def run_within(seconds: float, command: list[str], env: dict[str, str], log: Path) -> int | None:
+    """Exit code of a command, its output in ``log``; None where it was ended, with all it had started."""
+    with log.open("w") as out:
+        process = subprocess.Popen(
+            command, env=env, stdout=out, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        try:
+            return process.wait(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            return None
+
+
+# ---- stages -----------------------------------------------------------------------------------------------
+
+
+def build(state: State, deadline: float, only: str) -> str:
+    """Both extensions for this Python, into python/tautorch."""
+    need_gpu("build", "; `make cuda` compiles the kernels without one")
+    if shutil.which("nvcc") is None:
+        raise Cannot("build: nvcc is not on PATH; install CUDA 13 or set PATH")
+    if not os.environ.get("TAUTORCH_CUTLASS_DIR") and importlib.util.find_spec("cutlass_library") is None:
+        raise Cannot(
+            "build: no CUTLASS headers; set TAUTORCH_CUTLASS_DIR, or pip install --no-deps nvidia-cutlass"
+        )
+    configure = [tool("cmake"), "-G", "Ninja", "-S", str(ROOT), "-B", str(BUILD), "--log-level=WARNING"]
+    configure += [f"-DCMAKE_MAKE_PROGRAM={tool('ninja')}", f"-DPython_EXECUTABLE={sys.executable}"]
+    subprocess.run(configure, env=environment(), check=True)
+    begin = time.monotonic()
+    command = [tool("ninja"), "-C", str(BUILD), "-j", str(os.cpu_count() or 2)]
+    code = run_within(deadline - begin, command, environment(), BUILD / "build.log")
+    if code is None:
+        return "stopped at the limit; run the stage again, finished files are kept"
+    if code != 0:
+        tail = [line for line in (BUILD / "build.log").read_text().splitlines() if "ptxas" not in line]
+        print("\n".join(tail[-40:]))
+        raise Cannot(f"build: the compiler failed; see {BUILD / 'build.log'}")
+    return f"built in {time.monotonic() - begin:.0f} s"
+
+
+class Recorder:
+    """A pytest plugin: leaves out what has passed already, writes each outcome, stops at the deadline."""
+
+    def __init__(self, state: State, deadline: float) -> None:
+        self.state, self.deadline, self.left = state, deadline, 0
+        self.outcomes = state.done("test")
+
+    def pytest_collection_modifyitems(self, config: Any, items: list[Any]) -> None:
+        todo = [i for i in items if self.outcomes.get(i.nodeid) not in ("passed", "skipped")]
+        config.hook.pytest_deselected(items=[i for i in items if i not in todo])
+        items[:] = todo
+        self.left = len(todo)
+
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        if report.when == "call" or report.outcome != "passed":
+            self.outcomes[report.nodeid] = report.outcome
+            self.state.save()
+
+    def pytest_sessionstart(self, session: Any) -> None:
+        self.session = session
+
+    def pytest_runtest_logfinish(self, nodeid: str) -> None:
+        self.left -= 1
+        if time.monotonic() > self.deadline:
+            self.session.shouldstop = "the stage's limit"
+
+
+def test(state: State, deadline: float, only: str) -> str:
+    """The GPU tests and the Triton tests, one process."""
+    need_gpu("test")
+    need_extension("test")
+    sys.path[:0] = [str(PACKAGE), str(ROOT)]
+    import pytest
+
+    recorder = Recorder(state, deadline - 15)
+    select = ["-k", only] if only else []
+    files = [str(ROOT / "tests" / "gpu"), str(ROOT / "tests" / "triton_kernels")]
+    code = pytest.main(["-q", "-p", "no:cacheprovider", "--rootdir", str(ROOT), *select, *files], [recorder])
+    counts = {o: list(recorder.outcomes.values()).count(o) for o in ("passed", "failed", "skipped")}
+    text = ", ".join(f"{n} {o}" for o, n in counts.items() if n)
+    if recorder.left > 0:
+        return f"{text}; stopped at the limit with {recorder.left} left; run the stage again"
+    if counts["failed"] or int(code) not in (0, 5):
+        raise Cannot(f"test: {text}")
+    return text
+
+
+def sanitize(state: State, deadline: float, only: str) -> str:
+    """compute-sanitizer over small shapes: out-of-bounds accesses, then races in shared memory."""
+    need_gpu("sanitize")
+    need_extension("sanitize")
+    program = shutil.which("compute-sanitizer")
+    if program is None:
+        raise Cannot("sanitize: compute-sanitizer is not on PATH; it comes with the CUDA toolkit")
+    sys.path.insert(0, str(PACKAGE))
+    from tautorch import dispatch
+
+    rows = [k.name for k in dispatch.kernels("int8_linear") if k.device == "cuda"]
+    done = state.done("sanitize")
+    for check in SANITIZER_TOOLS:
+        for row in [r for r in rows if r not in ("reference", "cuda") and only in r]:
+            key = f"{check} {row}"
+            if done.get(key) == "clean":
+                continue
+            select = f"(({SANITIZED}) and {row}) or test_pack_block"
+            command = [
+                program,
+                "--tool",
+                check,
+                "--error-exitcode",
+                "86",
+                sys.executable,
+                "-m",
+                "pytest",
+                "-q",
+                "-x",
+            ]
+            command += [
+                "-p",
+                "no:cacheprovider",
+                "-k",
+                select,
+                str(ROOT / "tests/gpu/test_int8_linear_gpu.py"),
+            ]
+            # With torch's own allocator, an access past a tensor would still be inside its pool.
+            env = {**environment(), "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+            left = deadline - time.monotonic()
+            if left < 20:
+                return f"stopped at the limit before {key}; run the stage again"
+            try:
+                run = subprocess.run(
+                    command, env=env, capture_output=True, text=True, timeout=left, check=False
+                )
+            except subprocess.TimeoutExpired:
+                return f"stopped at the limit in {key}; run the stage again"
+            log = BUILD / f"sanitize-{check}-{row}.log"
+            log.write_text(run.stdout + run.stderr)
+            done[key] = "clean" if run.returncode in (0, 5) else f"exit {run.returncode}"
+            state.save()
+            print(f"  {key}: {done[key]}")
+            if done[key] != "clean":
+                raise Cannot(f"sanitize: {key} found something; see {log}")
+    return f"{len(done)} runs clean"
+
+
+def bench(state: State, deadline: float, only: str) -> str:
+    """Timings beside the peers, written row by row to benches/results."""
+    need_gpu("bench")
+    need_extension("bench")
+    sys.path[:0] = [str(PACKAGE), str(ROOT)]
+    from benches.gpu import measure
+
+    return measure.run(ROOT / "benches" / "results", state.data["sources"], deadline, only)
+
+
+STAGES: dict[str, Callable[[State, float, str], str]] = {
+    "build": build,
+    "test": test,
+    "sanitize": sanitize,
+    "bench": bench,
+}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Build, test, sanitize and bench the GPU kernels.")
+    parser.add_argument("--stage", choices=[*STAGES, "all"], default="all")
+    parser.add_argument("--limit", type=float, default=540, help="seconds a stage may take")
+    parser.add_argument("--only", default="", help="tests, kernels or cases whose name holds this word")
+    given = parser.parse_args()
+    failed = False
+    for name in STAGES if given.stage == "all" else (given.stage,):
+        try:
+            state = State()
+            text = STAGES[name](state, time.monotonic() + given.limit, given.only)
+            state.save()
+            print(f"{name}: {text}")
+        except Cannot as why:
+            print(why)
+            failed = True
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
