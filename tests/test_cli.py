@@ -56,6 +56,15 @@ def test_demo_fails_with_a_broken_promise(
     assert ("A promise was broken" in result.output) is not passed
 
 
+def test_demo_without_scikit_learn_says_how_to_get_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    result = RUNNER.invoke(cli.app, ["demo", "--out", str(tmp_path)])
+    assert result.exit_code == 2
+    assert "pip install 'tautorch[demo]'" in result.output
+
+
 def test_runs_as_a_module() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "tautorch", "--help"], capture_output=True, text=True, timeout=60, check=False

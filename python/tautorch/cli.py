@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from tautorch import dispatch
 
@@ -39,12 +40,14 @@ def demo(
     Ends with status 1 if a promise breaks: slower end to end than the float student or the teacher, accuracy
     more than a point under the teacher's, or other predictions after reloading.
     """
-    try:
-        from tautorch.demo import pipeline  # needs scikit-learn, which nothing else here does
-    except ImportError as error:
-        raise typer.BadParameter(str(error)) from error
+    from tautorch.demo import pipeline  # twice as long to import as all the rest
+
     console = _console()
-    report = pipeline.run(pipeline.Settings(out=out, seed=seed, timing=timing), console)
+    try:
+        report = pipeline.run(pipeline.Settings(out=out, seed=seed, timing=timing), console)
+    except ImportError as error:
+        console.print(str(error), style="bold red", markup=False)
+        raise typer.Exit(2) from error
     console.print()
     report.print(console)
     for what, name in {
@@ -52,7 +55,7 @@ def demo(
         "numbers": "report.json",
         "model": "compiled.safetensors",
     }.items():
-        console.print(f"{what:<8} {out / name}", soft_wrap=True)
+        console.print(f"{what:<8} {out / name}", soft_wrap=True, markup=False)
     if not report.kept_promises:
         console.print("[bold red]A promise was broken; see above.[/]")
         raise typer.Exit(1)
@@ -72,7 +75,7 @@ def kernels(
         table.add_column(column, no_wrap=column != "here")
     for row in rows:
         reason = row.supports(dispatch.Problem(row.op, row.device))
-        mark = "[green]yes[/]" if reason is None else f"[dim]no: {reason}[/]"
+        mark = Text("yes", style="green") if reason is None else Text(f"no: {reason}", style="dim")
         table.add_row(row.op, row.name, row.device, mark)
     _console().print(table)
 

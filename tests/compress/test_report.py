@@ -27,8 +27,8 @@ def make_report() -> Report:
         ],
         layers=[
             Layer(
-                "features.0", "Conv2d 1→32, 3×3", "Int8Conv2d", "torch", False, "kept: slower <at 1>", 288,
-                1152, 1152, {1: 1e-5, 64: 1e-4}, {1: 2e-5, 64: 9e-5}, 0.01,
+                "features.0", "Conv2d 1→32, 3×3", "Int8Conv2d", "torch", False, "kept: slower <at 1> [b]",
+                288, 1152, 1152, {1: 1e-5, 64: 1e-4}, {1: 2e-5, 64: 9e-5}, 0.01,
             ),
             Layer(
                 "head.1", "Linear 1152→256", "LowRankLinear", "avx512vnni", True, "replaced: 3x", 294_912,
@@ -153,7 +153,7 @@ def test_terminal_tells_everything() -> None:
     text = console.file.getvalue()  # type: ignore[attr-defined]
     for expected in (
         "99.63 % [98.7, 99.9]", "2,000,000", "8 MB", "20 ms", "60 µs", "head.1", "avx512vnni",
-        "kept: slower <at 1>", "Linear 1152→256 → LowRankLinear", "1.18 MB → 50 kB", "40.00",
+        "kept: slower <at 1> [b]", "Linear 1152→256 → LowRankLinear", "1.18 MB → 50 kB", "40.00",
         "missed", "not judged", "Float models in channels_last.",
     ):  # fmt: skip
         assert expected in text, f"{expected!r} is missing from:\n{text}"
@@ -173,7 +173,7 @@ def test_page_is_whole_and_needs_nothing_else(tmp_path: Path) -> None:
     assert "prefers-color-scheme: dark" in html
     for expected in (
         "Digits <teacher & student>",
-        "kept: slower <at 1>",
+        "kept: slower <at 1> [b]",
         "100×",
         "40×",
         "faster at batch 64",

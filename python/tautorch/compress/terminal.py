@@ -46,7 +46,12 @@ def tables(report: Report) -> RenderableType:
 
 
 def _table(title: str) -> Table:
-    return Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    return Table(title=Text(title, style="bold"), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+
+
+def _row(table: Table, *cells: str | Text, style: str | None = None) -> None:
+    """Add cells as they are: rich would take [brackets] in them for its markup."""
+    table.add_row(*(Text(cell) if isinstance(cell, str) else cell for cell in cells), style=style)
 
 
 def _stage_table(report: Report) -> Table:
@@ -61,7 +66,8 @@ def _stage_table(report: Report) -> Table:
     table.add_column("what was done", style="dim")
     for index, stage in enumerate(report.stages):
         last = index == len(report.stages) - 1
-        table.add_row(
+        _row(
+            table,
             stage.name,
             format_accuracy(stage.accuracy) if stage.accuracy else "–",
             f"{stage.parameters:,}",
@@ -84,7 +90,8 @@ def _layer_table(layers: Sequence[Layer]) -> Table:
         table.add_column(f"batch {batch}", justify="right", no_wrap=True)
     table.add_column("reason", style="dim")
     for layer in layers:
-        table.add_row(
+        _row(
+            table,
             layer.name,
             f"{layer.before} → {layer.after}" if layer.replaced else f"{layer.before}, kept",
             layer.kernel,
@@ -109,7 +116,8 @@ def _speedup_table(speedups: Sequence[Speedup]) -> Table:
     for column in ("batch", "times faster", "95 %"):
         table.add_column(column, justify="right")
     for item in speedups:
-        table.add_row(
+        _row(
+            table,
             item.model,
             item.peer,
             str(item.batch),
@@ -124,7 +132,8 @@ def _check_table(checks: Sequence[Check]) -> Table:
     for column in ("", "what", "expected", "got"):
         table.add_column(column)
     for check in checks:
-        table.add_row(
+        _row(
+            table,
             Text(format_verdict(check), style=_VERDICT_STYLE[format_verdict(check)]),
             check.name,
             check.expected,
