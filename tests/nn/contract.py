@@ -197,7 +197,7 @@ class ModuleContract:
         assert type(plain) is self.float_type or isinstance(plain, nn.Sequential)
         config = module.get_config()
         if config.get("activation", "none") == "none":
-            y, expected = module(x), plain(x)
+            y, expected = module(x).detach(), plain(x).detach()
             assert float((y - expected).norm()) <= 0.03 * float(expected.norm())
 
     def test_empty_batch(self, variant: str) -> None:
@@ -515,7 +515,7 @@ class ModuleContract:
     # ---- threads and processes ----
 
     def test_threads(self, variant: str) -> None:
-        x = self.x(variant, 16)
+        x = self.x(variant, 64)  # enough for the kernels to release the interpreter
         expected = self.module(variant)(x)
         for _ in range(5):
             module = self.module(variant)
@@ -542,8 +542,9 @@ class ModuleContract:
 
     def test_readers_do_not_disturb_runners(self) -> None:
         """Reading ``module.<weight>`` unpacks, while another thread runs the packed form."""
+        torch.set_num_threads(2)
         variant = next(iter(self.variants))
-        module, x = self.module(variant), self.x(variant, 16)
+        module, x = self.module(variant), self.x(variant, 64)
         expected = module(x)
         stop, wrong = threading.Event(), []
 
@@ -564,6 +565,7 @@ class ModuleContract:
         assert not wrong
 
     def test_forked_child_runs(self) -> None:
+        torch.set_num_threads(2)  # the pool that a child does not inherit
         module, x = (
             self.from_float(self.float_type(**self.roomy), **next(iter(self.variants.values()))[1]),
             None,
@@ -605,11 +607,11 @@ class ModuleContract:
 
     def test_a_spoiled_row_is_nan_and_alone(self, variant: str) -> None:
         module, x = self.module(variant), self.x(variant)
-        if not self.case(module, x).exact:
-            pytest.skip("float products follow IEEE")
         x.view(3, -1)[1, 5] = float("nan")
         y = module(x)
-        assert bool(torch.isnan(y[1]).all())
+        spoiled = torch.isnan(y[1])
+        # float products follow IEEE: NaN wherever the spoiled input is multiplied
+        assert bool(spoiled.all() if self.case(module, x).exact else spoiled.any())
         assert bool(torch.isfinite(y[[0, 2]]).all())
 
 
