@@ -188,6 +188,24 @@ class OperatorSuite:
                 assert torch.equal(y, expected), name
                 agree(case.with_x(x), kernel)
 
+    def test_edited_weights_are_packed_anew(self, kernel: str, mode: str) -> None:
+        """Packs of canonical weights are cached; the cache must notice every edit."""
+        with dispatch.force(self.op, kernel):
+            for variant in self.variants():
+                case = self.small(mode=mode, **variant)
+                agree(case, kernel)
+                for tensor in case.args[1:-1]:
+                    if isinstance(tensor, Tensor) and tensor.dtype in (torch.int8, torch.float32):
+                        tensor.neg_()
+                        agree(case, kernel)
+                with torch.inference_mode():
+                    made_here = replace(
+                        case, args=tuple(a.clone() if isinstance(a, Tensor) else a for a in case.args)
+                    )
+                    agree(made_here, kernel)
+                    made_here.args[1].zero_()
+                    agree(made_here, kernel)
+
     def test_inputs_are_left_alone(self, kernel: str, mode: str) -> None:
         case = self.small(mode=mode)
         tensors = [a for a in (*case.args, *case.kwargs.values()) if isinstance(a, Tensor)]
@@ -203,6 +221,35 @@ class OperatorSuite:
                     y = self.small(mode=mode, x=values, x_dtype=dtype, activation="relu")(public_of(self.op))
                     assert bool(torch.isnan(y[0]).all())
                     assert bool(torch.isfinite(y[1:]).all())
+
+    def test_a_spoiled_row_requantises_to_the_zero_point(self, kernel: str) -> None:
+        point = torch.tensor([-9], dtype=torch.int32)
+        with dispatch.force(self.op, kernel):
+            for mode in ("dynamic", "static"):
+                case = self.small(mode=mode, x="nan_row")
+                case = case.but(out_scale=torch.tensor([0.05]), out_zero_point=point)
+                agree(case, kernel)
+                q = case(public_of(self.op))
+                assert bool((q[0] == -9).all()) and not bool((q[1] == -9).all())
+
+    @pytest.mark.parametrize("largest", [3e9, 1e30, 3.4e38])
+    def test_huge_values(self, kernel: str, largest: float) -> None:
+        """Beyond int32, and beyond fp32 once scaled: clamped or infinite as the reference's."""
+        with dispatch.force(self.op, kernel):
+            for mode in ("dynamic", "static"):
+                case = self.small(mode=mode)
+                case = case.with_x(case.x.clamp(-1, 1) * largest)
+                for kwargs in ({}, {"out_scale": torch.tensor([1e-3])}, {"out_dtype": torch.float16}):
+                    actual, expected = (
+                        case.but(**kwargs)(public_of(self.op)),
+                        case.but(**kwargs)(reference_of(self.op)),
+                    )
+                    torch.testing.assert_close(actual, expected, rtol=1e-6, atol=0, equal_nan=True)
+                raw = case.raw()
+                assert torch.equal(raw(public_of(self.op)), raw(reference_of(self.op)))
+            for scale in (1e-30, 1e30):
+                raw = self.small(mode="static").raw().but(x_scale=torch.tensor([scale]))
+                assert torch.equal(raw(public_of(self.op)), raw(reference_of(self.op)))
 
     def test_float_products_follow_ieee(self, kernel: str) -> None:
         modes = [m for m in MODES[self.op] if m in ("weight_only", "float")]
