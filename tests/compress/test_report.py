@@ -185,6 +185,13 @@ def test_page_is_whole_and_needs_nothing_else(tmp_path: Path) -> None:
         assert environment in page.text
 
 
+def test_page_does_not_boast_of_a_noisy_ratio() -> None:
+    report = make_report()
+    report.speedups = [Speedup("compiled", "teacher", 64, 500.0, 2.61, 850.0)]
+    text = Page(render(report)).text
+    assert "> 2.61×" in text and "500×" not in text
+
+
 def test_page_without_timing_or_layers() -> None:
     report = make_report()
     report.stages = [replace(stage, latency_s={}) for stage in report.stages]

@@ -76,6 +76,14 @@ def test_slower_breaks_a_promise_beyond_the_noise(ratio: float, expected: bool) 
     assert "faster than the teacher at batch 64" in failed(report.checks)
 
 
+@pytest.mark.parametrize(("width", "missed"), [(0.1, []), (0.9, ["faster than the teacher at batch 1"])])
+def test_a_noisy_ratio_counts_by_its_lower_limit(width: float, missed: list[str]) -> None:
+    report = make_report()
+    report.speedups = [Speedup("compiled", "teacher", 1, 20.0, 20 * (1 - width), 20 * (1 + width))]
+    checks = verdicts.judge(report, IDENTICAL, timed=True)
+    assert failed(checks) == missed
+
+
 def test_a_slower_compact_model_is_no_promise() -> None:
     report = make_report()
     report.speedups = [

@@ -92,7 +92,8 @@ def _tiles(report: Report) -> str:
         times = (
             "" if before is None or after is None else f"{format_seconds(before)} → {format_seconds(after)}"
         )
-        tiles.append((f"{item.ratio:.3g}×", f"faster at batch {item.batch}", times))
+        ratio = f"> {item.low:.3g}×" if item.noisy else f"{item.ratio:.3g}×"
+        tiles.append((ratio, f"faster at batch {item.batch}", times))
     cells = (
         f'<div class="tile"><b>{escape(value)}</b><span>{escape(name)}</span>'
         f"<small>{escape(detail)}</small></div>"

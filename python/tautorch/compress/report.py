@@ -105,6 +105,11 @@ class Speedup:
     low: float
     high: float
 
+    @property
+    def noisy(self) -> bool:
+        """Whether the interval is too wide to quote the ratio: its ends are more than 1.5 times apart."""
+        return self.high > 1.5 * self.low
+
 
 @dataclass(frozen=True)
 class Check:

@@ -219,6 +219,11 @@ def time_all(
         peers, product, data.heldout_x, settings.batches, 5 * settings.seconds, advance
     )
     report.stages = [Stage(**{**vars(stage), "latency_s": latency[stage.name]}) for stage in report.stages]
+    if any(item.noisy for item in report.speedups):
+        report.notes.append(
+            "The machine was busy with something else: some intervals are wide, and their lower limits are "
+            "taken. Run it again on a quiet one."
+        )
     used = "; ".join(f"{name}: {form}" for name, form in formats.items())
     report.notes.append(
         "Every float model has its batch norms folded and runs in the memory format it is fastest in "

@@ -40,7 +40,8 @@ def judge(report: Report, reload: Reload, *, timed: bool) -> list[Check]:
         factor = FASTER.get((speedup.peer, speedup.batch), 0.0)
         if factor:
             name = f"faster than the {speedup.peer} at batch {speedup.batch}"
-            checks.append(_target(name, factor, speedup.ratio))
+            # A ratio that the noise could have made is no evidence; its lower limit is.
+            checks.append(_target(name, factor, speedup.low if speedup.noisy else speedup.ratio))
     return checks
 
 
