@@ -5,14 +5,18 @@ from __future__ import annotations
 from . import dispatch, distill, factorize, nn, ops, prune, quantize
 from ._version import __version__
 from .convert import convert
+from .convert_report import ConvertReport
 from .dispatch import kernels
 from .explain import explain, warmup
 from .fuse import fuse
-from .storage import load, save
+from .storage import CheckpointError, describe, load, save
 
 __all__ = [
+    "CheckpointError",
+    "ConvertReport",
     "__version__",
     "convert",
+    "describe",
     "dispatch",
     "distill",
     "explain",
