@@ -135,9 +135,9 @@ template <DType T> inline void store_from_f32(void *p, vf v) {
         store_f16(p, v);
 }
 
-// e^x to about 1 ulp for finite results; NaN stays NaN.
+// e^x to about 1 ulp for finite results, Inf beyond them, never under 2^-126; NaN stays NaN.
 inline vf exp(vf x) {
-    x = x > 88.72f ? splat(88.72f) : x;
+    x = x > 89.0f ? splat(89.0f) : x; // e^89 is past the largest float
     x = x < -87.33f ? splat(-87.33f) : x;
     const vf t = x * 1.44269504f + kMagic;
     const vi n = (vi)t - kMagicBits;
