@@ -5,6 +5,8 @@
 #include <mutex>
 #include <new>
 #include <pthread.h>
+#include <stdexcept>
+#include <string>
 
 namespace tautorch {
 namespace {
@@ -14,6 +16,22 @@ std::atomic<NumThreadsFn> pool_threads{nullptr};
 std::atomic<bool> forked_child{false};
 
 void mark_child() { forked_child.store(true, std::memory_order_relaxed); }
+
+// No exception may leave through the pool's C interface, which would turn it into a return code.
+struct Guarded {
+    RangeFn fn;
+    void *ctx;
+    std::atomic<bool> out_of_memory{false};
+};
+
+void guarded(int64_t begin, int64_t end, void *ctx) {
+    Guarded &g = *static_cast<Guarded *>(ctx);
+    try {
+        g.fn(begin, end, g.ctx);
+    } catch (const std::bad_alloc &) { // of scratch(); kernels throw nothing else
+        g.out_of_memory.store(true, std::memory_order_relaxed);
+    }
+}
 
 struct Buffers {
     void *data[static_cast<int>(Scratch::count)] = {};
@@ -52,7 +70,12 @@ void run_tasks(int64_t n, RangeFn fn, void *ctx) {
         fn(0, n, ctx);
         return;
     }
-    f(0, n, 1, fn, ctx);
+    Guarded g{fn, ctx};
+    const int32_t code = f(0, n, 1, guarded, &g);
+    if (g.out_of_memory.load(std::memory_order_relaxed))
+        throw std::bad_alloc();
+    if (code != 0)
+        throw std::runtime_error("the thread pool failed, code " + std::to_string(code));
 }
 
 } // namespace detail
@@ -60,12 +83,19 @@ void run_tasks(int64_t n, RangeFn fn, void *ctx) {
 void *scratch(Scratch slot, size_t bytes) {
     static thread_local Buffers buffers;
     const int i = static_cast<int>(slot);
-    if (buffers.size[i] < bytes) {
-        // Grow by half at least, so that slowly growing batches do not reallocate at every call.
-        size_t want = bytes + bytes / 2;
-        want = (want + 63) / 64 * 64;
-        void *fresh = std::aligned_alloc(64, want);
-        if (!fresh)
+#if defined(__SANITIZE_ADDRESS__)
+    // A new buffer of the very size at each call: a step past its end, or a use of a slot that was asked for
+    // again since, is then an error.
+    constexpr bool fits = false;
+    const size_t want = bytes;
+#else
+    const bool fits = buffers.size[i] >= bytes;
+    // Half as much again, so that slowly growing batches do not reallocate at every call.
+    const size_t want = bytes + bytes / 2;
+#endif
+    if (!fits) {
+        void *fresh = nullptr;
+        if (posix_memalign(&fresh, 64, want) != 0)
             throw std::bad_alloc();
         std::free(buffers.data[i]);
         buffers.data[i] = fresh;

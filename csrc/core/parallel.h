@@ -22,7 +22,8 @@ namespace detail {
 void run_tasks(int64_t n, RangeFn fn, void *ctx);
 }
 
-// Calls f(i) for i in [0, n), each i once, spread over the pool. f must not throw.
+// Calls f(i) for i in [0, n), each i once, spread over the pool. f throws nothing but std::bad_alloc, which
+// is thrown again here; then some i have not run.
 template <class F> void parallel_tasks(int64_t n, const F &f) {
     if (n == 1) {
         f(int64_t{0});
