@@ -30,12 +30,12 @@ struct Job {
         Output o;
         o.epilogue = first;
         o.row_stride = inner_width();
-        o.data = inner_rows - m0 * o.row_stride; // gemm_block adds m0 again
+        o.data = inner_rows;
         float scales[kBlockRows];
         const float *scale = x.row_scales(m0, rows, scales) ? scales : nullptr;
         for (int64_t g = 0; g < hd().groups; ++g) {
             x.fill(g, m0, rows, pointers, kBlockRows);
-            gemm_block(isa, down, g, pointers, kBlockRows, rows, p0, p1, o, m0, scale);
+            gemm_block(isa, down, g, pointers, kBlockRows, rows, p0, p1, o, 0, scale); // the tile's own row 0
         }
     }
 
