@@ -13,14 +13,12 @@ void run(Args &a) {
 
 void bind_int8_linear(py::module_ &m) {
     m.def("int8_linear_plan", [](int64_t packed, int64_t bytes, int64_t k, const py::dict &tail) {
-        const PackHeader &h = checked_header("int8_linear", at<const uint8_t>(packed), bytes);
+        const PackHeader &h = checked_pack("int8_linear", at<const uint8_t>(packed), bytes);
         if (h.k != k || h.taps != 1 || h.groups != 1 || h.kind > PackKind::dense_w8)
             throw py::value_error("int8_linear: packed weights are of another shape or kind");
         Plan<LinearArgs> p;
-        fill_linear(p.args, h, at<const uint8_t>(packed), h.n, tail);
-        p.macs = macs_of(h);
-        p.kernel = find_isa(h.isa)->name;
-        return as_plan(p);
+        fill_linear("int8_linear", p.args, h, at<const uint8_t>(packed), h.n, tail);
+        return finish_plan("int8_linear", p, h, macs_of(h));
     });
     TAUTORCH_FASTCALL(m, "int8_linear_run", run);
 }

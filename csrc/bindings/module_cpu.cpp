@@ -5,6 +5,8 @@
 
 #include <array>
 #include <atomic>
+#include <cmath>
+#include <cstdio>
 
 namespace tautorch::bindings {
 namespace {
@@ -14,6 +16,34 @@ constexpr std::array<const char *, 6> kOps = {"int8_linear", "sparse_linear", "l
 std::array<std::atomic<const char *>, kOps.size()> last_used_kernel;
 
 int64_t integer(const py::dict &d, const char *key) { return d[key].cast<int64_t>(); }
+
+[[noreturn]] void fail(const char *op, const char *name, const std::string &must, const std::string &got) {
+    throw py::value_error(std::string(op) + ": " + name + " must " + must + ", got " + got);
+}
+
+// An enumerator from 0 to `last`.
+template <class E> E code_of(const char *op, const py::dict &d, const char *key, E last) {
+    const int64_t code = integer(d, key);
+    if (code < 0 || code > static_cast<int64_t>(last))
+        fail(op, key, "be a known code", std::to_string(code));
+    return static_cast<E>(code);
+}
+
+// Zero, subnormal and infinite scales have no inverse to quantise with.
+void check_scale(const char *op, const char *name, float scale) {
+    if (scale > 0 && std::isfinite(scale) && std::isfinite(1.0f / scale))
+        return;
+    char text[32];
+    std::snprintf(text, sizeof text, "%g", static_cast<double>(scale));
+    fail(op, name, "be positive and finite, with a finite inverse", text);
+}
+
+int32_t zero_point(const char *op, const py::dict &d, const char *key) {
+    const int32_t *z = at<const int32_t>(integer(d, key));
+    if (z && (*z < -128 || *z > 127))
+        fail(op, key, "be in [-128, 127]", std::to_string(*z));
+    return z ? *z : 0;
+}
 
 // unchanged([(dict, key, value), ...]): whether each dict still holds that very object under the key. Modules
 // ask this at every call; in Python the loop costs 0.2 us more.
@@ -59,6 +89,8 @@ const PackHeader &checked_header(const char *op, const uint8_t *packed, int64_t 
     };
     if (!packed || bytes < static_cast<int64_t>(sizeof(PackHeader)))
         return fail("are shorter than their header");
+    if (reinterpret_cast<uintptr_t>(packed) % alignof(PackHeader) != 0)
+        return fail("must start at a multiple of 8 bytes; clone them");
     const PackHeader &h = header_of(packed);
     if (h.magic != kPackMagic || h.version != kPackVersion)
         return fail("have no header of this version; pack the weights again");
@@ -71,33 +103,51 @@ const PackHeader &checked_header(const char *op, const uint8_t *packed, int64_t 
     if (!isa_supported(*isa))
         return fail(std::string("were made for ") + isa->name +
                     ", which this CPU lacks; pack the weights again");
+    if (!header_consistent(*isa, h))
+        return fail("have a header that contradicts itself; pack the weights again");
     return h;
 }
 
-Epilogue epilogue_of(const py::dict &d) {
+const PackHeader &checked_pack(const char *op, const uint8_t *packed, int64_t bytes) {
+    const PackHeader &h = checked_header(op, packed, bytes);
+    if (!entries_consistent(packed))
+        throw py::value_error(std::string(op) +
+                              ": packed weights list inputs they do not have; pack the weights again");
+    return h;
+}
+
+Epilogue epilogue_of(const char *op, const py::dict &d, int64_t outputs) {
+    constexpr const char *kVectors[][2] = {{"weight_scale", "weight_scales"}, {"bias", "biases"}};
+    for (const auto &[address, count] : kVectors)
+        if (integer(d, address) != 0 && integer(d, count) != outputs)
+            fail(op, address, "have " + std::to_string(outputs) + " values, one for each packed output",
+                 std::to_string(integer(d, count)));
     Epilogue e;
     e.w_scale = at<const float>(integer(d, "weight_scale"));
     e.bias = at<const float>(integer(d, "bias"));
-    e.activation = static_cast<Activation>(integer(d, "activation"));
-    if (const float *s = at<const float>(integer(d, "out_scale")))
+    e.activation = code_of<Activation>(op, d, "activation", Activation::silu);
+    if (const float *s = at<const float>(integer(d, "out_scale"))) {
+        check_scale(op, "out_scale", *s);
         e.out_inv_scale = 1.0f / *s;
-    if (const int32_t *z = at<const int32_t>(integer(d, "out_zero_point")))
-        e.out_zero_point = *z;
+    }
+    e.out_zero_point = zero_point(op, d, "out_zero_point");
     return e;
 }
 
-ActQuant quant_of(const py::dict &d) {
+ActQuant quant_of(const char *op, const py::dict &d) {
     ActQuant q;
-    q.mode = static_cast<ActQuant::Mode>(integer(d, "mode"));
+    q.mode = code_of<ActQuant::Mode>(op, d, "mode", ActQuant::none);
     const float *scale = at<const float>(integer(d, "x_scale"));
+    if (!scale && (q.mode == ActQuant::given || q.mode == ActQuant::fixed))
+        fail(op, "x_scale", "be given", "none");
     if (q.mode == ActQuant::given) {
         q.given_scale = scale;
         q.given_scales = integer(d, "x_scales");
     } else if (q.mode == ActQuant::fixed) {
+        check_scale(op, "x_scale", *scale);
         q.scale = *scale;
     }
-    if (const int32_t *z = at<const int32_t>(integer(d, "x_zero_point")))
-        q.zero_point = *z;
+    q.zero_point = zero_point(op, d, "x_zero_point");
     return q;
 }
 
@@ -130,6 +180,8 @@ PYBIND11_MODULE(_C, m) {
         const Isa *isa = find_isa(kernel.c_str());
         if (!isa || !isa_supported(*isa))
             throw pybind11::value_error("peak_i8: this CPU cannot run kernel '" + kernel + "'");
+        if (rounds < 1)
+            throw pybind11::value_error("peak_i8: rounds must be at least 1, got " + std::to_string(rounds));
         return isa->peak_i8(rounds);
     });
     m.def("last_used", [](const std::string &op) -> pybind11::object {

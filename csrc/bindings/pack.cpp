@@ -13,36 +13,63 @@ const Isa &isa_of(const std::string &kernel) {
     return *isa;
 }
 
+PackHeader checked_dense(const std::string &kernel, int kind, int64_t groups, int64_t n, int64_t k,
+                         int64_t taps) {
+    const auto pack_kind = static_cast<PackKind>(kind);
+    const bool depthwise = pack_kind == PackKind::depthwise_i8;
+    if ((!depthwise && (kind < 0 || pack_kind > PackKind::dense_w8)) || (depthwise && (n != 1 || k != 1)))
+        throw py::value_error("dense_pack: no dense kind of these sizes");
+    if (!sizes_fit(groups, n, k, taps))
+        throw py::value_error("dense_pack: sizes are out of range");
+    return dense_header(isa_of(kernel), pack_kind, groups, n, k, taps);
+}
+
+PackHeader checked_sparse(const std::string &kernel, int kind, int gs, int64_t groups, int64_t n, int64_t k,
+                          int64_t taps, const SparseEntries &e) {
+    const auto pack_kind = static_cast<PackKind>(kind);
+    if (pack_kind != PackKind::sparse_i8 && pack_kind != PackKind::sparse_f32)
+        throw py::value_error("sparse_pack: no sparse kind");
+    if ((gs != 1 && gs != 4) || !sizes_fit(groups, n, k, taps) || taps * k > kMaxSparseInputs)
+        throw py::value_error("sparse_pack: sizes are out of range");
+    if (!starts_ascend(gs, groups, n, e))
+        throw py::value_error("sparse_pack: start must ascend from 0, one for each group of outputs");
+    return sparse_header(isa_of(kernel), pack_kind, gs, groups, n, k, taps, e);
+}
+
 } // namespace
 
 void bind_pack(py::module_ &m) {
     m.def("dense_pack_bytes",
           [](const std::string &kernel, int kind, int64_t groups, int64_t n, int64_t k, int64_t taps) {
-              return dense_header(isa_of(kernel), static_cast<PackKind>(kind), groups, n, k, taps).total;
+              return checked_dense(kernel, kind, groups, n, k, taps).total;
           });
     m.def("dense_pack", [](const std::string &kernel, int kind, int64_t groups, int64_t n, int64_t k,
                            int64_t taps, int64_t w, int64_t sn, int64_t sk, int64_t st, int64_t out) {
-        const PackHeader h = dense_header(isa_of(kernel), static_cast<PackKind>(kind), groups, n, k, taps);
+        const PackHeader h = checked_dense(kernel, kind, groups, n, k, taps);
         py::gil_scoped_release release;
         dense_pack(h, at<const void>(w), {sn, sk, st}, at<uint8_t>(out));
     });
     m.def("dense_unpack", [](int64_t packed, int64_t bytes, int64_t w, int64_t sn, int64_t sk, int64_t st) {
-        checked_header("unpack", at<const uint8_t>(packed), bytes);
+        const PackHeader &h = checked_header("unpack", at<const uint8_t>(packed), bytes);
+        if (h.kind == PackKind::sparse_i8 || h.kind == PackKind::sparse_f32)
+            throw py::value_error("unpack: packed weights are sparse");
+        // Where the strides say what shape the caller expects, it must be the pack's.
+        if (st == 0 ? h.groups * h.taps != 1 : h.taps * st != sk || h.k * sk != sn)
+            throw py::value_error("unpack: packed weights are of another shape");
         py::gil_scoped_release release;
         dense_unpack(at<const uint8_t>(packed), at<void>(w), {sn, sk, st});
     });
     m.def("sparse_pack_bytes", [](const std::string &kernel, int kind, int gs, int64_t groups, int64_t n,
                                   int64_t k, int64_t taps, int64_t sparse_groups, int64_t start) {
         const SparseEntries e{sparse_groups, at<const uint32_t>(start), nullptr, nullptr};
-        return sparse_header(isa_of(kernel), static_cast<PackKind>(kind), gs, groups, n, k, taps, e).total;
+        return checked_sparse(kernel, kind, gs, groups, n, k, taps, e).total;
     });
     m.def("sparse_pack",
           [](const std::string &kernel, int kind, int gs, int64_t groups, int64_t n, int64_t k, int64_t taps,
              int64_t sparse_groups, int64_t start, int64_t index, int64_t values, int64_t out) {
               const SparseEntries e{sparse_groups, at<const uint32_t>(start), at<const uint16_t>(index),
                                     at<const void>(values)};
-              const PackHeader h =
-                  sparse_header(isa_of(kernel), static_cast<PackKind>(kind), gs, groups, n, k, taps, e);
+              const PackHeader h = checked_sparse(kernel, kind, gs, groups, n, k, taps, e);
               py::gil_scoped_release release;
               sparse_pack(h, e, at<uint8_t>(out));
           });

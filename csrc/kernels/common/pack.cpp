@@ -47,7 +47,73 @@ template <class F> void each_weight(const PackHeader &h, const F &f) {
         }
 }
 
+// Header of a sparse pack with this many quads or entries.
+PackHeader sparse_layout(const Isa &isa, PackKind kind, int gs, int64_t groups, int64_t n, int64_t k,
+                         int64_t taps, int64_t entries) {
+    PackHeader h = base_header(isa, kind, groups, n, k, taps);
+    h.gs = gs;
+    h.entries = entries;
+    h.start_off = after_colsum(h);
+    h.index_off = round_up(h.start_off + 4 * (groups * div_up(n, gs) + 1), 64);
+    h.data_off = round_up(h.index_off + 2 * entries * (kind == PackKind::sparse_i8 ? 4 : 1), 64);
+    h.total = round_up(h.data_off + entries * gs * 4, 64);
+    return h;
+}
+
 } // namespace
+
+bool sizes_fit(int64_t groups, int64_t n, int64_t k, int64_t taps) {
+    if (groups < 1 || n < 0 || k < 0 || taps < 1)
+        return false;
+    // In floating point, where nothing overflows; panels and groups of inputs round n and k up by less than
+    // 64 and 4, an element has at most 4 bytes.
+    const double outputs = static_cast<double>(groups) * (static_cast<double>(n) + 64);
+    return 4 * outputs * (static_cast<double>(k) + 4) * static_cast<double>(taps) < 0x1p60;
+}
+
+bool header_consistent(const Isa &isa, const PackHeader &h) {
+    if (!sizes_fit(h.groups, h.n, h.k, h.taps))
+        return false;
+    PackHeader made;
+    switch (h.kind) {
+    case PackKind::sparse_i8:
+    case PackKind::sparse_f32:
+        if ((h.gs != 1 && h.gs != 4) || h.taps * h.k > kMaxSparseInputs || h.entries < 0 ||
+            h.entries > int64_t{1} << 32)
+            return false;
+        made = sparse_layout(isa, h.kind, h.gs, h.groups, h.n, h.k, h.taps, h.entries);
+        break;
+    case PackKind::depthwise_i8:
+        if (h.n != 1 || h.k != 1)
+            return false;
+        [[fallthrough]];
+    case PackKind::dense_i8:
+    case PackKind::dense_f32:
+    case PackKind::dense_w8:
+        made = dense_header(isa, h.kind, h.groups, h.n, h.k, h.taps);
+        break;
+    default:
+        return false;
+    }
+    return std::memcmp(&made, &h, sizeof h) == 0;
+}
+
+bool entries_consistent(const uint8_t *packed) {
+    const PackHeader &h = header_of(packed);
+    if (h.kind != PackKind::sparse_i8 && h.kind != PackKind::sparse_f32)
+        return true;
+    const uint32_t *start = reinterpret_cast<const uint32_t *>(packed + h.start_off);
+    const int64_t sparse_groups = h.groups * div_up(h.n, h.gs), inputs = h.taps * h.k;
+    if (!starts_ascend(h.gs, h.groups, h.n, {sparse_groups, start, nullptr, nullptr}) ||
+        start[sparse_groups] != h.entries)
+        return false;
+    const uint16_t *index = reinterpret_cast<const uint16_t *>(packed + h.index_off);
+    const int64_t n = h.entries * (h.kind == PackKind::sparse_i8 ? 4 : 1);
+    uint16_t largest = 0; // no early exit: this way the loop is a vector one
+    for (int64_t i = 0; i < n; ++i)
+        largest = index[i] > largest ? index[i] : largest;
+    return n == 0 || largest < inputs;
+}
 
 PackHeader dense_header(const Isa &isa, PackKind kind, int64_t groups, int64_t n, int64_t k, int64_t taps) {
     PackHeader h = base_header(isa, kind, groups, n, k, taps);
@@ -121,18 +187,21 @@ void dense_unpack(const uint8_t *packed, void *w, WeightStrides s) {
 
 PackHeader sparse_header(const Isa &isa, PackKind kind, int gs, int64_t groups, int64_t n, int64_t k,
                          int64_t taps, const SparseEntries &e) {
-    PackHeader h = base_header(isa, kind, groups, n, k, taps);
-    h.gs = gs;
-    const bool i8 = kind == PackKind::sparse_i8;
+    int64_t entries = 0;
     for (int64_t s = 0; s < e.sparse_groups; ++s) {
         const int64_t c = e.start[s + 1] - e.start[s];
-        h.entries += i8 ? div_up(c, 4) : c;
+        entries += kind == PackKind::sparse_i8 ? div_up(c, 4) : c;
     }
-    h.start_off = after_colsum(h);
-    h.index_off = round_up(h.start_off + 4 * (e.sparse_groups + 1), 64);
-    h.data_off = round_up(h.index_off + 2 * h.entries * (i8 ? 4 : 1), 64);
-    h.total = round_up(h.data_off + h.entries * gs * 4, 64);
-    return h;
+    return sparse_layout(isa, kind, gs, groups, n, k, taps, entries);
+}
+
+bool starts_ascend(int gs, int64_t groups, int64_t n, const SparseEntries &e) {
+    if (e.sparse_groups != groups * div_up(n, gs) || e.start[0] != 0)
+        return false;
+    for (int64_t s = 0; s < e.sparse_groups; ++s)
+        if (e.start[s + 1] < e.start[s])
+            return false;
+    return true;
 }
 
 void sparse_pack(const PackHeader &h, const SparseEntries &e, uint8_t *out) {

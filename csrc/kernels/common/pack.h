@@ -31,12 +31,24 @@ struct PackHeader {
     int64_t data_off;
     int64_t total; // bytes
 };
+static_assert(sizeof(PackHeader) == 8 * 4 + 10 * 8, "no padding: headers are compared as bytes");
 constexpr uint32_t kPackMagic = 0x4b505454; // "TTPK"
 constexpr int32_t kPackVersion = 1;
 
 inline const PackHeader &header_of(const uint8_t *packed) {
     return *reinterpret_cast<const PackHeader *>(packed);
 }
+
+constexpr int64_t kMaxSparseInputs = 65536; // taps * k of a sparse pack, whose indices have 16 bits
+
+// Whether these sizes are ones that offsets into a pack can be computed from without overflow.
+bool sizes_fit(int64_t groups, int64_t n, int64_t k, int64_t taps);
+// Whether a header with the right magic number is one that this build makes: its offsets and total follow
+// from its sizes. `isa` is the one it names.
+bool header_consistent(const Isa &isa, const PackHeader &h);
+// Whether the lists of a sparse pack with a consistent header stay within the pack and the inputs; true for
+// every other kind.
+bool entries_consistent(const uint8_t *packed);
 
 // Weight element (g, n, k, tap) of the canonical tensor is at (g * n_per_group + n) * sn + k * sk + tap * st.
 struct WeightStrides {
@@ -73,6 +85,8 @@ struct SparseEntries {
     const uint16_t *index; // [entries]
     const void *values;    // int8 or float [entries][gs]
 };
+// Whether the starts ascend from 0 and there is one for each sparse group.
+bool starts_ascend(int gs, int64_t groups, int64_t n, const SparseEntries &e);
 PackHeader sparse_header(const Isa &isa, PackKind kind, int gs, int64_t groups, int64_t n, int64_t k,
                          int64_t taps, const SparseEntries &e);
 void sparse_pack(const PackHeader &h, const SparseEntries &e, uint8_t *out);

@@ -178,7 +178,9 @@ def tail(
 
     d = {
         "weight_scale": address(weight_scale, torch.float32),
+        "weight_scales": 0 if weight_scale is None else weight_scale.numel(),
         "bias": address(bias, torch.float32),
+        "biases": 0 if bias is None else bias.numel(),
         "activation": ACTIVATION_CODE[activation],
         "mode": mode,
         "x_scale": address(x_scale, torch.float32),
