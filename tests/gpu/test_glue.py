@@ -68,6 +68,7 @@ class Extension:
         return pickle.dumps(arguments)
 
     def int8_linear_workspace(self, x: int, code: int, m: int, k: int, stride_m: int, stride_k: int) -> int:
+        assert code != 3 or (stride_k == 1 and stride_m >= k), "int8 rows are copied by pitch"
         if code == 3 and stride_k == 1 and stride_m % 16 == 0 and x % 16 == 0:
             return 0
         return up(m * up(k, 16), 128) + up(4 * m, 128)

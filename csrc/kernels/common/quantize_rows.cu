@@ -5,8 +5,8 @@
 // and NaN and Inf come out on top, so one integer maximum finds both the amax and the rows to poison.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
-#include <cuda_runtime.h>
 
+#include "kernels/common/cuda_launch.cuh"
 #include "kernels/common/quantize_rows_cuda.h"
 
 namespace tautorch::cuda {
@@ -121,14 +121,13 @@ __global__ void __launch_bounds__(kThreads) quantize_rows_kernel(const QuantizeR
     }
 }
 
-template <class T, int kRowThreads, bool kVector> int launch(const QuantizeRows &a, cudaStream_t stream) {
+template <class T, int kRowThreads, bool kVector> int launch(const QuantizeRows &a, void *stream) {
     constexpr int kRowsPerBlock = kThreads / kRowThreads;
     const auto blocks = static_cast<unsigned>((a.m + kRowsPerBlock - 1) / kRowsPerBlock);
-    quantize_rows_kernel<T, kRowThreads, kVector><<<blocks, kThreads, 0, stream>>>(a);
-    return static_cast<int>(cudaGetLastError());
+    return launch_kernel(&quantize_rows_kernel<T, kRowThreads, kVector>, blocks, kThreads, stream, a);
 }
 
-template <class T> int launch(const QuantizeRows &a, cudaStream_t stream) {
+template <class T> int launch(const QuantizeRows &a, void *stream) {
     const bool vector = a.stride_k == 1 && is_aligned(a.x, 16) && a.stride_m * int64_t{sizeof(T)} % 16 == 0;
     // A warp has 32 lanes of 16 bytes in flight; four rounds of that still beat a block-wide reduction.
     const bool narrow = a.k * int64_t{sizeof(T)} <= 4 * 32 * 16;
@@ -147,14 +146,13 @@ int quantize_rows(const QuantizeRows &a, void *stream) {
         return kOk;
     if (!is_aligned(a.q, 16))
         return kBadArgument;
-    const auto s = static_cast<cudaStream_t>(stream);
     switch (a.dtype) {
     case DType::f32:
-        return launch<float>(a, s);
+        return launch<float>(a, stream);
     case DType::bf16:
-        return launch<__nv_bfloat16>(a, s);
+        return launch<__nv_bfloat16>(a, stream);
     case DType::f16:
-        return launch<__half>(a, s);
+        return launch<__half>(a, stream);
     default:
         return kBadArgument;
     }

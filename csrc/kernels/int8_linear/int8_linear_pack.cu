@@ -1,6 +1,5 @@
 // Packing of weights whose rows do not start on 16 bytes, and the sum of each row.
-#include <cuda_runtime.h>
-
+#include "kernels/common/cuda_launch.cuh"
 #include "kernels/int8_linear/int8_linear_cuda.h"
 
 namespace tautorch::cuda {
@@ -40,12 +39,6 @@ bool good(int64_t stride_n, int64_t n, int64_t k) {
     return n >= 1 && n < (int64_t{1} << 31) && k >= 0 && k <= kMaxK && stride_n >= 0;
 }
 
-int launch(const int8_t *weight, int64_t stride_n, int64_t n, int64_t k, int8_t *to, int64_t ldw,
-           int32_t *sums, cudaStream_t stream) {
-    pack_kernel<<<static_cast<unsigned>(n), kThreads, 0, stream>>>(weight, stride_n, k, to, ldw, sums);
-    return static_cast<int>(cudaGetLastError());
-}
-
 } // namespace
 
 int int8_linear_pack(const int8_t *weight, int64_t stride_n, int64_t n, int64_t k, uint8_t *packed,
@@ -53,19 +46,20 @@ int int8_linear_pack(const int8_t *weight, int64_t stride_n, int64_t n, int64_t 
     if (!good(stride_n, n, k) || !is_aligned(packed, kLine))
         return kBadArgument;
     const PackHeader h = pack_header(n, k);
-    const auto s = static_cast<cudaStream_t>(stream);
-    header_kernel<<<1, 1, 0, s>>>(h, reinterpret_cast<PackHeader *>(packed));
-    if (const cudaError_t e = cudaGetLastError(); e != cudaSuccess)
-        return static_cast<int>(e);
-    return launch(weight, stride_n, n, k, reinterpret_cast<int8_t *>(packed + h.weight_off), h.ldw,
-                  reinterpret_cast<int32_t *>(packed + h.sums_off), s);
+    const int status = launch_kernel(&header_kernel, 1, 1, stream, h, reinterpret_cast<PackHeader *>(packed));
+    if (status != kOk)
+        return status;
+    return launch_kernel(&pack_kernel, static_cast<unsigned>(n), kThreads, stream, weight, stride_n, k,
+                         reinterpret_cast<int8_t *>(packed + h.weight_off), h.ldw,
+                         reinterpret_cast<int32_t *>(packed + h.sums_off));
 }
 
 int int8_linear_sums(const int8_t *weight, int64_t stride_n, int64_t n, int64_t k, int32_t *sums,
                      void *stream) {
     if (!good(stride_n, n, k) || !is_aligned(sums, 4))
         return kBadArgument;
-    return launch(weight, stride_n, n, k, nullptr, k, sums, static_cast<cudaStream_t>(stream));
+    return launch_kernel(&pack_kernel, static_cast<unsigned>(n), kThreads, stream, weight, stride_n, k,
+                         static_cast<int8_t *>(nullptr), k, sums);
 }
 
 } // namespace tautorch::cuda

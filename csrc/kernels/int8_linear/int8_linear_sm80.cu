@@ -145,6 +145,8 @@ template <class Out, class Tile, class Warp, int kStages> struct Gemm {
         cutlass::gemm::threadblock::GemmIdentityThreadblockSwizzle<8>, kStages,
         cutlass::arch::OpMultiplyAddSaturate, 1>::GemmKernel;
     using Device = cutlass::gemm::device::GemmUniversalAdapter<Kernel>;
+    static_assert(sizeof(typename Kernel::SharedStorage) <= 99 * 1024,
+                  "compute capability 8.6 and 8.9 have no more");
 };
 
 template <class G, class Out> int launch(const Int8Linear &a, cudaStream_t stream) {

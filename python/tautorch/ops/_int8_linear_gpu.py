@@ -118,8 +118,8 @@ def _extension(
     stream = torch.cuda.current_stream(index).cuda_stream
     weight_at, ldw, sums_at, held = _operand(weight, x_zero_point is not None, index, stream)
     rows = x.reshape(m, k)
-    if x.dtype == torch.int8 and k > 1 and rows.stride(1) != 1:
-        rows = rows.contiguous()
+    if x.dtype == torch.int8 and ((k > 1 and rows.stride(1) != 1) or (m > 1 and rows.stride(0) < k)):
+        rows = rows.contiguous()  # the extension copies rows that are apart, not columns or overlapping rows
     # stride_m, stride_k; a dimension of one element has any stride
     strides = (rows.stride(0) if m > 1 else lib.round_up(k, 16), rows.stride(1) if k > 1 else 1)
     # Rows of the output start on 16 bytes; where n does not give that, the kernel writes wider ones.

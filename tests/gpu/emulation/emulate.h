@@ -1,0 +1,109 @@
+// Runs a CUDA kernel's source on the CPU: a block is as many threads as the kernel asks for, blocks follow
+// one another. Every intrinsic has its documented meaning. Compile with -ffp-contract=off.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <algorithm>
+#include <barrier>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <thread>
+#include <vector>
+
+#undef __shared__
+#define __shared__ static // one block at a time
+#undef __launch_bounds__
+#define __launch_bounds__(...)
+#undef __forceinline__
+#define __forceinline__ inline
+
+using std::max;
+using std::min;
+
+namespace emulated {
+
+struct Index {
+    unsigned x;
+};
+
+struct Warp {
+    std::barrier<> together{32};
+    int64_t values[32];
+};
+
+struct Block {
+    explicit Block(unsigned threads) : together(threads), warps(threads < 32 ? 1 : threads / 32) {}
+    std::barrier<> together;
+    std::vector<Warp> warps;
+};
+
+inline thread_local Block *block;
+
+} // namespace emulated
+
+inline thread_local emulated::Index threadIdx, blockIdx;
+
+inline void __syncthreads() { emulated::block->together.arrive_and_wait(); }
+
+template <class T, class F> T emulated_reduce(T v, F combine) {
+    emulated::Warp &warp = emulated::block->warps[threadIdx.x / 32];
+    warp.values[threadIdx.x % 32] = v;
+    warp.together.arrive_and_wait();
+    T all = static_cast<T>(warp.values[0]);
+    for (int i = 1; i < 32; ++i)
+        all = combine(all, static_cast<T>(warp.values[i]));
+    warp.together.arrive_and_wait();
+    return all;
+}
+inline uint32_t __reduce_max_sync(unsigned, uint32_t v) {
+    return emulated_reduce(v, [](uint32_t a, uint32_t b) { return std::max(a, b); });
+}
+inline int32_t __reduce_add_sync(unsigned, int32_t v) {
+    return emulated_reduce(v, [](int32_t a, int32_t b) { return a + b; });
+}
+
+inline float __fmul_rn(float a, float b) { return a * b; }
+inline float __fadd_rn(float a, float b) { return a + b; }
+inline float __fdiv_rn(float a, float b) { return a / b; }
+inline float __fdividef(float a, float b) { return a / b; }
+inline float __int2float_rn(int v) { return static_cast<float>(v); }
+inline int __float2int_rn(float v) { return v != v ? 0 : static_cast<int>(std::nearbyintf(v)); }
+inline uint32_t __float_as_uint(float v) {
+    uint32_t u;
+    std::memcpy(&u, &v, 4);
+    return u;
+}
+inline int __float_as_int(float v) { return static_cast<int>(__float_as_uint(v)); }
+inline float __uint_as_float(uint32_t u) {
+    float v;
+    std::memcpy(&v, &u, 4);
+    return v;
+}
+
+namespace tautorch::cuda {
+
+template <class... Parameters, class... Arguments>
+int launch_kernel(void (*kernel)(Parameters...), unsigned blocks, unsigned threads, void *,
+                  const Arguments &...arguments) {
+    for (unsigned b = 0; b < blocks; ++b) {
+        // A thread that leaves early drops out of the block's barrier, as on the device.
+        emulated::Block block(threads);
+        std::vector<std::thread> pool;
+        for (unsigned t = 0; t < threads; ++t) {
+            pool.emplace_back([&, t] {
+                emulated::block = &block;
+                threadIdx.x = t;
+                blockIdx.x = b;
+                kernel(arguments...);
+                block.together.arrive_and_drop();
+            });
+        }
+        for (std::thread &t : pool)
+            t.join();
+    }
+    return 0;
+}
+
+} // namespace tautorch::cuda
