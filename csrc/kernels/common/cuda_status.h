@@ -1,7 +1,7 @@
 // What every CUDA launcher returns, and what their hosts share. No CUDA header is needed to read this.
 #pragma once
 
-#include "kernels/common/types.h"
+#include "kernels/common/dtype.h"
 
 namespace tautorch::cuda {
 
