@@ -260,3 +260,19 @@ def test_impossible_sizes_are_refused(sizes: tuple[int, int, int, int]) -> None:
             _C.sparse_pack_bytes("scalar", lib.SPARSE_I8, gs, 1, n, k, 1, 2, start.data_ptr())
     with pytest.raises(ValueError, match="rounds must be at least 1"):
         _C.peak_i8("scalar", 0)
+
+
+@pytest.mark.parametrize("name", ["weight_scale", "bias", "x_scale", "x_zero_point", "out_scale"])
+def test_tensors_elsewhere_are_refused(name: str) -> None:
+    """A kernel reads them at their addresses, which mean nothing here."""
+    tensors = {
+        "weight_scale": torch.ones(N),
+        "bias": torch.ones(N),
+        "x_scale": torch.ones(1),
+        "x_zero_point": torch.zeros(1, dtype=torch.int32),
+        "out_scale": torch.ones(1),
+    }
+    tensors[name] = tensors[name].to("meta")
+    scale, bias = tensors.pop("weight_scale"), tensors.pop("bias")
+    with pytest.raises(ValueError, match=f"int8_linear: {name} must be on cpu like x, got meta"):
+        ops.int8_linear(torch.ones(2, K), int8_values((N, K), low=-127), scale, bias, **tensors)

@@ -109,10 +109,19 @@ def check_tail(
             continue
         if t.shape != (n,):
             raise ValueError(f"{op}: {name} must be [{n}] as the weight has {n} outputs, got {list(t.shape)}")
-        if t.device != x.device:
-            raise ValueError(f"{op}: {name} must be on {x.device} like x, got {t.device}; move it there")
         if not t.dtype.is_floating_point:
             raise TypeError(f"{op}: {name} must be floating, got {t.dtype}")
+    # Kernels read all of these at their addresses.
+    for name, t in (
+        ("weight_scale", weight_scale),
+        ("bias", bias),
+        ("x_scale", x_scale),
+        ("x_zero_point", x_zero_point),
+        ("out_scale", out_scale),
+        ("out_zero_point", out_zero_point),
+    ):
+        if t is not None and t.device != x.device:
+            raise ValueError(f"{op}: {name} must be on {x.device} like x, got {t.device}; move it there")
     if weight_scale is not None and weight_scale.dtype != torch.float32:
         raise TypeError(f"{op}: weight_scale must be float32, got {weight_scale.dtype}")
     if activation not in ACTIVATION_CODE:
