@@ -7,7 +7,6 @@ how a module maps to a call of the operator (``case``), which the reference then
 from __future__ import annotations
 
 import copy
-import gc
 import inspect
 import io
 import json
@@ -104,9 +103,10 @@ class ModuleContract:
     @pytest.fixture(autouse=True)
     def no_scalar_kernel(self) -> Iterator[None]:
         """On an AVX512-VNNI machine nothing here runs anything slower."""
+        dispatch.note_used(self.op, "nothing yet")
         yield
         if _C.isas().get("avx512vnni"):
-            assert dispatch.last_used(self.op) in (None, "avx512vnni")
+            assert dispatch.last_used(self.op) in ("nothing yet", "avx512vnni")
 
     # ---- construction ----
 
@@ -320,11 +320,9 @@ class ModuleContract:
             module = self.from_float(layer, **kwargs)
             canonical = weakref.ref(module._buffers[module.packed_names[0]])
             module(self.roomy_x())
-            gc.collect()
             assert canonical() is None
             assert resident_bytes(module) <= 1.1 * module.packed_bytes()
             module.state_dict()
-            gc.collect()
             assert resident_bytes(module) <= 1.1 * module.packed_bytes()
 
     def roomy_x(self) -> Tensor:
@@ -542,7 +540,6 @@ class ModuleContract:
 
     def test_readers_do_not_disturb_runners(self) -> None:
         """Reading ``module.<weight>`` unpacks, while another thread runs the packed form."""
-        torch.set_num_threads(2)
         variant = next(iter(self.variants))
         module, x = self.module(variant), self.x(variant, 64)
         expected = module(x)
@@ -556,7 +553,7 @@ class ModuleContract:
         reader = threading.Thread(target=read)
         reader.start()
         try:
-            for _ in range(200):
+            for _ in range(40):
                 if not torch.equal(module(x), expected):
                     wrong.append("another result")
         finally:

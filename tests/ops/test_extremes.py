@@ -139,3 +139,37 @@ def test_row_quantiser_at_its_ends(kernel: str) -> None:
         [0, 0, 0, 0],
     ]
     assert torch.equal(y, reference.int8_linear(rows, w, torch.ones(4)))
+
+
+# Sizes that are cut along rows, along outputs (few rows, many weights), or not at all.
+CUT_LINEAR = [(4, 700, 900), (1, 1500, 1300), (47, 260, 300), (200, 130, 300), (400, 65, 210)]
+CUT_CONV = [
+    ((1, 256, 4, 4), (130, 256, 3, 3), {"padding": 1}),
+    ((2, 16, 49, 48), (24, 16, 3, 3), {"stride": 2}),
+    ((3, 64, 33, 32), (64, 1, 3, 3), {"groups": 64, "padding": 1}),
+]
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("op", LINEAR + CONV)
+def test_every_way_to_cut_work_among_threads(op: str, kernel: str) -> None:
+    """The same bits from 1 to 5 threads, and the reference's."""
+    variants = [{"pattern": p} for p in ("unstructured", "4x1")] if op.startswith("sparse") else [{}]
+    threads = torch.get_num_threads()
+    try:
+        with dispatch.force(op, kernel):
+            for mode, variant in itertools.product(MODES[op], variants):
+                cases = (
+                    [linear_case(op, m, n, k, mode=mode, rank=300, **variant) for m, n, k in CUT_LINEAR]
+                    if op in LINEAR
+                    else [conv_case(op, x, w, mode=mode, rank=40, **g, **variant) for x, w, g in CUT_CONV]  # type: ignore[arg-type]
+                )
+                for case in cases:
+                    results = []
+                    for count in (1, 2, 5):
+                        torch.set_num_threads(count)
+                        results.append(case(getattr(ops, op)))
+                    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+                    agree(case, kernel)
+    finally:
+        torch.set_num_threads(threads)
