@@ -237,6 +237,8 @@ def _cuda_row(name: str, chosen_by_shape: bool) -> Kernel:
         if gpu is None:
             return "no CUDA device is visible"
         driver = cuda.driver_version()
+        if driver == 0:
+            return "no CUDA driver is installed"
         if driver < MIN_DRIVER:
             version = f"{driver // 1000}.{driver % 1000 // 10}"
             return f"it needs a driver for CUDA 13 (580 or newer), this one is for {version}"
@@ -260,6 +262,8 @@ def _triton_supports(problem: Problem) -> str | None:
         return "no CUDA device is visible"
     if gpu[0] < 80:
         return f"it needs compute capability 8.0, this device has {gpu[0] // 10}.{gpu[0] % 10}"
+    if gpu[0] == 103 and not problem.details.get("weight_only"):
+        return "compute capability 10.3 has almost no int8 throughput; keep the layer in bf16"
     return None
 
 

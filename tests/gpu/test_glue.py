@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from tautorch import dispatch
-from tautorch.dispatch import Kernel
+from tautorch.dispatch import Kernel, Problem
 from tautorch.ops import _int8_linear_gpu as gpu
 from tautorch.reference.int8_linear import int8_linear as reference
 from tautorch.testing.cases import Case, linear_case
@@ -217,3 +217,66 @@ def test_packs_of_the_cpu_and_strangers_are_refused(extension: Extension) -> Non
     with pytest.raises(ValueError, match="x_scale must be on cpu like x, got meta"):
         call(case.but(x_scale=elsewhere))
     assert not extension.calls
+
+
+# ---- rows of the kernel table -----------------------------------------------------------------------------
+
+
+def row(name: str) -> Kernel:
+    return next(k for k in dispatch.kernels(OP) if k.device == "cuda" and k.name == name)
+
+
+def problem(capability: int, **details: object) -> Problem:
+    return Problem(OP, "cuda", 64, 64, {"capability": capability, "multiprocessors": 132, **details})
+
+
+def refusal(name: str, asked: Problem) -> str:
+    reason = row(name).supports(asked)
+    assert reason is not None
+    return reason
+
+
+def test_a_cpu_build_says_how_to_get_the_extension(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "cuda", None)
+    assert "reinstall with TAUTORCH_CUDA=on" in refusal("cuda", problem(90))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_device_every_row_declines(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "cuda", SimpleNamespace(driver_version=lambda: 13000))
+    for name in ("cuda", "triton"):
+        assert row(name).supports(Problem(OP, "cuda", 64, 64)) == "no CUDA device is visible"
+    with pytest.raises(ValueError, match="int8_linear: no kernel for cuda: cuda: no CUDA device"):
+        dispatch.choose(Problem(OP, "cuda", 64, 64))
+
+
+def test_the_extension_declines_what_it_cannot_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    drivers = {"version": 13000}
+    ext = SimpleNamespace(
+        driver_version=lambda: drivers["version"],
+        int8_linear_kernels=lambda: ["last"],
+        int8_linear_choose=lambda capability, *size: "last" if capability >= 80 else None,
+        int8_linear_supports=lambda name, capability, *size: "too old" if capability < 80 else None,
+    )
+    monkeypatch.setattr(dispatch, "cuda", ext)
+    assert row("cuda").supports(problem(90)) is None
+    assert refusal("cuda", problem(75)) == "too old"
+    assert "weight-only" in refusal("cuda", problem(90, weight_only=True))
+    drivers["version"] = 12080
+    assert "580 or newer), this one is for 12.8" in refusal("cuda", problem(90))
+    drivers["version"] = 0
+    assert refusal("cuda", problem(90)) == "no CUDA driver is installed"
+
+
+def test_triton_declines_what_it_cannot_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert row("triton").supports(problem(80)) is None
+    assert row("triton").supports(problem(103, weight_only=True)) is None
+    assert "7.5" in refusal("triton", problem(75))
+    assert "almost no int8" in refusal("triton", problem(103))
+    monkeypatch.setattr(dispatch.importlib.util, "find_spec", lambda name: None)
+    assert "pip install triton" in refusal("triton", problem(90))
+
+
+def test_an_operator_without_gpu_kernels_says_so() -> None:
+    with pytest.raises(ValueError, match="sparse_linear: no kernel for cuda: none is built for it"):
+        dispatch.choose(Problem("sparse_linear", "cuda", 64, 64))
