@@ -102,7 +102,10 @@ void dot_i8(const void *const *rows, int64_t ld, int mr, int64_t taps, int64_t k
 }
 void dot_f32(const void *const *rows, int64_t ld, int mr, int64_t taps, int64_t k, const void *panel,
              bool weight_i8, int width, float *acc) {
-    (weight_i8 ? kDotF32<true> : kDotF32<false>)[width / 8 - 1][mr - 1](rows, ld, taps, k, panel, acc);
+    // Not (weight_i8 ? one : other)[i][j]: GCC 12 indexes that wrongly in sanitizer builds.
+    const DotF32 dot =
+        weight_i8 ? kDotF32<true>[width / 8 - 1][mr - 1] : kDotF32<false>[width / 8 - 1][mr - 1];
+    dot(rows, ld, taps, k, panel, acc);
 }
 
 int64_t peak_i8(int64_t rounds) {

@@ -132,7 +132,10 @@ void dot_i8(const void *const *rows, int64_t ld, int mr, int64_t taps, int64_t k
 }
 void dot_f32(const void *const *rows, int64_t ld, int mr, int64_t taps, int64_t k, const void *panel,
              bool weight_i8, int width, float *acc) {
-    (weight_i8 ? kDotF32<true> : kDotF32<false>)[width / 16 - 1][mr - 1](rows, ld, taps, k, panel, acc);
+    // Not (weight_i8 ? one : other)[i][j]: GCC 12 indexes that wrongly in sanitizer builds.
+    const DotF32 dot =
+        weight_i8 ? kDotF32<true>[width / 16 - 1][mr - 1] : kDotF32<false>[width / 16 - 1][mr - 1];
+    dot(rows, ld, taps, k, panel, acc);
 }
 
 // Byte unpacking works within 128-bit lanes: interleaving four panel rows of 64 gives accumulator j the
