@@ -212,8 +212,10 @@ void sparse_pack(const PackHeader &h, const SparseEntries &e, uint8_t *out) {
     const int64_t per_group = div_up(h.n, h.gs);
     if (h.kind == PackKind::sparse_f32) {
         std::memcpy(start, e.start, static_cast<size_t>(4 * (e.sparse_groups + 1)));
-        std::memcpy(index, e.index, static_cast<size_t>(2 * h.entries));
-        std::memcpy(out + h.data_off, e.values, static_cast<size_t>(4 * h.entries * h.gs));
+        if (h.entries > 0) { // nothing may lie at a null address, which memcpy must not be given
+            std::memcpy(index, e.index, static_cast<size_t>(2 * h.entries));
+            std::memcpy(out + h.data_off, e.values, static_cast<size_t>(4 * h.entries * h.gs));
+        }
         return;
     }
     int32_t *colsum = reinterpret_cast<int32_t *>(out + h.colsum_off);
