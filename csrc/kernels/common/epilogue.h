@@ -55,7 +55,10 @@ template <DType T> inline void put(char *p, vf y, int64_t n, float inv, int32_t 
         v = v > hi ? hi : v;
         v = v == v ? v : vf{};
         const vs8 q = __builtin_convertvector(round_to_int(v) + zp, vs8);
-        std::memcpy(p, &q, static_cast<size_t>(n >= L ? L : n));
+        if (n >= L)
+            store(p, q);
+        else
+            std::memcpy(p, &q, static_cast<size_t>(n));
     } else if (n >= L) {
         store_from_f32<T>(p, y);
     } else {
@@ -65,10 +68,11 @@ template <DType T> inline void put(char *p, vf y, int64_t n, float inv, int32_t 
     }
 }
 
-// NV vectors of outputs from i on, all rows; the last has n elements (at most L count).
+// NV vectors of outputs from i on, all rows. A single vector may have fewer than L elements left.
 template <Activation A, DType T, bool Float, int NV>
-void run_columns(const Epilogue &e, const Tile &t, int64_t i, int64_t n, float inv, int32_t zp, vf lo,
+void run_columns(const Epilogue &e, const Tile &t, int64_t i, int64_t left, float inv, int32_t zp, vf lo,
                  vf hi) {
+    const int64_t n = NV > 1 ? L : left; // known to the compiler but for the last vectors
     vi correction[NV];
     vf w[NV], b[NV];
     for (int v = 0; v < NV; ++v) {
@@ -120,13 +124,20 @@ template <Activation A, DType T, bool Float, bool AlongM> void run_tile(const Ep
 }
 
 template <bool AlongM> void run_raw(const Epilogue &e, const Tile &t) {
-    for (int r = 0; r < t.lines; ++r)
-        for (int64_t i = 0; i < t.cols; i += L) {
-            const int64_t n = t.cols - i < L ? t.cols - i : L;
-            const vi correction = AlongM ? correction_at(e, t.n0 + r) : correction_along(e, t.n0 + i, n);
+    for (int64_t i = 0; i < t.cols; i += L) {
+        const int64_t n = t.cols - i;
+        vi correction = AlongM ? vi{} : correction_along(e, t.n0 + i, n);
+        for (int r = 0; r < t.lines; ++r) {
+            if (AlongM)
+                correction = correction_at(e, t.n0 + r);
             const vu q = as_bits(load_part<DType::f32>(t.acc + 4 * (r * t.ld + i), n)) + (vu)correction;
-            std::memcpy(t.out + r * t.line_bytes + 4 * i, &q, static_cast<size_t>(4 * n));
+            char *out = t.out + r * t.line_bytes + 4 * i;
+            if (n >= L) // a memcpy of unknown length would be a call
+                store(out, q);
+            else
+                std::memcpy(out, &q, static_cast<size_t>(4 * n));
         }
+    }
 }
 
 template <Activation A, DType T, bool Float>
