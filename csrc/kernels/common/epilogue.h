@@ -124,12 +124,10 @@ template <Activation A, DType T, bool Float, bool AlongM> void run_tile(const Ep
 }
 
 template <bool AlongM> void run_raw(const Epilogue &e, const Tile &t) {
-    for (int64_t i = 0; i < t.cols; i += L) {
-        const int64_t n = t.cols - i;
-        vi correction = AlongM ? vi{} : correction_along(e, t.n0 + i, n);
-        for (int r = 0; r < t.lines; ++r) {
-            if (AlongM)
-                correction = correction_at(e, t.n0 + r);
+    for (int r = 0; r < t.lines; ++r)
+        for (int64_t i = 0; i < t.cols; i += L) {
+            const int64_t n = t.cols - i;
+            const vi correction = AlongM ? correction_at(e, t.n0 + r) : correction_along(e, t.n0 + i, n);
             const vu q = as_bits(load_part<DType::f32>(t.acc + 4 * (r * t.ld + i), n)) + (vu)correction;
             char *out = t.out + r * t.line_bytes + 4 * i;
             if (n >= L) // a memcpy of unknown length would be a call
@@ -137,7 +135,6 @@ template <bool AlongM> void run_raw(const Epilogue &e, const Tile &t) {
             else
                 std::memcpy(out, &q, static_cast<size_t>(4 * n));
         }
-    }
 }
 
 template <Activation A, DType T, bool Float>
