@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import tautorch
 from tautorch import dispatch
-from tautorch.nn import Int8Conv2d, Int8Linear, LowRankConv2d, PackedModule, SparseConv2d
+from tautorch.nn import Int8Conv2d, Int8Linear, LowRankConv2d, PackedModule, SparseConv2d, SparseLinear
 
 
 class Model(nn.Module):
@@ -128,6 +128,18 @@ NOTES: list[tuple[PackedModule, str]] = [
 @pytest.mark.parametrize(("layer", "note"), NOTES, ids=lambda v: v if isinstance(v, str) else "")
 def test_notes(layer: PackedModule, note: str) -> None:
     assert f"  note      {note}" in tautorch.explain(layer)
+
+
+@pytest.mark.parametrize(
+    "layer, note",
+    [
+        (Int8Conv2d.from_float(nn.Conv2d(8, 8, 3, groups=8)), "depthwise: not yet fast"),
+        (Int8Conv2d.from_float(nn.Conv2d(3, 8, 3)), "not yet fast with 3 input channels"),
+        (SparseLinear.from_float(nn.Linear(8, 8), pattern="4x1"), "not yet fast below 16 rows"),
+    ],
+)
+def test_what_is_not_yet_fast_is_said(layer: nn.Module, note: str) -> None:
+    assert note in tautorch.explain(layer)
 
 
 def test_no_note_without_cause() -> None:

@@ -189,6 +189,14 @@ def _notes(layer: PackedModule, kernel: str) -> Iterator[str]:
         yield "weight-only: fp32 multiply-adds; int8 saves memory, not arithmetic"
     elif getattr(layer, "weight_dtype", torch.int8) == torch.float32:
         yield "float32 values: fp32 multiply-adds, no quantisation"
+    if layer.op == "sparse_linear" and not packs_dense(str(pattern), _shape(layer)):
+        yield "not yet fast below 16 rows: a panel of 16 costs the same with one row used"
+    if layer.op.endswith("conv2d"):
+        per_group = _shape(layer)[1]
+        if per_group == 1 and getattr(layer, "groups", 1) == layer.out_channels:
+            yield "depthwise: not yet fast, 16 channels and one tap at a time"
+        elif per_group < 4:
+            yield f"not yet fast with {per_group} input channels a group: products take 4 at a time"
     rank = getattr(layer, "rank", None)
     if rank is not None:
         n, k = _matrix(layer)

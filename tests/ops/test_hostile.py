@@ -131,10 +131,22 @@ def test_misaligned_packs_are_refused() -> None:
 def test_packs_of_another_shape_are_not_unpacked() -> None:
     with pytest.raises(ValueError, match="unpack: packed weights are of another shape"):
         unpack(conv_pack("scalar"))
-    with pytest.raises(ValueError, match="unpack: packed weights are of another shape"):
+    with pytest.raises(ValueError, match="unpack: packed weight must hold"):
         ops.geometry.unpack(conv_pack("scalar"), (2 * N, K, 3, 3))
     with pytest.raises(ValueError, match="unpack: packed weights are sparse"):
         unpack(sparse_pack("scalar"))
+
+
+def test_low_rank_packs_must_be_what_they_are_said_to_be() -> None:
+    rank, out = 5, 7
+    down, up = (pack(torch.randn(shape)) for shape in ((rank, K), (out, rank)))
+    x = torch.randn(2, K)
+    call = torch.ops.tautorch.lowrank_linear
+    assert call(x, down, up, None, None, None, out, rank).shape == (2, out)
+    with pytest.raises(ValueError, match="packed down must hold"):
+        call(x, down, up, None, None, None, out, rank + 1)
+    with pytest.raises(ValueError, match="packed up must hold"):
+        call(x, down, up, None, None, None, out - 1, rank)
 
 
 def test_scales_and_bias_must_fit_the_pack() -> None:

@@ -6,7 +6,7 @@
 namespace tautorch {
 
 constexpr int kBlockRows = 192; // rows that one pass over the weights serves
-constexpr int kTileRows = 48;   // rows that share one pass of the epilogue; 64 x 64 x 4 bytes stay in L1
+constexpr int kTileRows = 48;   // rows that share one pass of the epilogue; 48 x 64 x 4 bytes stay in L1
 
 // How a row of activations becomes an operand.
 struct ActQuant {

@@ -155,7 +155,8 @@ void sparse_product(const Isa &isa, const uint8_t *packed, const Source &x, cons
     const PackHeader &h = header_of(packed);
     const RowBlocks blocks{x.m};
     const int64_t count = blocks.count(), sparse_groups = div_up(h.n, h.gs);
-    const int64_t work = h.entries * h.gs * (h.kind == PackKind::sparse_i8 ? 4 : 16) * x.m;
+    // A panel of 16 rows costs the same with one of them used.
+    const int64_t work = h.entries * h.gs * (h.kind == PackKind::sparse_i8 ? 4 : 16) * round_up(x.m, 16);
     const int64_t threads = work < 1'000'000 ? 1 : max_threads();
     const int64_t panel_bytes = h.taps * h.k * 64 * (h.kind == PackKind::sparse_i8 ? 1 : 4);
     const uint32_t *start = reinterpret_cast<const uint32_t *>(packed + h.start_off);

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -222,6 +223,7 @@ def pack(weight: Tensor, groups: int, kind: int, kernel: str) -> Tensor:
 
 def unpack(packed: Tensor, shape: Sequence[int]) -> Tensor:
     """The canonical weight ``[O, I/groups, kh, kw]`` of a dense pack, int8 or fp32."""
+    lib.check_pack("unpack", "weight", packed, shape[0], math.prod(shape))
     kind = lib.pack_info(packed)["kind"]
     weight = torch.empty(tuple(shape), dtype=torch.float32 if kind == lib.DENSE_F32 else torch.int8)
     taps = shape[2] * shape[3]

@@ -164,7 +164,7 @@ def _check(
         out_scale=out_scale,
         out_zero_point=out_zero_point,
         out_dtype=out_dtype,
-        rows=x.numel() // k if k else 0,
+        rows=lib.row_count(x),
     )
 
 

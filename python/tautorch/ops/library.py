@@ -295,6 +295,20 @@ def pack_info(packed: Tensor) -> dict[str, int | str]:
     return _C.pack_info(packed.data_ptr(), packed.numel())
 
 
+def check_pack(op: str, name: str, packed: Tensor, outputs: int, weights: int) -> None:
+    """Raise ValueError where a pack has other outputs, or another number of weights, than its arguments say.
+
+    Kernels size their reads and writes by the pack.
+    """
+    info = pack_info(packed)
+    n, k, taps, groups = (int(info[key]) for key in ("n", "k", "taps", "groups"))
+    if (groups * n, groups * n * k * taps) != (outputs, weights):
+        raise ValueError(
+            f"{op}: packed {name} must hold {outputs} outputs and {weights} weights, got {groups * n} and "
+            f"{groups * n * k * taps}; pack it again"
+        )
+
+
 # ---- linear operators -----------------------------------------------------------------------------------
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -128,6 +129,8 @@ def _cpu(
             packs.append(factor)
         else:
             packs.append(_cached(factor, shape, groups, kernel))
+    for name, packed, shape in zip(("down", "up"), packs, shapes, strict=True):
+        lib.check_pack(OP, name, packed, shape[0], math.prod(shape))
     codes, keep = tail.codes(x, up_scale, bias, not int8)
     if down_scale is not None:
         down_scale = down_scale.contiguous()

@@ -125,6 +125,8 @@ def _cpu(
             x, down, up, bias, down_scale=down_scale, up_scale=up_scale, **arguments
         )
     packs = [_packed(w, kernel) for w in (down, up)]
+    lib.check_pack(OP, "down", packs[0], r, r * k)
+    lib.check_pack(OP, "up", packs[1], n, n * r)
     codes, keep = tail.codes(x, up_scale, bias, floats)
     if down_scale is not None:
         down_scale = down_scale.detach().contiguous()

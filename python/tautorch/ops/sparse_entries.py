@@ -320,6 +320,7 @@ def unpack_dense(packed: Tensor, shape: Sequence[int]) -> Tensor:
     n, k, taps = int(info["n"]), int(info["k"]), int(info["taps"])
     groups = int(info["groups"])
     if info["kind"] not in (lib.SPARSE_I8, lib.SPARSE_F32):
+        lib.check_pack("unpack", "weight", packed, shape[0], math.prod(shape))
         dtype = torch.float32 if info["kind"] == lib.DENSE_F32 else torch.int8
         dense = torch.empty(tuple(shape), dtype=dtype)
         _C.dense_unpack(packed.data_ptr(), packed.numel(), dense.data_ptr(), k * taps, taps, 1)
