@@ -20,8 +20,9 @@ from torch import Tensor, nn
 
 from tautorch import _C, dispatch
 
-# Held while a module changes state. One for all: packing is rare, and a lock of its own could not be copied.
 _unchanged = _C.unchanged
+
+# Held while a module changes state. One for all: packing is rare, and a lock of its own could not be copied.
 _lock = threading.RLock()
 
 
