@@ -58,7 +58,11 @@ void int8_linear(const LinearArgs &a) {
     Output out = a.out;
     out.epilogue = with_correction(a.out.epilogue, a.packed, operand_of(a.packed), a.quant);
     const int64_t stride = operand_stride(isa, h);
-    const Split split = split_gemm(a.m, panels(h), a.m * h.n * h.k, h.total);
+    Split split = split_gemm(a.m, panels(h), a.m * h.n * h.k, h.total);
+    // Where the weights are much larger than x, threads share x and take panels of their own: each then reads
+    // its part of the weights once, not all of them.
+    if (split.tm > 1 && panels(h) >= 4 * split.tm && h.n >= 2 * a.m)
+        split = {1, split.tm};
     const auto buffers = [&](int64_t rows, float **scale) {
         *scale =
             integer ? static_cast<float *>(scratch(Scratch::scales, static_cast<size_t>(4 * rows))) : nullptr;
@@ -79,10 +83,18 @@ void int8_linear(const LinearArgs &a) {
         });
         return;
     }
-    // Few rows: quantise them here, then spread the panels.
+    // Threads share the rows, then spread the panels.
     float *scale = nullptr;
     uint8_t *buffer = buffers(a.m, &scale);
-    const Operand x = prepare(isa, a, h, 0, a.m, buffer, scale);
+    const int64_t parts = a.m * h.k < 65'536 ? 1 : std::min(a.m, split.tm * split.tn);
+    Operand x = {nullptr, 0};
+    parallel_tasks(parts, [&](int64_t t) {
+        const int64_t m0 = chunk_begin(a.m, parts, t), m1 = chunk_begin(a.m, parts, t + 1);
+        const Operand part =
+            prepare(isa, a, h, m0, m1 - m0, buffer + m0 * stride, scale ? scale + m0 : nullptr);
+        if (t == 0)
+            x = part;
+    });
     parallel_tasks(split.tm * split.tn, [&](int64_t t) {
         const int64_t i = t / split.tn, j = t % split.tn;
         const int64_t m0 = chunk_begin(a.m, split.tm, i), m1 = chunk_begin(a.m, split.tm, i + 1);
