@@ -60,3 +60,11 @@ def test_a_pack_of_another_shape_is_refused() -> None:
         ops.int8_linear(torch.ones(2, 34), packed, torch.ones(40))
     with pytest.raises(ValueError, match=r"int8_linear: weight_scale must be \[40\]"):
         ops.int8_linear(torch.ones(2, 33), packed, torch.ones(41))
+
+
+def test_large_packs_start_on_a_huge_page() -> None:
+    for size in (1, (2 << 20) - 1):
+        assert lib.pack_buffer(size).numel() == size
+    for size in (2 << 20, (5 << 20) + 3):
+        buffer = lib.pack_buffer(size)
+        assert buffer.numel() == size and buffer.data_ptr() % (2 << 20) == 0

@@ -1,5 +1,7 @@
 #include "kernels/common/pack.h"
 
+#include "core/memory.h"
+
 #include <cstring>
 
 namespace tautorch {
@@ -128,6 +130,7 @@ PackHeader dense_header(const Isa &isa, PackKind kind, int64_t groups, int64_t n
 }
 
 void dense_pack(const PackHeader &h, const void *w, WeightStrides s, uint8_t *out) {
+    advise_huge_pages(out, static_cast<size_t>(h.total));
     std::memset(out, 0, static_cast<size_t>(h.total));
     std::memcpy(out, &h, sizeof h);
     int32_t *colsum = reinterpret_cast<int32_t *>(out + h.colsum_off);
@@ -205,6 +208,7 @@ bool starts_ascend(int gs, int64_t groups, int64_t n, const SparseEntries &e) {
 }
 
 void sparse_pack(const PackHeader &h, const SparseEntries &e, uint8_t *out) {
+    advise_huge_pages(out, static_cast<size_t>(h.total));
     std::memset(out, 0, static_cast<size_t>(h.total));
     std::memcpy(out, &h, sizeof h);
     uint32_t *start = reinterpret_cast<uint32_t *>(out + h.start_off);

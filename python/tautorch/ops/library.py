@@ -281,11 +281,20 @@ class PackCache:
         return packed
 
 
+def pack_buffer(size: int) -> Tensor:
+    """uint8 ``[size]`` for packed weights; large ones start on a huge page, which packing then asks for."""
+    huge = 2 << 20
+    if size < huge:
+        return torch.empty(size, dtype=torch.uint8)
+    whole = torch.empty(size + huge, dtype=torch.uint8)
+    return whole[-whole.data_ptr() % huge :][:size]
+
+
 def dense_pack(
     kernel: str, kind: int, w: Tensor, groups: int, n: int, k: int, taps: int, strides: tuple[int, int, int]
 ) -> Tensor:
     """Packed weights (uint8) of contiguous ``w``, element (n, k, tap) at the given strides."""
-    out = torch.empty(_C.dense_pack_bytes(kernel, kind, groups, n, k, taps), dtype=torch.uint8)
+    out = pack_buffer(_C.dense_pack_bytes(kernel, kind, groups, n, k, taps))
     _C.dense_pack(kernel, kind, groups, n, k, taps, w.data_ptr(), *strides, out.data_ptr())
     return out
 

@@ -218,7 +218,7 @@ def pack(
     e = to_entries(values, crow_indices, col_indices, pattern, shape, groups)
     kind = lib.SPARSE_I8 if values.dtype == torch.int8 else lib.SPARSE_F32
     what = (kernel, kind, e.gs, groups, n, k, taps, e.start.shape[0] - 1)
-    out = torch.empty(_C.sparse_pack_bytes(*what, e.start.data_ptr()), dtype=torch.uint8)
+    out = lib.pack_buffer(_C.sparse_pack_bytes(*what, e.start.data_ptr()))
     _C.sparse_pack(*what, e.start.data_ptr(), e.index.data_ptr(), e.values.data_ptr(), out.data_ptr())
     return out
 
