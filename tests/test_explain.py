@@ -136,6 +136,7 @@ def test_notes(layer: PackedModule, note: str) -> None:
         (Int8Conv2d.from_float(nn.Conv2d(8, 8, 3, groups=8)), "depthwise: not yet fast"),
         (Int8Conv2d.from_float(nn.Conv2d(3, 8, 3)), "not yet fast with 3 input channels"),
         (SparseLinear.from_float(nn.Linear(8, 8), pattern="4x1"), "not yet fast below 16 rows"),
+        (LowRankConv2d.from_float(nn.Conv2d(8, 8, 3), rank=2), "not yet faster than two float"),
     ],
 )
 def test_what_is_not_yet_fast_is_said(layer: nn.Module, note: str) -> None:

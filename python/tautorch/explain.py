@@ -191,6 +191,10 @@ def _notes(layer: PackedModule, kernel: str) -> Iterator[str]:
         yield "float32 values: fp32 multiply-adds, no quantisation"
     if layer.op == "sparse_linear" and not packs_dense(str(pattern), _shape(layer)):
         yield "not yet fast below 16 rows: a panel of 16 costs the same with one row used"
+    if pattern is not None and kernel in ("avx2", "avxvnni") and not packs_dense(pattern, _shape(layer)):
+        yield f"not yet fast on {kernel}: sparse products run through generic vectors"
+    if layer.op == "lowrank_conv2d" and layer.weight_dtype == torch.float32:
+        yield "not yet faster than two float convolutions everywhere; int8 factors are, in the bench"
     if layer.op.endswith("conv2d"):
         per_group = _shape(layer)[1]
         if per_group == 1 and getattr(layer, "groups", 1) == layer.out_channels:
