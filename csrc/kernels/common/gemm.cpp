@@ -82,15 +82,33 @@ void store_tile(const Isa &isa, const Output &out, const void *acc, int64_t ld, 
     }
 }
 
+// Whether accumulators leave from their registers, without a tile in memory.
+static bool goes_direct(const Isa &isa, PackKind kind, const Output &out) {
+    const Epilogue &e = out.epilogue;
+    return isa.product_i8 && kind == PackKind::dense_i8 && !out.along_m &&
+           (e.activation == Activation::none || e.activation == Activation::relu) &&
+           (e.out_dtype == DType::f32 || e.out_dtype == DType::bf16 || e.out_dtype == DType::f16);
+}
+
 void gemm_block(const Isa &isa, const uint8_t *packed, int64_t group, const void *const *pointers, int64_t ld,
                 int rows, int64_t p0, int64_t p1, const Output &out, int64_t m0, const float *row_scale) {
     const PackHeader &h = header_of(packed);
     alignas(64) int32_t acc[kTileRows * kTileN];
     const int64_t kq = div_up(h.k, h.kr);
+    const bool direct = goes_direct(isa, h.kind, out);
     for (int64_t p = p0; p < p1; ++p) {
         const int width = panel_width(h, p);
         const int cols = static_cast<int>(std::min<int64_t>(width, h.n - p * h.nr));
         const uint8_t *data = panel_data(packed, group, p);
+        const int64_t n0 = group * h.n + p * h.nr;
+        if (direct) {
+            const Epilogue &e = out.epilogue;
+            isa.product_i8(e, pointers, ld, rows, h.taps, kq, reinterpret_cast<const int8_t *>(data), width,
+                           n0, cols, row_scale,
+                           static_cast<char *>(out.data) + (m0 * out.row_stride + n0) * size_of(e.out_dtype),
+                           out.row_stride);
+            continue;
+        }
         const int most = isa.mr(width);
         for (int t0 = 0; t0 < rows; t0 += kTileRows) {
             const int tile = std::min(kTileRows, rows - t0);
@@ -106,7 +124,7 @@ void gemm_block(const Isa &isa, const uint8_t *packed, int64_t group, const void
                     isa.dot_f32(at, ld, mr, h.taps, h.k, data, h.kind == PackKind::dense_w8, width,
                                 reinterpret_cast<float *>(acc) + r0 * kTileN);
             }
-            store_tile(isa, out, acc, kTileN, false, m0 + t0, tile, group * h.n + p * h.nr, cols,
+            store_tile(isa, out, acc, kTileN, false, m0 + t0, tile, n0, cols,
                        row_scale ? row_scale + t0 : nullptr);
         }
     }

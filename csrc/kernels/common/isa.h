@@ -62,6 +62,12 @@ struct Isa {
     // acc[c] += x[c] * w[c] over `taps` pointers, for depthwise convolution. x bytes are u8_shifted.
     void (*depthwise)(const uint8_t *const *taps, int64_t n_taps, const int8_t *w, int64_t w_stride,
                       int64_t channels, int32_t *acc);
+
+    // dot_i8 of m rows and the epilogue in one, for float output along outputs without activation or with
+    // relu; out is that of the first row and output. Null where it would gain nothing.
+    void (*product_i8)(const Epilogue &e, const void *const *rows, int64_t ld, int m, int64_t taps,
+                       int64_t kq, const int8_t *panel, int width, int64_t n0, int cols,
+                       const float *row_scale, void *out, int64_t line_stride) = nullptr;
 };
 
 extern const Isa isa_scalar;

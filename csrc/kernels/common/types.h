@@ -13,7 +13,7 @@ static inline int64_t act_bytes(ActKind k) { return k == ActKind::u8_shifted ? 1
 static inline int32_t act_shift(ActKind k) { return k == ActKind::u8_shifted ? 128 : 0; }
 
 // What happens to a tile of accumulators on its way out:
-//   y = activation((acc + correction * colsum[n]) * row_scale[m] * w_scale[n] + bias[n])
+//   y = activation((acc + correction * colsum[n]) * row_scale[m] * w_scale[n] + addend[m][n] + bias[n])
 // then conversion, or requantisation to int8. For float accumulators the first bracket is acc alone.
 struct Epilogue {
     bool acc_float = false;
@@ -25,6 +25,8 @@ struct Epilogue {
     DType out_dtype = DType::f32; // i32: the corrected accumulators themselves
     float out_inv_scale = 1.0f;   // 1 / out_scale, one IEEE division, for i8
     int32_t out_zero_point = 0;
+    // Float accumulators to add before the bias, [line][kTileN] of the tile alone; null for none.
+    const float *addend = nullptr;
 };
 
 } // namespace tautorch
