@@ -35,7 +35,7 @@ ROW = (
 
 # What these folders hold beside the operators. A file that is in neither is misnamed.
 SHARED = {
-    "csrc/bindings": {"module_cpu", "module_cuda", "pack", "plan"},
+    "csrc/bindings": {"module_cpu", "module_cuda", "pack", "plan", "recall"},
     "python/tautorch/ops": {"__init__", "geometry", "library", "sparse_entries"},
     "python/tautorch/reference": {"__init__", "common", "layouts", "quantizer"},
     "python/tautorch/triton_kernels": {"__init__"},

@@ -45,31 +45,6 @@ int32_t zero_point(const char *op, const py::dict &d, const char *key) {
     return z ? *z : 0;
 }
 
-// unchanged([(dict, key, value), ...]): whether each dict still holds that very object under the key. Modules
-// ask this at every call; in Python the loop costs 0.2 us more.
-PyObject *unchanged(PyObject *, PyObject *seen) {
-    if (!PyList_Check(seen)) {
-        PyErr_SetString(PyExc_TypeError, "unchanged: argument must be a list of (dict, key, value)");
-        return nullptr;
-    }
-    for (Py_ssize_t i = 0; i < PyList_GET_SIZE(seen); ++i) {
-        PyObject *t = PyList_GET_ITEM(seen, i);
-        if (!PyTuple_Check(t) || PyTuple_GET_SIZE(t) != 3 || !PyDict_Check(PyTuple_GET_ITEM(t, 0))) {
-            PyErr_SetString(PyExc_TypeError, "unchanged: every entry must be (dict, key, value)");
-            return nullptr;
-        }
-        if (PyDict_GetItemWithError(PyTuple_GET_ITEM(t, 0), PyTuple_GET_ITEM(t, 1)) !=
-            PyTuple_GET_ITEM(t, 2)) {
-            if (PyErr_Occurred())
-                return nullptr;
-            Py_RETURN_FALSE;
-        }
-    }
-    Py_RETURN_TRUE;
-}
-
-PyMethodDef kUnchanged = {"unchanged", unchanged, METH_O, "unchanged(seen)"};
-
 } // namespace
 
 int op_slot(const char *op) {
@@ -188,7 +163,7 @@ PYBIND11_MODULE(_C, m) {
         const char *k = b::last_used_kernel[static_cast<size_t>(b::op_slot(op.c_str()))];
         return k ? pybind11::object(pybind11::str(k)) : pybind11::none();
     });
-    PyModule_AddObject(m.ptr(), b::kUnchanged.ml_name, PyCFunction_New(&b::kUnchanged, nullptr));
+    b::bind_recall(m);
     b::bind_pack(m);
     b::bind_int8_linear(m);
     b::bind_sparse_linear(m);

@@ -65,6 +65,10 @@ template <class T> void run_conv(Args &a, int slot, void (*op)(const T &)) {
     a.done();
     check_call(p.args.quant, x_dtype, out_dtype, g.batch);
     check_image(g);
+    // One pixel, or one channel, lies in memory the same way in both layouts. As channels last it needs no
+    // transposition: 2.1 us become 0.4 for 64 channels.
+    p.args.channels_last |= g.height * g.width == 1 || g.channels == 1;
+    p.args.out_channels_last |= g.out_pixels() == 1 || p.args.outputs == 1;
     p.args.quant.dtype = static_cast<DType>(x_dtype);
     p.args.epilogue.out_dtype = static_cast<DType>(out_dtype);
     note_used(slot, p.kernel);

@@ -146,20 +146,19 @@ class ConvModule(LayerModule):
         text += ", bias=False" if self.bias is None else ""
         return f"{text}, {self._repr_end()}"
 
+    def _call(self, plan: bytes, x_dtype: torch.dtype, dtype: torch.dtype) -> tuple[Any, ...]:
+        return conv.conv_call(plan, self.geometry, x_dtype, dtype)
+
     def forward(self, x: Tensor) -> Tensor:
         d = self.__dict__
         if plain(x, d["_parameters"]["bias"]):
             if not self.ready():
                 self.prepare()
             plans = d["_plans"]  # held to the end: it keeps alive what the plan points to
-            entry = plans.get(x.dtype)
-            if entry is not None and d["_epoch"] >= 0 and self._fits(x):
-                return conv.call(self.run, entry[0], x, d["geometry"], entry[2])
+            call = plans.get(x.dtype)
+            if call is not None and d["_epoch"] >= 0:
+                out = conv.run_conv(self.run, call, x)
+                if out is not None:
+                    return out
         # graphs, gradients, the reference backend, and every error
         return self._through_op(autocast_input(x))
-
-    def _fits(self, x: Tensor) -> bool:
-        if x.dim() not in (3, 4) or x.shape[-3] != self.in_channels:
-            return False
-        height, width = self.geometry.out_size(x.shape[-2], x.shape[-1])
-        return height >= 1 and width >= 1

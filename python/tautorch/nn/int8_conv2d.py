@@ -119,15 +119,16 @@ class Int8Conv2d(ConvModule):
         return plan(packed, self.geometry, codes)
 
     def _through_op(self, x: Tensor) -> Tensor:
-        weight = self._buffers["weight"]
+        buffers, bias = self._buffers, self._parameters["bias"]  # by name nn.Module takes 0.3 us each
+        weight = buffers["weight"]
         y: Tensor = torch.ops.tautorch.int8_conv2d(
             x,
-            self._buffers["packed"] if weight is None else weight,
-            self.weight_scale,
-            self.bias,
+            buffers["packed"] if weight is None else weight,
+            buffers["weight_scale"],
+            bias,
             *self.geometry.operands(),
-            self.x_scale,
-            self.x_zero_point,
+            buffers["x_scale"],
+            buffers["x_zero_point"],
             self.quant == "weight_only",
             self.activation,
         )

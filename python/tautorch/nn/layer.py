@@ -116,6 +116,10 @@ class LayerModule(PackedModule):
         """The plan for ``run``, from the codes of ``library.tail``."""
         raise NotImplementedError
 
+    def _call(self, plan: bytes, x_dtype: torch.dtype, dtype: torch.dtype) -> tuple[Any, ...]:
+        """What the layer's forward runs on x of ``x_dtype``: a plan with its sizes."""
+        raise NotImplementedError
+
     def _through_op(self, x: Tensor) -> Tensor:
         """The torch operator on x."""
         raise NotImplementedError
@@ -125,17 +129,13 @@ class LayerModule(PackedModule):
         return "" if packed is None else str(lib.pack_info(packed)["kernel"])
 
     def _make_plans(self, packed: Tensor) -> None:
-        # dtype of x: (plan, its code, dtype of the output, its code)
         static = self.quant == "static"
         mode = lib.NONE if self._float_input() else lib.STATIC if static else lib.DYNAMIC
         plan = self._plan_of(packed, mode)
         for dtype in _FLOATS:
-            code = lib.DTYPE_CODE[dtype]
-            self._plans[dtype] = (plan, code, dtype, code)
+            self._plans[dtype] = self._call(plan, dtype, dtype)
         if static:
-            given = self._plan_of(packed, lib.GIVEN)
-            codes = lib.DTYPE_CODE[torch.int8], torch.float32, lib.DTYPE_CODE[torch.float32]
-            self._plans[torch.int8] = (given, *codes)
+            self._plans[torch.int8] = self._call(self._plan_of(packed, lib.GIVEN), torch.int8, torch.float32)
 
     def _plan_of(self, packed: Tensor, mode: int) -> bytes:
         codes, keep = lib.tail(

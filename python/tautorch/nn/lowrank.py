@@ -27,6 +27,7 @@ class LowRankModule(LayerModule):
     up = Canonical()
     down_scale: Tensor | None
     up_scale: Tensor | None
+    _views: tuple[Tensor, Tensor] | None
 
     def _init_factors(
         self,
@@ -154,9 +155,14 @@ class LowRankModule(LayerModule):
         self._split = packs[0].numel()
         return torch.cat(packs)  # a pack's length is a multiple of its alignment
 
+    def _reset(self) -> None:
+        super()._reset()
+        self.__dict__["_views"] = None
+
     def _parts(self, packed: Tensor) -> tuple[Tensor, Tensor]:
         """The packs of the two factors, views."""
-        return packed[: self._split], packed[self._split :]
+        views: tuple[Tensor, Tensor] | None = self._views
+        return (packed[: self._split], packed[self._split :]) if views is None else views
 
     def _unpack(self, packed: Tensor) -> dict[str, Tensor]:
         parts = zip(("down", "up"), self._parts(packed), strict=True)
@@ -167,7 +173,9 @@ class LowRankModule(LayerModule):
         if scale is not None:
             scale = scale.detach().to(torch.float32).contiguous()
             self._keep.append(scale)
-        return self._plan_factors(*self._parts(packed), scale, codes)
+        # The same views at every call of the torch op: by them it finds its plan again.
+        self._views = self._parts(packed)
+        return self._plan_factors(*self._views, scale, codes)
 
     def _operands(self) -> tuple[Tensor | None, Tensor | None]:
         """What the torch op takes for down and up: the canonical factors, or their packs."""

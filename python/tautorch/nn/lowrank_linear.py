@@ -175,8 +175,9 @@ class LowRankLinear(LowRankModule, LinearModule):
         return plan(down, up, self.in_features, down_scale, codes)
 
     def _through_op(self, x: Tensor) -> Tensor:
+        buffers, bias = self._buffers, self._parameters["bias"]  # by name nn.Module takes 0.3 us each
         y: Tensor = torch.ops.tautorch.lowrank_linear(
-            autocast_input(x), *self._operands(), self.bias, self.down_scale, self.up_scale,
-            self.out_features, self.rank, self.x_scale, self.x_zero_point, False, self.activation,
+            autocast_input(x), *self._operands(), bias, buffers["down_scale"], buffers["up_scale"],
+            self.out_features, self.rank, buffers["x_scale"], buffers["x_zero_point"], False, self.activation,
         )  # fmt: skip
         return y

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from tautorch import _C, dispatch
+from tautorch.ops.library import Stamp, stamp
 
 _unchanged = _C.unchanged
 
@@ -95,23 +96,18 @@ class PackedModule(nn.Module):
         d["_epoch"] = -1  # of dispatch when the plans were made; -1: none
         d["_keep"] = []  # tensors whose addresses the plans hold
         d["_seen"] = []  # (store, name, tensor) of every tensor the plans were made from
-        d["_versions"] = []  # (tensor, version) of those that the plans read once
-        d["_bias_address"] = 0
+        d["_stamps"] = []  # (tensor, stamp) of each of these
         d["_handed"] = {}  # canonical tensors given out: name -> (weak reference, version)
         d["_plans"] = {}
 
     def ready(self) -> bool:
         """Whether the plans made earlier still hold."""
         d = self.__dict__
-        if d["_epoch"] != dispatch.epoch or not _unchanged(d["_seen"]):
-            return False
-        bias = d["_parameters"]["bias"]
-        if bias is not None and bias.data_ptr() != d["_bias_address"]:  # someone wrote to bias.data
-            return False
-        for tensor, version in d["_versions"]:
-            if tensor._version != version:
-                return False
-        return not d["_handed"] or self._handed_unchanged()
+        return (
+            d["_epoch"] == dispatch.epoch
+            and _unchanged(d["_seen"], d["_stamps"])
+            and (not d["_handed"] or self._handed_unchanged())
+        )
 
     def _handed_unchanged(self) -> bool:
         for name, (ref, version) in list(self._handed.items()):
@@ -144,7 +140,8 @@ class PackedModule(nn.Module):
             self.unpack_()
             for name in self.packed_names:
                 self._check_finite(name)
-            made = self._pack(kernel)
+            with torch.inference_mode(False):  # an inference tensor's edits would not show
+                made = self._pack(kernel)
             handed = {}
             # First the one, then the other: a thread on its way to the operator finds at least one of them.
             buffers["packed"] = made
@@ -165,15 +162,13 @@ class PackedModule(nn.Module):
         # Whoever holds the plans holds what they point to, even while another thread unpacks.
         self._plans["keep"] = self._keep
         self._watch()
-        bias = self._parameters["bias"]
-        self._bias_address = 0 if bias is None else bias.data_ptr()
         self._epoch = dispatch.epoch
 
     def _watch(self) -> None:
         """Remember which tensors the plans were made from."""
         addresses = {t.data_ptr() for t in self._keep}
         seen: list[tuple[dict[str, Any], str, object]] = []
-        versions: list[tuple[Tensor, int]] = []
+        stamps: list[tuple[Tensor, Stamp]] = []
         for store in (self._buffers, self._parameters):
             for name, tensor in store.items():
                 if tensor is None:
@@ -182,10 +177,11 @@ class PackedModule(nn.Module):
                     continue
                 seen.append((store, name, tensor))
                 # Kernels read vectors at their address; single values and copies were read once.
-                live = tensor.numel() != 1 and tensor.data_ptr() in addresses
-                if not live and not tensor.is_inference():
-                    versions.append((tensor, tensor._version))
-        self._seen, self._versions = seen, versions
+                live = tensor.data_ptr() in addresses
+                known = stamp(tensor, live or tensor.is_inference(), form=False)
+                assert known is not None
+                stamps.append((tensor, known))
+        self._seen, self._stamps = seen, stamps
 
     def unpack_(self) -> None:
         """Go to the canonical state."""
@@ -250,7 +246,7 @@ class PackedModule(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         self.unpack_()
         state = self.__dict__.copy()
-        for name in ("_epoch", "_keep", "_seen", "_versions", "_bias_address", "_handed", "_plans"):
+        for name in ("_epoch", "_keep", "_seen", "_stamps", "_handed", "_plans"):
             state.pop(name, None)
         return state
 

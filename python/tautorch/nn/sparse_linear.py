@@ -116,9 +116,10 @@ class SparseLinear(SparseModule, LinearModule):
         return plan(packed, self.in_features, codes)
 
     def _through_op(self, x: Tensor) -> Tensor:
+        buffers, bias = self._buffers, self._parameters["bias"]  # by name nn.Module takes 0.3 us each
         values, crow, col = self._operands()
         y: Tensor = torch.ops.tautorch.sparse_linear(
-            autocast_input(x), values, crow, col, self.weight_scale, self.bias, self.pattern,
-            self.out_features, self.x_scale, self.x_zero_point, False, self.activation,
+            autocast_input(x), values, crow, col, buffers["weight_scale"], bias, self.pattern,
+            self.out_features, buffers["x_scale"], buffers["x_zero_point"], False, self.activation,
         )  # fmt: skip
         return y

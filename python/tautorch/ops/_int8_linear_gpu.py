@@ -13,6 +13,7 @@ from tautorch.dispatch import Problem
 from tautorch.reference import int8_linear as reference
 
 from . import library as lib
+from .library import Tail
 
 OP = "int8_linear"
 _packs = lib.PackCache()
@@ -46,43 +47,24 @@ def _check_devices(x: Tensor, weight: Tensor, **others: Tensor | None) -> None:
             raise ValueError(f"{OP}: {name} must be on {x.device} like x, got {t.device}; move it there")
 
 
-def run(
-    x: Tensor,
-    weight: Tensor,
-    weight_scale: Tensor,
-    bias: Tensor | None,
-    x_scale: Tensor | None,
-    x_zero_point: Tensor | None,
-    weight_only: bool,
-    activation: str,
-    out_scale: Tensor | None,
-    out_zero_point: Tensor | None,
-    out_dtype: torch.dtype | None,
-) -> Tensor:
+def run(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, tail: Tail) -> Tensor:
     """The operator for arguments that have passed its checks; x is on a CUDA device."""
     _check_devices(
         x,
         weight,
-        x_scale=x_scale,
-        x_zero_point=x_zero_point,
-        out_scale=out_scale,
-        out_zero_point=out_zero_point,
+        x_scale=tail.x_scale,
+        x_zero_point=tail.x_zero_point,
+        out_scale=tail.out_scale,
+        out_zero_point=tail.out_zero_point,
     )
     (n, k), m = weight.shape, x.shape[:-1].numel()
-    kernel = dispatch.choose(problem(x.get_device(), m, n, k, weight_only))
+    kernel = dispatch.choose(problem(x.get_device(), m, n, k, tail.weight_only))
     if kernel not in ("reference", "triton"):
-        return _extension(
-            kernel, x, weight, weight_scale, bias, x_scale, x_zero_point, activation, out_scale,
-            out_zero_point, lib.output_dtype(x, out_scale, out_dtype),
-        )  # fmt: skip
+        return _extension(kernel, x, weight, weight_scale, bias, tail)
     dispatch.note_used(OP, kernel)
     function = reference.int8_linear if kernel == "reference" else _triton()
     with torch.cuda.device(x.device):
-        return function(
-            x, weight, weight_scale.contiguous(), bias, x_scale=x_scale, x_zero_point=x_zero_point,
-            weight_only=weight_only, activation=activation, out_scale=out_scale,
-            out_zero_point=out_zero_point, out_dtype=out_dtype,
-        )  # fmt: skip
+        return function(x, weight, weight_scale.contiguous(), bias, **tail._asdict())
 
 
 def _triton() -> Callable[..., Tensor]:
@@ -92,31 +74,13 @@ def _triton() -> Callable[..., Tensor]:
 
 
 def _extension(
-    kernel: str,
-    x: Tensor,
-    weight: Tensor,
-    weight_scale: Tensor,
-    bias: Tensor | None,
-    x_scale: Tensor | None,
-    x_zero_point: Tensor | None,
-    activation: str,
-    out_scale: Tensor | None,
-    out_zero_point: Tensor | None,
-    dtype: torch.dtype,
+    kernel: str, x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, tail: Tail
 ) -> Tensor:
     ext, (n, k), m, index = dispatch.cuda, weight.shape, x.shape[:-1].numel(), x.get_device()
-    codes, keep = lib.tail(
-        weight_scale=weight_scale,
-        bias=bias,
-        mode=lib.quant_mode(x.dtype, x_scale, False),
-        x_scale=x_scale,
-        x_zero_point=x_zero_point,
-        activation=activation,
-        out_scale=out_scale,
-        out_zero_point=out_zero_point,
-    )
+    dtype = tail.dtype(x)
+    codes, keep = tail.codes(x, weight_scale, bias, False)
     stream = torch.cuda.current_stream(index).cuda_stream
-    weight_at, ldw, sums_at, held = _operand(weight, x_zero_point is not None, index, stream)
+    weight_at, ldw, sums_at, held = _operand(weight, tail.x_zero_point is not None, index, stream)
     rows = x.reshape(m, k)
     if x.dtype == torch.int8 and ((k > 1 and rows.stride(1) != 1) or (m > 1 and rows.stride(0) < k)):
         rows = rows.contiguous()  # the extension copies rows that are apart, not columns or overlapping rows

@@ -188,24 +188,46 @@ def fake_output(x: Tensor, geometry: Geometry, dtype: torch.dtype) -> Tensor:
     return output(x, geometry, dtype)
 
 
-def call(run: Callable[..., None], plan: bytes, x: Tensor, geometry: Geometry, dtype: torch.dtype) -> Tensor:
-    """Run a convolution's plan on checked x; the output has x's memory format.
+def conv_call(plan: bytes, geometry: Geometry, x_dtype: torch.dtype, dtype: torch.dtype) -> tuple[Any, ...]:
+    """What ``run_conv`` takes: a plan with its sizes and dtypes."""
+    _, _, kh, kw = geometry.weight_shape
+    (sh, sw), (ph, pw), (dh, dw) = geometry.stride, geometry.padding, geometry.dilation
+    outputs, codes = geometry.weight_shape[0], lib.DTYPE_CODE
+    # Output height and width are (size - extent) // stride + 1.
+    extents = dh * (kh - 1) + 1 - 2 * ph, dw * (kw - 1) + 1 - 2 * pw
+    return plan, geometry.in_channels, outputs, *extents, sh, sw, codes[x_dtype], dtype, codes[dtype]
+
+
+def run_conv(run: Callable[..., None], call: tuple[Any, ...], x: Tensor) -> Tensor | None:
+    """Run a convolution's call on x of its dtype, in x's memory format; None where x does not fit.
 
     Memory that is neither NCHW nor channels-last is copied first.
     """
-    image = x.unsqueeze(0) if x.dim() == 3 else x
-    batch, _, height, width = image.shape
-    last = not image.is_contiguous()
-    if last and not image.is_contiguous(memory_format=torch.channels_last):
-        image, last = image.contiguous(), False
-    out = output(image, geometry, dtype)
-    codes = lib.DTYPE_CODE
-    if out.numel():
-        run(
-            plan, image.data_ptr(), codes[x.dtype], batch, height, width, last, out.data_ptr(), codes[dtype],
-            last,
-        )  # fmt: skip
-    return out if x.dim() == 4 else out.squeeze(0)
+    plan, channels, outputs, eh, ew, sh, sw, code, dtype, out_code = call[:10]
+    if x.dim() == 3:
+        out = run_conv(run, call, x.unsqueeze(0))
+        return None if out is None else out.squeeze(0)
+    shape = x.shape
+    if len(shape) != 4 or shape[1] != channels:
+        return None
+    batch, _, height, width = shape
+    oh, ow = (height - eh) // sh + 1, (width - ew) // sw + 1
+    if oh < 1 or ow < 1:
+        return None
+    last = False
+    if not x.is_contiguous():
+        last = x.is_contiguous(memory_format=torch.channels_last)
+        if not last:
+            x = x.contiguous()
+    if last:
+        out = torch.empty((batch, outputs, oh, ow), dtype=dtype, memory_format=torch.channels_last)
+    elif code == out_code:
+        out = x.new_empty(batch, outputs, oh, ow)
+    else:
+        out = torch.empty(batch, outputs, oh, ow, dtype=dtype)
+    if batch:
+        run(plan, x.data_ptr(), code, batch, height, width, last, out.data_ptr(), out_code, last)
+    return out
 
 
 # ---- packs ----------------------------------------------------------------------------------------------

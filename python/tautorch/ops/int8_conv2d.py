@@ -15,7 +15,7 @@ from tautorch.reference import int8_conv2d as reference
 from . import geometry as conv
 from . import library as lib
 from .geometry import Geometry, Pair
-from .library import Tail
+from .library import Prepared, Tail
 
 OP = "int8_conv2d"
 _cache = lib.PackCache()
@@ -60,7 +60,7 @@ def _check(
     return geometry
 
 
-def _cpu(
+def _prepare(
     x: Tensor,
     weight: Tensor,
     weight_scale: Tensor,
@@ -71,12 +71,11 @@ def _cpu(
     dilation: Pair = 1,
     groups: int = 1,
     *rest: Any,
-) -> Tensor:
+) -> Prepared | Tensor:
     tail = Tail(*rest)
     geometry = _check(x, weight, weight_scale, bias, weight_shape, stride, padding, dilation, groups, tail)
     kernel = dispatch.choose(problem(geometry, tail.weight_only))
     if kernel == "reference":
-        dispatch.note_used(OP, kernel)
         canonical = conv.canonical(weight, geometry.weight_shape)
         return reference.int8_conv2d(
             x, canonical, weight_scale, bias, **geometry.keywords(), **tail._asdict()
@@ -90,10 +89,12 @@ def _cpu(
     if not conv.packed_for(weight, kernel):
         packed = _cache.get(weight, (kernel, tail.weight_only, groups), fresh)
     codes, keep = tail.codes(x, weight_scale, bias, tail.weight_only)
-    dispatch.clear_last_python(OP)
-    out = conv.call(_C.int8_conv2d_run, plan(packed, geometry, codes), x, geometry, tail.dtype(x))
-    del keep
-    return out
+    call = conv.conv_call(plan(packed, geometry, codes), geometry, x.dtype, tail.dtype(x))
+    return tail.prepared(call, codes, [packed, *keep])
+
+
+def _run(call: tuple[Any, ...], x: Tensor) -> Tensor | None:
+    return conv.run_conv(_C.int8_conv2d_run, call, x)
 
 
 def _fake(
@@ -144,7 +145,8 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 lib.define(
     OP,
     "(Tensor x, Tensor weight, Tensor weight_scale, Tensor? bias=None, " + conv.CONV_SCHEMA + ") -> Tensor",
-    _cpu,
+    _prepare,
+    _run,
     _fake,
     _setup,
     _backward,

@@ -13,7 +13,7 @@ from tautorch.reference import int8_linear as reference
 
 from . import _int8_linear_gpu as gpu
 from . import library as lib
-from .library import rows_of as rows_of
+from .library import Prepared, Tail
 
 OP = "int8_linear"
 _cache = lib.PackCache()
@@ -61,25 +61,14 @@ def plan(packed: Tensor, k: int, tail: dict[str, int]) -> bytes:
     return _C.int8_linear_plan(packed.data_ptr(), packed.numel(), k, tail)
 
 
-def _cpu(
-    x: Tensor,
-    weight: Tensor,
-    weight_scale: Tensor,
-    bias: Tensor | None = None,
-    x_scale: Tensor | None = None,
-    x_zero_point: Tensor | None = None,
-    weight_only: bool = False,
-    activation: str = "none",
-    out_scale: Tensor | None = None,
-    out_zero_point: Tensor | None = None,
-    out_dtype: torch.dtype | None = None,
-) -> Tensor:
-    _check(
-        x, weight, weight_scale, bias, x_scale, x_zero_point, weight_only, activation, out_scale,
-        out_zero_point, out_dtype,
-    )  # fmt: skip
+def _prepare(
+    x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None = None, *rest: Any
+) -> Prepared | Tensor:
+    tail = Tail(*rest)
+    _check(x, weight, weight_scale, bias, tail)
     n, k = weight_scale.numel(), x.shape[-1]
-    if weight.dtype == torch.uint8:
+    is_packed = weight.dtype == torch.uint8
+    if is_packed:
         info = lib.pack_info(weight)
         if info["k"] != k:
             raise ValueError(
@@ -89,53 +78,27 @@ def _cpu(
             raise ValueError(
                 f"{OP}: weight_scale must be [{info['n']}] as the packed weight gives, got [{n}]"
             )
-    kernel = choose(n, k, weight_only)
+    kernel = choose(n, k, tail.weight_only)
     if kernel == "reference":
-        dispatch.note_used(OP, kernel)
-        if weight.dtype == torch.uint8:
-            weight = unpack(weight)
-        return reference.int8_linear(
-            x, weight, weight_scale, bias, x_scale=x_scale, x_zero_point=x_zero_point,
-            weight_only=weight_only, activation=activation, out_scale=out_scale,
-            out_zero_point=out_zero_point, out_dtype=out_dtype,
-        )  # fmt: skip
-    if weight.dtype == torch.uint8:
-        packed = weight
-        if lib.pack_info(packed)["kernel"] != kernel:
-            packed = _cache.get(
-                weight, (kernel, weight_only), lambda: pack(unpack(weight), weight_only, kernel)
-            )
-    else:
-        packed = _cache.get(weight, (kernel, weight_only), lambda: pack(weight, weight_only, kernel))
-    codes, keep = lib.tail(
-        weight_scale=weight_scale,
-        bias=bias,
-        mode=lib.quant_mode(x.dtype, x_scale, weight_only),
-        x_scale=x_scale,
-        x_zero_point=x_zero_point,
-        activation=activation,
-        out_scale=out_scale,
-        out_zero_point=out_zero_point,
-    )
-    dtype = lib.output_dtype(x, out_scale, out_dtype)
-    out = lib.run_rows(OP, _C.int8_linear_run, plan(packed, k, codes), x, n, dtype)
-    del keep, packed
-    return out
+        canonical = unpack(weight) if is_packed else weight
+        return reference.int8_linear(x, canonical, weight_scale, bias, **tail._asdict())
+    packed = weight
+    if not is_packed or lib.pack_info(weight)["kernel"] != kernel:
+
+        def fresh() -> Tensor:
+            return pack(unpack(weight) if is_packed else weight, tail.weight_only, kernel)
+
+        packed = _cache.get(weight, (kernel, tail.weight_only), fresh)
+    codes, keep = tail.codes(x, weight_scale, bias, tail.weight_only)
+    call = lib.linear_call(plan(packed, k, codes), k, n, x.dtype, tail.dtype(x))
+    return tail.prepared(call, codes, [packed, *keep])
 
 
-def _check(
-    x: Tensor,
-    weight: Tensor,
-    weight_scale: Tensor,
-    bias: Tensor | None,
-    x_scale: Tensor | None,
-    x_zero_point: Tensor | None,
-    weight_only: bool,
-    activation: str,
-    out_scale: Tensor | None,
-    out_zero_point: Tensor | None,
-    out_dtype: torch.dtype | None,
-) -> None:
+def _run(call: tuple[Any, ...], x: Tensor) -> Tensor | None:
+    return lib.run_linear(_C.int8_linear_run, call, x)
+
+
+def _check(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, tail: Tail) -> None:
     if x.dim() < 1:
         raise ValueError(f"{OP}: x must be [..., K], got a 0-dimensional tensor")
     k, n = x.shape[-1], weight_scale.numel()
@@ -149,65 +112,22 @@ def _check(
         n = weight.shape[0]
     if weight.device != x.device:
         raise ValueError(f"{OP}: weight must be on {x.device} like x, got {weight.device}; move it there")
-    if not weight_only:
+    if not tail.weight_only:
         lib.check_k(OP, k)
-    lib.check_tail(
-        OP,
-        x,
-        n=n,
-        weight_scale=weight_scale,
-        bias=bias,
-        x_scale=x_scale,
-        x_zero_point=x_zero_point,
-        weight_only=weight_only,
-        activation=activation,
-        out_scale=out_scale,
-        out_zero_point=out_zero_point,
-        out_dtype=out_dtype,
-        rows=lib.row_count(x),
-    )
+    rows = lib.row_count(x)
+    lib.check_tail(OP, x, n=n, weight_scale=weight_scale, bias=bias, rows=rows, **tail._asdict())
 
 
-def _cuda(
-    x: Tensor,
-    weight: Tensor,
-    weight_scale: Tensor,
-    bias: Tensor | None = None,
-    x_scale: Tensor | None = None,
-    x_zero_point: Tensor | None = None,
-    weight_only: bool = False,
-    activation: str = "none",
-    out_scale: Tensor | None = None,
-    out_zero_point: Tensor | None = None,
-    out_dtype: torch.dtype | None = None,
-) -> Tensor:
-    arguments = (
-        x, weight, weight_scale, bias, x_scale, x_zero_point, weight_only, activation, out_scale,
-        out_zero_point, out_dtype,
-    )  # fmt: skip
-    _check(*arguments)
-    return gpu.run(*arguments)
+def _cuda(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None = None, *rest: Any) -> Tensor:
+    tail = Tail(*rest)
+    _check(x, weight, weight_scale, bias, tail)
+    return gpu.run(x, weight, weight_scale, bias, tail)
 
 
-def _fake(
-    x: Tensor,
-    weight: Tensor,
-    weight_scale: Tensor,
-    bias: Tensor | None = None,
-    x_scale: Tensor | None = None,
-    x_zero_point: Tensor | None = None,
-    weight_only: bool = False,
-    activation: str = "none",
-    out_scale: Tensor | None = None,
-    out_zero_point: Tensor | None = None,
-    out_dtype: torch.dtype | None = None,
-) -> Tensor:
-    _check(
-        x, weight, weight_scale, bias, x_scale, x_zero_point, weight_only, activation, out_scale,
-        out_zero_point, out_dtype,
-    )  # fmt: skip
-    dtype = lib.output_dtype(x, out_scale, out_dtype)
-    return x.new_empty((*x.shape[:-1], weight_scale.shape[0]), dtype=dtype)
+def _fake(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None = None, *rest: Any) -> Tensor:
+    tail = Tail(*rest)
+    _check(x, weight, weight_scale, bias, tail)
+    return x.new_empty((*x.shape[:-1], weight_scale.shape[0]), dtype=tail.dtype(x))
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -236,7 +156,8 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 lib.define(
     OP,
     "(Tensor x, Tensor weight, Tensor weight_scale, Tensor? bias=None, " + lib.TAIL_SCHEMA + ") -> Tensor",
-    _cpu,
+    _prepare,
+    _run,
     _fake,
     _setup,
     _backward,

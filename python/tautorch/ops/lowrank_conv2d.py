@@ -17,7 +17,7 @@ from tautorch.reference.lowrank_linear import check_factors
 from . import geometry as conv
 from . import library as lib
 from .geometry import Geometry, Pair
-from .library import Tail
+from .library import Prepared, Tail
 
 OP = "lowrank_conv2d"
 _cache = lib.PackCache()
@@ -92,7 +92,7 @@ def _shapes(geometry: Geometry, rank: int) -> tuple[tuple[int, ...], tuple[int, 
     return (geometry.groups * rank, *geometry.weight_shape[1:]), (geometry.weight_shape[0], rank, 1, 1)
 
 
-def _cpu(
+def _prepare(
     x: Tensor,
     down: Tensor,
     up: Tensor,
@@ -106,7 +106,7 @@ def _cpu(
     dilation: Pair = 1,
     groups: int = 1,
     *rest: Any,
-) -> Tensor:
+) -> Prepared | Tensor:
     tail = _tail(rest)
     geometry, rank = _check(
         x, down, up, bias, down_scale, up_scale, down_shape, up_shape, stride, padding, dilation, groups, tail
@@ -115,7 +115,6 @@ def _cpu(
     kernel = dispatch.choose(problem(geometry, rank, int8))
     shapes = _shapes(geometry, rank)
     if kernel == "reference":
-        dispatch.note_used(OP, kernel)
         arguments = tail._asdict()
         del arguments["weight_only"]
         first, second = (conv.canonical(f, s) for f, s in zip((down, up), shapes, strict=True))
@@ -133,12 +132,15 @@ def _cpu(
         lib.check_pack(OP, name, packed, shape[0], math.prod(shape))
     codes, keep = tail.codes(x, up_scale, bias, not int8)
     if down_scale is not None:
-        down_scale = down_scale.contiguous()
-    dispatch.clear_last_python(OP)
+        down_scale = down_scale.detach().contiguous()
+        keep.append(down_scale)
     made = plan(packs[0], packs[1], down_scale, geometry, codes)
-    out = conv.call(_C.lowrank_conv2d_run, made, x, geometry, tail.dtype(x))
-    del keep
-    return out
+    call = conv.conv_call(made, geometry, x.dtype, tail.dtype(x))
+    return tail.prepared(call, codes, [*packs, *keep], down_scale)
+
+
+def _run(call: tuple[Any, ...], x: Tensor) -> Tensor | None:
+    return conv.run_conv(_C.lowrank_conv2d_run, call, x)
 
 
 def _cached(factor: Tensor, shape: Sequence[int], groups: int, kernel: str) -> Tensor:
@@ -215,7 +217,8 @@ lib.define(
     "int[]? down_shape=None, int[]? up_shape=None, int[2] stride=1, int[2] padding=0, int[2] dilation=1, "
     "int groups=1, Tensor? x_scale=None, Tensor? x_zero_point=None, str activation='none', "
     "Tensor? out_scale=None, Tensor? out_zero_point=None, ScalarType? out_dtype=None) -> Tensor",
-    _cpu,
+    _prepare,
+    _run,
     _fake,
     _setup,
     _backward,

@@ -13,7 +13,7 @@ from tautorch.reference import lowrank_linear as reference
 
 from . import library as lib
 from .int8_linear import pack, unpack
-from .library import Tail
+from .library import Prepared, Tail
 
 OP = "lowrank_linear"
 _cache = lib.PackCache()
@@ -99,7 +99,7 @@ def _sizes(down: Tensor, up: Tensor, out_features: int | None, rank: int | None)
     return out_features, rank
 
 
-def _cpu(
+def _prepare(
     x: Tensor,
     down: Tensor,
     up: Tensor,
@@ -109,7 +109,7 @@ def _cpu(
     out_features: int | None = None,
     rank: int | None = None,
     *rest: Any,
-) -> Tensor:
+) -> Prepared | Tensor:
     tail = Tail(*rest)
     n, r = sizes = _sizes(down, up, out_features, rank)
     _check(x, down, up, bias, down_scale, up_scale, sizes, tail)
@@ -117,7 +117,6 @@ def _cpu(
     floats = up_scale is None
     kernel = dispatch.choose(problem(n, k, r, "float32" if floats else "int8"))
     if kernel == "reference":
-        dispatch.note_used(OP, kernel)
         down, up = (unpack(w) if w.dtype == torch.uint8 else w for w in (down, up))
         arguments = tail._asdict()
         del arguments["weight_only"]
@@ -130,11 +129,14 @@ def _cpu(
     codes, keep = tail.codes(x, up_scale, bias, floats)
     if down_scale is not None:
         down_scale = down_scale.detach().contiguous()
-    out = lib.run_rows(
-        OP, _C.lowrank_linear_run, plan(packs[0], packs[1], k, down_scale, codes), x, n, tail.dtype(x)
-    )
-    del keep, packs
-    return out
+        keep.append(down_scale)
+    made = plan(packs[0], packs[1], k, down_scale, codes)
+    call = lib.linear_call(made, k, n, x.dtype, tail.dtype(x))
+    return tail.prepared(call, codes, [*packs, *keep], down_scale)
+
+
+def _run(call: tuple[Any, ...], x: Tensor) -> Tensor | None:
+    return lib.run_linear(_C.lowrank_linear_run, call, x)
 
 
 def _packed(factor: Tensor, kernel: str) -> Tensor:
@@ -195,7 +197,8 @@ lib.define(
     OP,
     "(Tensor x, Tensor down, Tensor up, Tensor? bias=None, Tensor? down_scale=None, Tensor? up_scale=None, "
     "SymInt? out_features=None, SymInt? rank=None, " + lib.TAIL_SCHEMA + ") -> Tensor",
-    _cpu,
+    _prepare,
+    _run,
     _fake,
     _setup,
     _backward,

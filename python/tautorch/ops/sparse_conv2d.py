@@ -16,7 +16,7 @@ from . import geometry as conv
 from . import library as lib
 from . import sparse_entries as sparse
 from .geometry import Geometry, Pair
-from .library import Tail
+from .library import Prepared, Tail
 
 OP = "sparse_conv2d"
 _cache = lib.PackCache()
@@ -73,7 +73,7 @@ def _check(
     return geometry
 
 
-def _cpu(
+def _prepare(
     x: Tensor,
     values: Tensor,
     crow_indices: Tensor | None,
@@ -87,7 +87,7 @@ def _cpu(
     dilation: Pair = 1,
     groups: int = 1,
     *rest: Any,
-) -> Tensor:
+) -> Prepared | Tensor:
     tail = Tail(*rest)
     geometry = _check(
         x, values, crow_indices, col_indices, weight_scale, bias, weight_shape, stride, padding, dilation,
@@ -102,7 +102,6 @@ def _cpu(
         return values, crow_indices, col_indices
 
     if kernel == "reference":
-        dispatch.note_used(OP, kernel)
         stored, crow, col = layout()
         return reference.sparse_conv2d(
             x, stored, crow, col, weight_scale, bias, pattern=pattern, weight_shape=shape,
@@ -117,10 +116,12 @@ def _cpu(
         key = (kernel, tail.weight_only, pattern, shape, groups)
         packed = _cache.get(values, key, fresh, (crow_indices, col_indices))
     codes, keep = tail.codes(x, weight_scale, bias, tail.weight_only or weight_scale is None)
-    dispatch.clear_last_python(OP)
-    out = conv.call(_C.sparse_conv2d_run, plan(packed, geometry, codes), x, geometry, tail.dtype(x))
-    del keep
-    return out
+    call = conv.conv_call(plan(packed, geometry, codes), geometry, x.dtype, tail.dtype(x))
+    return tail.prepared(call, codes, [packed, *keep])
+
+
+def _run(call: tuple[Any, ...], x: Tensor) -> Tensor | None:
+    return conv.run_conv(_C.sparse_conv2d_run, call, x)
 
 
 def _fake(
@@ -184,7 +185,8 @@ lib.define(
     "(Tensor x, Tensor values, Tensor? crow_indices, Tensor? col_indices, Tensor? weight_scale, "
     "Tensor? bias, str pattern, int[] weight_shape, int[2] stride=1, int[2] padding=0, int[2] dilation=1, "
     "int groups=1, " + lib.TAIL_SCHEMA + ") -> Tensor",
-    _cpu,
+    _prepare,
+    _run,
     _fake,
     _setup,
     _backward,

@@ -14,7 +14,7 @@ from tautorch.reference.layouts import block_shape
 
 from . import library as lib
 from . import sparse_entries as entries
-from .library import Tail
+from .library import Prepared, Tail
 
 OP = "sparse_linear"
 _cache = lib.PackCache()
@@ -73,7 +73,7 @@ def _check(
     )
 
 
-def _cpu(
+def _prepare(
     x: Tensor,
     values: Tensor,
     crow_indices: Tensor | None,
@@ -83,7 +83,7 @@ def _cpu(
     pattern: str,
     out_features: int,
     *rest: Any,
-) -> Tensor:
+) -> Prepared | Tensor:
     tail = Tail(*rest)
     _check(x, values, crow_indices, col_indices, weight_scale, bias, pattern, out_features, tail)
     shape = (out_features, x.shape[-1])
@@ -97,7 +97,6 @@ def _cpu(
     kernel = dispatch.choose(problem(*shape, pattern, "float32" if weight_scale is None else "int8"))
     is_packed = col_indices is None
     if kernel == "reference":
-        dispatch.note_used(OP, kernel)
         if is_packed:
             values, crow_indices, col_indices = entries.unpack(values, pattern, shape)
         assert col_indices is not None
@@ -119,10 +118,12 @@ def _cpu(
         key = (kernel, float_input, pattern, shape)
         packed = _cache.get(values, key, fresh, (crow_indices, col_indices))
     codes, keep = tail.codes(x, weight_scale, bias, float_input)
-    run = _C.sparse_linear_run
-    out = lib.run_rows(OP, run, plan(packed, shape[1], codes), x, out_features, tail.dtype(x))
-    del keep
-    return out
+    call = lib.linear_call(plan(packed, shape[1], codes), shape[1], out_features, x.dtype, tail.dtype(x))
+    return tail.prepared(call, codes, [packed, *keep])
+
+
+def _run(call: tuple[Any, ...], x: Tensor) -> Tensor | None:
+    return lib.run_linear(_C.sparse_linear_run, call, x)
 
 
 def _fake(
@@ -172,7 +173,8 @@ lib.define(
     OP,
     "(Tensor x, Tensor values, Tensor? crow_indices, Tensor? col_indices, Tensor? weight_scale, "
     "Tensor? bias, str pattern, SymInt out_features, " + lib.TAIL_SCHEMA + ") -> Tensor",
-    _cpu,
+    _prepare,
+    _run,
     _fake,
     _setup,
     _backward,
