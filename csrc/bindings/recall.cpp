@@ -83,8 +83,8 @@ template <class F> PyObject *guarded(const F &f) {
     return nullptr;
 }
 
-// unchanged([(dict, key, value), ...], [(tensor, stamp), ...]): whether each dict still holds that very object
-// under the key, and each stamp still holds.
+// unchanged([(dict, key, value), ...], [(tensor, stamp), ...]): whether each dict still holds that very
+// object under the key, and each stamp still holds.
 PyObject *unchanged(PyObject *, PyObject *const *args, Py_ssize_t n) {
     return guarded([&]() -> PyObject * {
         if (n != 2 || !PyList_Check(args[0]) || !PyList_Check(args[1]))

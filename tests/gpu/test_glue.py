@@ -19,6 +19,7 @@ from torch import Tensor
 from tautorch import dispatch
 from tautorch.dispatch import Kernel, Problem
 from tautorch.ops import _int8_linear_gpu as gpu
+from tautorch.ops import library as lib
 from tautorch.reference.int8_linear import int8_linear as reference
 from tautorch.testing.cases import Case, linear_case
 from tautorch.testing.tolerances import assert_close
@@ -123,17 +124,7 @@ def extension(monkeypatch: pytest.MonkeyPatch) -> Iterator[Extension]:
 def call(case: Case) -> Tensor:
     """The GPU path on CPU tensors."""
     x, weight, scale, bias = case.args
-    names = (
-        "x_scale",
-        "x_zero_point",
-        "weight_only",
-        "activation",
-        "out_scale",
-        "out_zero_point",
-        "out_dtype",
-    )
-    defaults = {"weight_only": False, "activation": "none"}
-    return gpu.run(x, weight, scale, bias, *[case.kwargs.get(name, defaults.get(name)) for name in names])
+    return gpu.run(x, weight, scale, bias, lib.Tail(**case.kwargs))
 
 
 def check(case: Case) -> None:
@@ -212,7 +203,7 @@ def test_what_ran_is_noted(extension: Extension) -> None:
 def test_packs_of_the_cpu_and_strangers_are_refused(extension: Extension) -> None:
     case = linear_case(OP, 4, 8, 64)
     with pytest.raises(ValueError, match=r"weight must be int8 .* got a pack"):
-        gpu.run(case.x, torch.zeros(9, dtype=torch.uint8), *case.args[2:], *[None] * 7)
+        gpu.run(case.x, torch.zeros(9, dtype=torch.uint8), *case.args[2:], lib.Tail())
     elsewhere = torch.zeros(1, device="meta")
     with pytest.raises(ValueError, match="x_scale must be on cpu like x, got meta"):
         call(case.but(x_scale=elsewhere))
