@@ -15,31 +15,30 @@ void quantize_rows(const Isa &isa, const ActQuant &q, ActKind act, const void *x
     constexpr float kTiny = 0x1p-100f; // below, a row counts as zero: 127 / amax would overflow
     const int64_t width = act_bytes(act);
     const char *base = static_cast<const char *>(x);
+    constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
     for (int64_t r = 0; r < rows; ++r, out += out_stride) {
         const void *row = base + (m0 + r) * stride * size_of(q.dtype);
-        float scale = 1.0f, inv = 0.0f;
-        int32_t zp = q.zero_point, lo = -128, hi = 127;
-        bool finite = true;
+        float scale = 1.0f;
+        int32_t zp = q.zero_point;
+        bool finite = true, blank = false;
         if (q.mode == ActQuant::given) {
+            isa.quantize(row, q.dtype, n, 1.0f, zp, -128, 127, act, out);
             scale = q.given_scale[q.given_scales == 1 ? 0 : m0 + r];
+            finite = scale == scale; // the epilogue relies on NaN being this one
         } else if (q.mode == ActQuant::fixed) {
-            isa.amax(row, q.dtype, n, &finite);
             scale = q.scale;
-            inv = 1.0f / scale;
+            finite = isa.quantize(row, q.dtype, n, 1.0f / scale, zp, -128, 127, act, out);
+            blank = !finite;
         } else {
             const float amax = isa.amax(row, q.dtype, n, &finite);
             zp = 0;
-            lo = -127;
-            if (amax >= kTiny) {
+            blank = !finite || amax < kTiny;
+            if (!blank) {
                 scale = amax / 127.0f;
-                inv = 127.0f / amax;
+                isa.quantize(row, q.dtype, n, 127.0f / amax, 0, -127, 127, act, out);
             }
         }
-        if (finite && (inv != 0.0f || q.mode == ActQuant::given)) {
-            isa.quantize(row, q.dtype, n, inv, zp, lo, hi, act, out);
-        } else {
-            if (!finite)
-                scale = std::numeric_limits<float>::quiet_NaN();
+        if (blank) {
             if (act == ActKind::u8_shifted)
                 std::memset(out, zp + 128, static_cast<size_t>(n));
             else
@@ -47,7 +46,7 @@ void quantize_rows(const Isa &isa, const ActQuant &q, ActKind act, const void *x
         }
         if (n_padded > n) // the weights there are zero; the value only has to be defined
             std::memset(out + n * width, 0, static_cast<size_t>((n_padded - n) * width));
-        row_scale[r] = scale;
+        row_scale[r] = finite ? scale : kNaN;
     }
 }
 
@@ -82,31 +81,75 @@ void store_tile(const Isa &isa, const Output &out, const void *acc, int64_t ld, 
     }
 }
 
-// Whether accumulators leave from their registers, without a tile in memory.
-static bool goes_direct(const Isa &isa, PackKind kind, const Output &out) {
-    const Epilogue &e = out.epilogue;
-    return isa.product_i8 && kind == PackKind::dense_i8 && !out.along_m &&
-           (e.activation == Activation::none || e.activation == Activation::relu) &&
-           (e.out_dtype == DType::f32 || e.out_dtype == DType::bf16 || e.out_dtype == DType::f16);
+namespace {
+
+// The distance of each row from the last, in bytes; 0 if they are not all the same.
+int64_t row_step(const void *const *rows, int count) {
+    if (count < 2)
+        return 0;
+    const auto at = [rows](int r) { return static_cast<const char *>(rows[r]); };
+    const int64_t step = at(1) - at(0);
+    for (int r = 2; r < count; ++r)
+        if (at(r) - at(r - 1) != step)
+            return 0;
+    return step;
 }
+
+// One panel times a block of rows through product_i8: straight to the output where that runs along rows and
+// the activation is done in registers, otherwise a tile at a time through memory.
+void fused_panel(const Isa &isa, ProductI8 p, const Output &out, int64_t m0, int64_t n0) {
+    const Epilogue &e = out.epilogue;
+    if (!out.along_m && (e.activation == Activation::none || e.activation == Activation::relu)) {
+        p.row_bytes = out.row_stride * size_of(e.out_dtype);
+        p.out = static_cast<char *>(out.data) + m0 * p.row_bytes + n0 * size_of(e.out_dtype);
+        p.epilogue = &e;
+        p.n0 = n0;
+        isa.product_i8(p);
+        return;
+    }
+    alignas(64) int32_t acc[kTileRows * kTileN];
+    Epilogue plain;
+    plain.out_dtype = DType::i32;
+    ProductI8 tile = p;
+    tile.epilogue = &plain;
+    tile.out = reinterpret_cast<char *>(acc);
+    tile.row_bytes = kTileN * 4;
+    for (int t0 = 0; t0 < p.count; t0 += kTileRows) {
+        tile.rows = p.rows + t0;
+        tile.count = std::min(kTileRows, p.count - t0);
+        isa.product_i8(tile);
+        store_tile(isa, out, acc, kTileN, false, m0 + t0, tile.count, n0, p.cols,
+                   p.row_scale ? p.row_scale + t0 : nullptr);
+    }
+}
+
+} // namespace
 
 void gemm_block(const Isa &isa, const uint8_t *packed, int64_t group, const void *const *pointers, int64_t ld,
                 int rows, int64_t p0, int64_t p1, const Output &out, int64_t m0, const float *row_scale) {
     const PackHeader &h = header_of(packed);
-    alignas(64) int32_t acc[kTileRows * kTileN];
     const int64_t kq = div_up(h.k, h.kr);
-    const bool direct = goes_direct(isa, h.kind, out);
+    const bool fused = isa.product_i8 && h.kind == PackKind::dense_i8;
+    ProductI8 task = {};
+    if (fused) {
+        task.rows = pointers;
+        task.ld = ld;
+        task.row_step = h.taps == 1 ? row_step(pointers, rows) : 0;
+        task.count = rows;
+        task.taps = h.taps;
+        task.kq = kq;
+        task.row_scale = row_scale;
+    }
+    alignas(64) int32_t acc[kTileRows * kTileN];
     for (int64_t p = p0; p < p1; ++p) {
         const int width = panel_width(h, p);
         const int cols = static_cast<int>(std::min<int64_t>(width, h.n - p * h.nr));
         const uint8_t *data = panel_data(packed, group, p);
-        const int64_t n0 = group * h.n + p * h.nr;
-        if (direct) {
-            const Epilogue &e = out.epilogue;
-            isa.product_i8(e, pointers, ld, rows, h.taps, kq, reinterpret_cast<const int8_t *>(data), width,
-                           n0, cols, row_scale,
-                           static_cast<char *>(out.data) + (m0 * out.row_stride + n0) * size_of(e.out_dtype),
-                           out.row_stride);
+        if (fused) {
+            task.panel = reinterpret_cast<const int8_t *>(data);
+            task.width = width;
+            task.cols = cols;
+            fused_panel(isa, task, out, m0, group * h.n + p * h.nr);
             continue;
         }
         const int most = isa.mr(width);
@@ -124,7 +167,7 @@ void gemm_block(const Isa &isa, const uint8_t *packed, int64_t group, const void
                     isa.dot_f32(at, ld, mr, h.taps, h.k, data, h.kind == PackKind::dense_w8, width,
                                 reinterpret_cast<float *>(acc) + r0 * kTileN);
             }
-            store_tile(isa, out, acc, kTileN, false, m0 + t0, tile, n0, cols,
+            store_tile(isa, out, acc, kTileN, false, m0 + t0, tile, group * h.n + p * h.nr, cols,
                        row_scale ? row_scale + t0 : nullptr);
         }
     }

@@ -2,7 +2,7 @@
 // primitives are compiled with wide-instruction flags (isa_<name>.cpp).
 #pragma once
 
-#include "kernels/common/types.h"
+#include "kernels/common/product_i8.h"
 
 namespace tautorch {
 
@@ -30,7 +30,8 @@ struct Isa {
     // Largest |x|; sets *finite to false if any element is NaN or Inf (then the value is meaningless).
     float (*amax)(const void *x, DType dtype, int64_t n, bool *finite);
     // out[i] = clamp(rint(x[i] * inv) + zp, lo, hi) + shift in the given form; i8 input is copied (shifted).
-    void (*quantize)(const void *x, DType dtype, int64_t n, float inv, int32_t zp, int32_t lo, int32_t hi,
+    // Returns whether all of x is finite; where it is not, out is meaningless.
+    bool (*quantize)(const void *x, DType dtype, int64_t n, float inv, int32_t zp, int32_t lo, int32_t hi,
                      ActKind act, void *out);
     void (*to_f32)(const void *x, DType dtype, int64_t n, float *out);
 
@@ -63,11 +64,8 @@ struct Isa {
     void (*depthwise)(const uint8_t *const *taps, int64_t n_taps, const int8_t *w, int64_t w_stride,
                       int64_t channels, int32_t *acc);
 
-    // dot_i8 of m rows and the epilogue in one, for float output along outputs without activation or with
-    // relu; out is that of the first row and output. Null where it would gain nothing.
-    void (*product_i8)(const Epilogue &e, const void *const *rows, int64_t ld, int m, int64_t taps,
-                       int64_t kq, const int8_t *panel, int width, int64_t n0, int cols,
-                       const float *row_scale, void *out, int64_t line_stride) = nullptr;
+    // A panel of dot_i8 times a whole block of rows, with the epilogue. Null where there is none.
+    void (*product_i8)(const ProductI8 &) = nullptr;
 };
 
 extern const Isa isa_scalar;

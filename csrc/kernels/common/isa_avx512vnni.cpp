@@ -1,7 +1,6 @@
 // AVX-512 with VNNI (no VBMI: Cascade Lake has none). vpdpbusd multiplies unsigned by signed bytes, so
 // activations are q + 128 and the epilogue takes 128 * colsum away.
 #define TT_LANES 16
-#include "kernels/common/direct_avx512vnni.h"
 #include "kernels/common/epilogue.h"
 #include "kernels/common/isa.h"
 #include "kernels/common/panel.h"
@@ -9,7 +8,17 @@
 namespace tautorch {
 namespace {
 
+// Rows of a tile by panel width: 24 accumulators or fewer. Two vpdpbusd a cycle at a latency of 4 to 5 need
+// 10 in flight.
+int32_t mr_of(int32_t width) { return width == 64 ? 6 : width == 48 ? 8 : 12; }
+
 inline __m512i load512(const void *p) { return _mm512_loadu_si512(p); }
+inline __m512i broadcast4(const void *p) {
+    int32_t v;
+    __builtin_memcpy(&v, p, 4);
+    return _mm512_set1_epi32(v);
+}
+
 template <int MR, int NV>
 void dot_i8_t(const void *const *rows, int64_t ld, int64_t taps, int64_t kq, const int8_t *b, int32_t *out) {
     // Narrow tiles have too few chains to hide the latency: split them over U groups of inputs.
@@ -293,7 +302,7 @@ const Isa isa_avx512vnni = {
     kOrder.at,
     peak_i8,
     depthwise,
-    product_i8,
+    product_i8_avx512vnni,
 };
 
 } // namespace tautorch

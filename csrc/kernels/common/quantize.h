@@ -14,29 +14,44 @@ template <DType T> inline vf load_tail(const void *p, int64_t n) {
     return load_as_f32<T>(buf);
 }
 
+// Largest |x| as bits, which order like the numbers: infinities and NaN come last. 16-bit floats are compared
+// as pairs of 16-bit integers, without conversion.
 template <DType T> float amax_t(const char *x, int64_t n, bool *finite) {
-    constexpr int64_t e = T == DType::f32 ? 4 : 2;
-    vf m0 = {}, m1 = {}, bad = {};
-    int64_t i = 0;
-    const auto take = [&bad](vf v, vf m) {
-        bad += v - v; // 0 for finite v, NaN otherwise
-        v = abs(v);
-        return v > m ? v : m;
+    constexpr int64_t e = T == DType::f32 ? 4 : 2, step = 4 * L / e;
+    constexpr uint32_t sign = T == DType::f32 ? 0x7fffffffu : 0x7fff7fffu;
+    const auto take = [](vu v, vu m) {
+        if constexpr (T == DType::f32)
+            return largest(v & sign, m);
+        else
+            return (vu)largest((vh)(v & sign), (vh)m);
     };
-    for (; i + 2 * L <= n; i += 2 * L) {
-        m0 = take(load_as_f32<T>(x + i * e), m0);
-        m1 = take(load_as_f32<T>(x + (i + L) * e), m1);
+    vu m0 = {}, m1 = {};
+    int64_t i = 0;
+    for (; i + 2 * step <= n; i += 2 * step) {
+        m0 = take(load<vu>(x + i * e), m0);
+        m1 = take(load<vu>(x + (i + step) * e), m1);
     }
-    for (; i < n; i += L)
-        m0 = take(n - i >= L ? load_as_f32<T>(x + i * e) : load_tail<T>(x + i * e, n - i), m0);
-    m0 = m0 > m1 ? m0 : m1;
-    float m = 0, b = 0;
-    for (int l = 0; l < L; ++l) {
-        m = m0[l] > m ? m0[l] : m;
-        b += bad[l];
+    for (; i + step <= n; i += step)
+        m0 = take(load<vu>(x + i * e), m0);
+    if (i < n) {
+        vu rest = {};
+        std::memcpy(&rest, x + i * e, static_cast<size_t>((n - i) * e));
+        m1 = take(rest, m1);
     }
-    *finite = b == 0;
-    return m;
+    vu m = take(m0, m1);
+    if constexpr (T != DType::f32)
+        m = largest(m & 0xffffu, m >> 16);
+    const uint32_t bits = largest_lane(m);
+    float out;
+    if constexpr (T == DType::f16) {
+        *finite = bits < 0x7c00u;
+        return f16_to_f32(static_cast<uint16_t>(bits));
+    } else {
+        const uint32_t wide = T == DType::f32 ? bits : bits << 16;
+        *finite = wide < 0x7f800000u;
+        std::memcpy(&out, &wide, 4);
+        return out;
+    }
 }
 
 float amax(const void *x, DType dtype, int64_t n, bool *finite) {
@@ -48,15 +63,7 @@ float amax(const void *x, DType dtype, int64_t n, bool *finite) {
     return amax_t<DType::f16>(p, n, finite);
 }
 
-template <class Out> inline void store_q(void *out, int64_t i, vi q, int64_t n) {
-    using V = typename Out::vec;
-    const V v = __builtin_convertvector(q, V);
-    char *p = static_cast<char *>(out) + i * Out::bytes;
-    if (n >= L)
-        store(p, v);
-    else
-        std::memcpy(p, &v, static_cast<size_t>(n * Out::bytes));
-}
+// q + add, to bytes or 16-bit words.
 struct OutU8 {
     using vec = vu8;
     static constexpr int bytes = 1, shift = 128;
@@ -65,19 +72,62 @@ struct OutS16 {
     using vec = vs16;
     static constexpr int bytes = 2, shift = 0;
 };
+template <class Out> inline void store_q(void *out, int64_t i, vi q, int32_t add, int64_t n) {
+    using V = typename Out::vec;
+    const V v = __builtin_convertvector(q + add, V);
+    char *p = static_cast<char *>(out) + i * Out::bytes;
+    if (n >= L)
+        store(p, v);
+    else
+        std::memcpy(p, &v, static_cast<size_t>(n * Out::bytes));
+}
+// Four vectors of q, with q + zp in [-128, 127].
+template <class Out> inline void store_q4(void *out, int64_t i, const vi (&q)[4], int32_t zp) {
+#if TT_LANES == 16
+    if constexpr (Out::bytes == 1) {
+        // Packing works within 128-bit lanes, which a permutation of words puts right. One store of 64 bytes
+        // costs as much as one of 16.
+        const __m512i lanes = _mm512_set_epi32(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0);
+        const __m512i z = _mm512_set1_epi16(static_cast<short>(zp));
+        const __m512i a = _mm512_packs_epi32((__m512i)q[0], (__m512i)q[1]);
+        const __m512i b = _mm512_packs_epi32((__m512i)q[2], (__m512i)q[3]);
+        const __m512i packed = _mm512_packs_epi16(_mm512_add_epi16(a, z), _mm512_add_epi16(b, z));
+        _mm512_storeu_si512(static_cast<char *>(out) + i,
+                            _mm512_xor_si512(_mm512_permutexvar_epi32(lanes, packed),
+                                             _mm512_set1_epi8(static_cast<char>(Out::shift))));
+        return;
+    }
+#endif
+    for (int v = 0; v < 4; ++v)
+        store_q<Out>(out, i + v * L, q[v], zp + Out::shift, L);
+}
 
+// Returns whether all of x is finite; out is meaningless otherwise.
 template <DType T, class Out>
-void quantize_t(const char *x, int64_t n, float inv, int32_t zp, int32_t lo, int32_t hi, void *out) {
+bool quantize_t(const char *x, int64_t n, float inv, int32_t zp, int32_t lo, int32_t hi, void *out) {
     constexpr int64_t e = T == DType::f32 ? 4 : 2;
     // The bounds are integers, so clamping before the rounding and before the zero point is the same.
     const float flo = static_cast<float>(lo - zp), fhi = static_cast<float>(hi - zp);
     const int32_t add = zp + Out::shift;
-    for (int64_t i = 0; i < n; i += L) {
-        vf v = (n - i >= L ? load_as_f32<T>(x + i * e) : load_tail<T>(x + i * e, n - i)) * inv;
+    vu bad = {};
+    const auto one = [&](vf v) {
+        bad = largest(bad, as_bits(v) & 0x7fffffffu);
+        v *= inv;
         v = v < flo ? splat(flo) : v;
         v = v > fhi ? splat(fhi) : v;
-        store_q<Out>(out, i, round_to_int(v) + add, n - i);
+        return nearest_int(v);
+    };
+    int64_t i = 0;
+    for (; i + 4 * L <= n; i += 4 * L) {
+        vi q[4];
+        for (int v = 0; v < 4; ++v)
+            q[v] = one(load_as_f32<T>(x + (i + v * L) * e));
+        store_q4<Out>(out, i, q, zp);
     }
+    for (; i < n; i += L)
+        store_q<Out>(out, i, one(n - i >= L ? load_as_f32<T>(x + i * e) : load_tail<T>(x + i * e, n - i)),
+                     add, n - i);
+    return largest_lane(bad) < 0x7f800000u;
 }
 
 template <class Out> void copy_i8(const int8_t *x, int64_t n, void *out) {
@@ -99,25 +149,23 @@ template <class Out> void copy_i8(const int8_t *x, int64_t n, void *out) {
 }
 
 template <class Out>
-void quantize_to(const void *x, DType dtype, int64_t n, float inv, int32_t zp, int32_t lo, int32_t hi,
+bool quantize_to(const void *x, DType dtype, int64_t n, float inv, int32_t zp, int32_t lo, int32_t hi,
                  void *out) {
     const char *p = static_cast<const char *>(x);
-    if (dtype == DType::i8)
-        copy_i8<Out>(static_cast<const int8_t *>(x), n, out);
-    else if (dtype == DType::f32)
-        quantize_t<DType::f32, Out>(p, n, inv, zp, lo, hi, out);
-    else if (dtype == DType::bf16)
-        quantize_t<DType::bf16, Out>(p, n, inv, zp, lo, hi, out);
-    else
-        quantize_t<DType::f16, Out>(p, n, inv, zp, lo, hi, out);
+    if (dtype == DType::f32)
+        return quantize_t<DType::f32, Out>(p, n, inv, zp, lo, hi, out);
+    if (dtype == DType::bf16)
+        return quantize_t<DType::bf16, Out>(p, n, inv, zp, lo, hi, out);
+    if (dtype == DType::f16)
+        return quantize_t<DType::f16, Out>(p, n, inv, zp, lo, hi, out);
+    copy_i8<Out>(static_cast<const int8_t *>(x), n, out);
+    return true;
 }
 
-void quantize(const void *x, DType dtype, int64_t n, float inv, int32_t zp, int32_t lo, int32_t hi,
+bool quantize(const void *x, DType dtype, int64_t n, float inv, int32_t zp, int32_t lo, int32_t hi,
               ActKind act, void *out) {
-    if (act == ActKind::u8_shifted)
-        quantize_to<OutU8>(x, dtype, n, inv, zp, lo, hi, out);
-    else
-        quantize_to<OutS16>(x, dtype, n, inv, zp, lo, hi, out);
+    return act == ActKind::u8_shifted ? quantize_to<OutU8>(x, dtype, n, inv, zp, lo, hi, out)
+                                      : quantize_to<OutS16>(x, dtype, n, inv, zp, lo, hi, out);
 }
 
 template <DType T> void to_f32_t(const char *x, int64_t n, float *out) {

@@ -18,6 +18,7 @@ namespace {
 typedef float vf __attribute__((vector_size(4 * TT_LANES)));
 typedef int32_t vi __attribute__((vector_size(4 * TT_LANES)));
 typedef uint32_t vu __attribute__((vector_size(4 * TT_LANES)));
+typedef uint16_t vh __attribute__((vector_size(4 * TT_LANES)));
 typedef int16_t vs16 __attribute__((vector_size(2 * TT_LANES)));
 typedef uint16_t vu16 __attribute__((vector_size(2 * TT_LANES)));
 typedef int8_t vs8 __attribute__((vector_size(TT_LANES)));
@@ -42,6 +43,32 @@ inline vf abs(vf v) { return as_float(as_bits(v) & 0x7fffffffu); }
 constexpr float kMagic = 12582912.0f;
 constexpr int32_t kMagicBits = 0x4B400000;
 inline vi round_to_int(vf v) { return (vi)(v + kMagic) - kMagicBits; }
+
+// The same of |v| < 2^31.
+inline vi nearest_int(vf v) {
+#if TT_LANES == 16
+    return (vi)_mm512_cvtps_epi32((__m512)v);
+#elif TT_LANES == 8
+    return (vi)_mm256_cvtps_epi32((__m256)v);
+#else
+    vi q;
+    for (int i = 0; i < L; ++i)
+        q[i] = static_cast<int32_t>(__builtin_rintf(v[i]));
+    return q;
+#endif
+}
+
+template <class V> inline V largest(V a, V b) { return a > b ? a : b; }
+inline uint32_t largest_lane(vu v) {
+#if TT_LANES == 16
+    return _mm512_reduce_max_epu32((__m512i)v);
+#else
+    uint32_t m = 0;
+    for (int i = 0; i < L; ++i)
+        m = v[i] > m ? v[i] : m;
+    return m;
+#endif
+}
 
 inline float f16_to_f32(uint16_t h) {
     const uint32_t sign = uint32_t(h & 0x8000) << 16, em = h & 0x7fff;

@@ -14,7 +14,9 @@ struct Operand {
 };
 
 int64_t operand_stride(const Isa &isa, const PackHeader &h) {
-    return h.kind == PackKind::dense_i8 ? round_up(round_up(h.k, h.kr) * act_bytes(isa.act), 64) : 4 * h.k;
+    // An odd number of cache lines: at a multiple of 4 KB all rows of a tile would share the same set of L1.
+    return h.kind == PackKind::dense_i8 ? round_up(round_up(h.k, h.kr) * act_bytes(isa.act), 64) | 64
+                                        : 4 * h.k;
 }
 
 Operand prepare(const Isa &isa, const LinearArgs &a, const PackHeader &h, int64_t m0, int64_t rows,

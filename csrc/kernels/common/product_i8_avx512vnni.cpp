@@ -1,0 +1,245 @@
+// int8 panels finished in registers: accumulators are scaled, converted and stored right where they were
+// summed, while the next tile's products already run. Through a tile in memory, each output costs a store
+// and a load more, and nothing overlaps.
+#include <cstdint>
+#include <cstring>
+#include <immintrin.h>
+
+#include "kernels/common/product_i8.h"
+
+namespace tautorch {
+namespace {
+
+inline __m512i broadcast4(const char *p) {
+    int32_t v;
+    std::memcpy(&v, p, 4);
+    return _mm512_set1_epi32(v);
+}
+
+// The rows of a tile under one tap. Even: at one distance from each other, so that four pointers and two
+// multiples of the distance address twelve rows; twelve pointers would not fit the registers.
+template <int MR, bool Even> struct Rows {
+    const char *at[Even ? (MR + 2) / 3 : MR];
+    int64_t step;
+    Rows(const ProductI8 &p, int64_t tap, int r0) : step(p.row_step) {
+        const void *const *rows = p.rows + tap * p.ld;
+        for (int i = 0; i < (Even ? (MR + 2) / 3 : MR); ++i)
+            at[i] =
+                static_cast<const char *>(Even ? rows[0] : rows[r0 + i]) + (Even ? (r0 + 3 * i) * step : 0);
+    }
+    __attribute__((always_inline)) const char *operator[](int r) const {
+        return Even ? at[r / 3] + r % 3 * step : at[r];
+    }
+    __attribute__((always_inline)) void advance(int64_t bytes) {
+        for (auto &p : at)
+            p += bytes;
+    }
+};
+
+inline __mmask16 first(int64_t n) { return static_cast<__mmask16>(n >= 16 ? 0xffff : (1u << n) - 1); }
+
+inline __m256i bf16_of(__m512 y) {
+    // To nearest, ties to even. A NaN here is quiet and has its low bits clear, so that it stays one.
+    const __m512i b = _mm512_castps_si512(y);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(b, 16), _mm512_set1_epi32(1));
+    const __m512i r = _mm512_add_epi32(_mm512_add_epi32(b, _mm512_set1_epi32(0x7fff)), odd);
+    return _mm512_cvtepi32_epi16(_mm512_srli_epi32(r, 16));
+}
+
+// Clamping before rounding is the same, as the bounds are integers; so is clamping at 0 for relu. NaN passes
+// the clamps, which give back their second operand, and then has nothing but zeros in its low byte: it
+// becomes the zero point.
+struct Requantize {
+    __m512 inv, lo, hi;
+    __m512i zp;
+    explicit Requantize(const Epilogue &e) {
+        const int least = e.activation == Activation::relu ? 0 : -128 - e.out_zero_point;
+        inv = _mm512_set1_ps(e.out_inv_scale);
+        lo = _mm512_set1_ps(static_cast<float>(least));
+        hi = _mm512_set1_ps(static_cast<float>(127 - e.out_zero_point));
+        zp = _mm512_set1_epi32(e.out_zero_point);
+    }
+    __attribute__((always_inline)) __m128i operator()(__m512 y) const {
+        const __m512 v = _mm512_min_ps(hi, _mm512_max_ps(lo, _mm512_mul_ps(y, inv)));
+        const __m512i q = _mm512_castps_si512(_mm512_add_ps(v, _mm512_set1_ps(12582912.0f)));
+        return _mm512_cvtepi32_epi8(_mm512_add_epi32(q, zp));
+    }
+};
+
+inline __m512 load_or(const float *values, int64_t i, int64_t left, float absent) {
+    return values ? _mm512_maskz_loadu_ps(first(left), values + i) : _mm512_set1_ps(absent);
+}
+
+// What the sums start from. Unsigned: correction * colsum may pass 2^31, the corrected sum does not.
+inline __m512i start(const ProductI8 &p, int64_t i) {
+    const Epilogue &e = *p.epilogue;
+    if (e.correction == 0)
+        return _mm512_setzero_si512();
+    return _mm512_mullo_epi32(_mm512_maskz_loadu_epi32(first(p.cols - i), e.colsum + p.n0 + i),
+                              _mm512_set1_epi32(e.correction));
+}
+
+// Columns from i on, rows from r0 on. By the arithmetic of epilogue.h.
+template <int MR, int NV>
+__attribute__((always_inline)) inline void finish(const ProductI8 &p, int i, int r0,
+                                                  const __m512i (&c)[MR][NV]) {
+    const Epilogue &e = *p.epilogue;
+    const int64_t left = p.cols - i, size = size_of(e.out_dtype);
+    alignas(64) char partial[MR * NV * 64];
+    const bool whole = left >= 16 * NV;
+    char *out = whole ? p.out + r0 * p.row_bytes + i * size : partial;
+    const int64_t step = whole ? p.row_bytes : 16 * NV * size;
+    // Every loop over accumulators is unrolled: one that is not puts all of them into memory, from the first
+    // product on.
+    if (e.out_dtype == DType::i32) {
+#pragma GCC unroll 12
+        for (int r = 0; r < MR; ++r, out += step)
+#pragma GCC unroll 4
+            for (int v = 0; v < NV; ++v)
+                _mm512_storeu_si512(out + 64 * v, c[r][v]);
+    } else {
+        __m512 w[NV], b[NV];
+#pragma GCC unroll 4
+        for (int v = 0; v < NV; ++v) {
+            w[v] = load_or(e.w_scale, p.n0 + i + 16 * v, left - 16 * v, 1.0f);
+            b[v] = load_or(e.bias, p.n0 + i + 16 * v, left - 16 * v, 0.0f);
+        }
+        const auto each = [&](auto &&put) __attribute__((always_inline)) {
+#pragma GCC unroll 12
+            for (int r = 0; r < MR; ++r, out += step) {
+                const __m512 scale = _mm512_set1_ps(p.row_scale[r0 + r]);
+#pragma GCC unroll 4
+                for (int v = 0; v < NV; ++v) {
+                    __m512 y = _mm512_mul_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(c[r][v]), scale), w[v]);
+                    if (e.addend)
+                        y = _mm512_add_ps(y, _mm512_loadu_ps(e.addend + (r0 + r) * kAddendStep + i + 16 * v));
+                    put(out, v, _mm512_add_ps(y, b[v]));
+                }
+            }
+        };
+        // max gives back its second operand where either is NaN: a row of NaN stays one.
+        const __m512 least =
+            e.activation == Activation::relu ? _mm512_setzero_ps() : _mm512_set1_ps(-__builtin_inff());
+        switch (e.out_dtype) {
+        case DType::f32:
+            each([least](char *o, int v, __m512 y) __attribute__((always_inline)) {
+                _mm512_storeu_ps(o + 64 * v, _mm512_max_ps(least, y));
+            });
+            break;
+        case DType::bf16:
+            each([least](char *o, int v, __m512 y) __attribute__((always_inline)) {
+                _mm256_storeu_si256(reinterpret_cast<__m256i *>(o + 32 * v),
+                                    bf16_of(_mm512_max_ps(least, y)));
+            });
+            break;
+        case DType::f16:
+            each([least](char *o, int v, __m512 y) __attribute__((always_inline)) {
+                _mm256_storeu_si256(reinterpret_cast<__m256i *>(o + 32 * v),
+                                    _mm512_cvtps_ph(_mm512_max_ps(least, y), _MM_FROUND_TO_NEAREST_INT));
+            });
+            break;
+        default: {
+            const Requantize q(e);
+            each([&q](char *o, int v, __m512 y) __attribute__((always_inline)) {
+                _mm_storeu_si128(reinterpret_cast<__m128i *>(o + 16 * v), q(y));
+            });
+        }
+        }
+    }
+    if (!whole)
+        for (int r = 0; r < MR; ++r)
+            std::memcpy(p.out + (r0 + r) * p.row_bytes + i * size, partial + r * step,
+                        static_cast<size_t>(left * size));
+}
+
+template <int MR, int NV, bool Even> void tile(const ProductI8 &p, int i, int r0) {
+    // Two products a cycle at a latency of 4 to 5 cycles need ten chains: small tiles split theirs over U
+    // groups of inputs.
+    constexpr int U = MR * NV >= 10 ? 1 : MR * NV >= 5 ? 2 : 4;
+    const int8_t *b = p.panel + 4 * i;
+    const int64_t step = 4 * p.width;
+    __m512i c[U][MR][NV];
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; ++v) {
+        const __m512i from = start(p, i + 16 * v);
+#pragma GCC unroll 4
+        for (int u = 0; u < U; ++u)
+#pragma GCC unroll 12
+            for (int r = 0; r < MR; ++r)
+                c[u][r][v] = u == 0 ? from : _mm512_setzero_si512();
+    }
+    for (int64_t t = 0; t < (Even ? 1 : p.taps); ++t) {
+        Rows<MR, Even> x(p, t, r0);
+        const auto products = [&](int u, __m512i(&sum)[MR][NV]) __attribute__((always_inline)) {
+            __m512i w[NV];
+#pragma GCC unroll 4
+            for (int v = 0; v < NV; ++v)
+                w[v] = _mm512_loadu_si512(b + 64 * v);
+            b += step;
+#pragma GCC unroll 12
+            for (int r = 0; r < MR; ++r) {
+                const __m512i a = broadcast4(x[r] + 4 * u);
+#pragma GCC unroll 4
+                for (int v = 0; v < NV; ++v)
+                    sum[r][v] = _mm512_dpbusd_epi32(sum[r][v], a, w[v]);
+            }
+        };
+        int64_t q = 0;
+        for (; q + 4 <= p.kq; q += 4) {
+#pragma GCC unroll 4
+            for (int u = 0; u < 4; ++u)
+                products(u, c[u % U]);
+            x.advance(16);
+        }
+        for (; q < p.kq; ++q) {
+            products(0, c[0]);
+            x.advance(4);
+        }
+    }
+#pragma GCC unroll 4
+    for (int u = 1; u < U; ++u)
+#pragma GCC unroll 12
+        for (int r = 0; r < MR; ++r)
+#pragma GCC unroll 4
+            for (int v = 0; v < NV; ++v)
+                c[0][r][v] = _mm512_add_epi32(c[0][r][v], c[u][r][v]);
+    finish<MR, NV>(p, i, r0, c[0]);
+}
+
+using Tile = void (*)(const ProductI8 &, int i, int r0);
+template <int NV, bool Even>
+constexpr Tile kTiles[12] = {tile<1, NV, Even>, tile<2, NV, Even>,  tile<3, NV, Even>,  tile<4, NV, Even>,
+                             tile<5, NV, Even>, tile<6, NV, Even>,  tile<7, NV, Even>,  tile<8, NV, Even>,
+                             tile<9, NV, Even>, tile<10, NV, Even>, tile<11, NV, Even>, tile<12, NV, Even>};
+template <bool Even>
+constexpr Tile kWideTiles[6] = {tile<1, 4, Even>, tile<2, 4, Even>, tile<3, 4, Even>,
+                                tile<4, 4, Even>, tile<5, 4, Even>, tile<6, 4, Even>};
+
+// Rows are dealt out evenly: two tiles of 4 run faster than one of 6 and one of 2.
+void strip(const ProductI8 &p, const Tile *tiles, int most, int i) {
+    const int parts = (p.count + most - 1) / most;
+    for (int j = 0; j < parts; ++j) {
+        const int r0 = p.count * j / parts;
+        tiles[p.count * (j + 1) / parts - r0 - 1](p, i, r0);
+    }
+}
+
+} // namespace
+
+void product_i8_avx512vnni(const ProductI8 &p) {
+    const bool even = p.even();
+    int i = 0;
+    // 12 x 32 reads 128 bytes of weights in 12 cycles, 6 x 64 twice as many, and the 32 columns of a panel
+    // that it walks stay in L1 up to 1024 inputs; a row block of 6 or less reads each weight once either way.
+    // Without a common distance, 12 rows would need 12 pointers.
+    if (p.width == 64 && (!even || p.count <= 6)) {
+        strip(p, even ? kWideTiles<true> : kWideTiles<false>, 6, 0);
+        return;
+    }
+    for (; i + 32 <= p.width; i += 32)
+        strip(p, even ? kTiles<2, true> : kTiles<2, false>, 12, i);
+    if (i < p.width)
+        strip(p, even ? kTiles<1, true> : kTiles<1, false>, 12, i);
+}
+
+} // namespace tautorch
