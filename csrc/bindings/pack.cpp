@@ -31,8 +31,9 @@ PackHeader checked_sparse(const std::string &kernel, int kind, int gs, int64_t g
         throw py::value_error("sparse_pack: no sparse kind");
     if ((gs != 1 && gs != 4) || !sizes_fit(groups, n, k, taps) || taps * k > kMaxSparseInputs)
         throw py::value_error("sparse_pack: sizes are out of range");
-    if (!starts_ascend(gs, groups, n, e))
-        throw py::value_error("sparse_pack: start must ascend from 0, one for each group of outputs");
+    if (!entries_valid(gs, groups, n, taps * k, e))
+        throw py::value_error("sparse_pack: start must ascend from 0, one for each group of outputs, and the "
+                              "inputs of each group must ascend");
     return sparse_header(isa_of(kernel), pack_kind, gs, groups, n, k, taps, e);
 }
 
@@ -60,8 +61,9 @@ void bind_pack(py::module_ &m) {
         dense_unpack(at<const uint8_t>(packed), at<void>(w), {sn, sk, st});
     });
     m.def("sparse_pack_bytes", [](const std::string &kernel, int kind, int gs, int64_t groups, int64_t n,
-                                  int64_t k, int64_t taps, int64_t sparse_groups, int64_t start) {
-        const SparseEntries e{sparse_groups, at<const uint32_t>(start), nullptr, nullptr};
+                                  int64_t k, int64_t taps, int64_t sparse_groups, int64_t start,
+                                  int64_t index) {
+        const SparseEntries e{sparse_groups, at<const uint32_t>(start), at<const uint16_t>(index), nullptr};
         return checked_sparse(kernel, kind, gs, groups, n, k, taps, e).total;
     });
     m.def("sparse_pack",
@@ -73,6 +75,15 @@ void bind_pack(py::module_ &m) {
               py::gil_scoped_release release;
               sparse_pack(h, e, at<uint8_t>(out));
           });
+    // Entries of a sparse pack: how many, and (addresses given) uint32 start, uint16 index, values.
+    m.def("sparse_unpack", [](int64_t packed, int64_t bytes, int64_t start, int64_t index, int64_t values) {
+        const PackHeader &h = checked_pack("unpack", at<const uint8_t>(packed), bytes);
+        if (h.kind != PackKind::sparse_i8 && h.kind != PackKind::sparse_f32)
+            throw py::value_error("unpack: packed weights are dense");
+        py::gil_scoped_release release;
+        return sparse_unpack(at<const uint8_t>(packed), at<uint32_t>(start), at<uint16_t>(index),
+                             at<void>(values));
+    });
     // What a pack says of itself: kind, kernel, gs, groups, n, k, taps, entries and byte offsets.
     m.def("pack_info", [](int64_t packed, int64_t bytes) {
         const PackHeader &h = checked_header("pack_info", at<const uint8_t>(packed), bytes);
@@ -87,7 +98,6 @@ void bind_pack(py::module_ &m) {
         d["entries"] = h.entries;
         d["start_offset"] = h.start_off;
         d["index_offset"] = h.index_off;
-        d["data_offset"] = h.data_off;
         return d;
     });
 }

@@ -46,12 +46,13 @@ struct Isa {
     void (*transpose_32)(const uint32_t *const *rows, int w, int64_t k, uint32_t *out, int64_t ld);
 
     // Sparse, over a panel x[k][w] (w = 16 or 64). Group g covers `gs` (1 or 4) outputs that share the
-    // inputs idx[4 * start[g] .. 4 * start[g + 1]); weights are [quad][gs][4]. acc is [(g1 - g0) * gs][w].
+    // inputs whose 64-fold is idx[4 * start[g] .. 4 * start[g + 1]); weights are [quad][gs][4]. acc is [(g1 -
+    // g0) * gs][w], written, or added to where `add`.
     void (*sparse_i8)(int gs, int w, const uint8_t *x, const uint32_t *start, const uint16_t *idx,
-                      const int8_t *values, int64_t g0, int64_t g1, int32_t *acc);
-    // The same without quads: entry e of a group multiplies input idx[e] by values[e][gs].
+                      const int8_t *values, int64_t g0, int64_t g1, bool add, int32_t *acc);
+    // The same without quads: entry e of a group multiplies input idx[e] (not its 64-fold) by values[e][gs].
     void (*sparse_f32)(int gs, int w, const float *x, const uint32_t *start, const uint16_t *idx,
-                       const float *values, int64_t g0, int64_t g1, float *acc);
+                       const float *values, int64_t g0, int64_t g1, bool add, float *acc);
     // In which column of an int8 panel of width 64 row r of x belongs, so that sparse_i8's interleave
     // gives back rows in order.
     const uint8_t *panel_order;

@@ -4,6 +4,7 @@
 #include "kernels/common/epilogue.h"
 #include "kernels/common/isa.h"
 #include "kernels/common/panel.h"
+#include "kernels/common/sparse_avx512vnni.h"
 
 namespace tautorch {
 namespace {
@@ -138,108 +139,14 @@ void dot_f32(const void *const *rows, int64_t ld, int mr, int64_t taps, int64_t 
     dot(rows, ld, taps, k, panel, acc);
 }
 
-// Byte unpacking works within 128-bit lanes: interleaving four panel rows of 64 gives accumulator j the
-// bytes 16 l + 4 j + i at element 4 l + i. Storing row 16 j + 4 l + i there makes the result come in order.
-constexpr uint8_t order_at(int r) { return static_cast<uint8_t>(16 * (r / 4 % 4) + 4 * (r / 16) + r % 4); }
-struct Order {
-    uint8_t at[64];
-};
-constexpr Order make_order() {
-    Order o = {};
-    for (int r = 0; r < 64; ++r)
-        o.at[r] = order_at(r);
-    return o;
-}
-constexpr Order kOrder = make_order();
-
-template <int GS>
-void sparse_i8_64(const uint8_t *x, const uint32_t *start, const uint16_t *idx, const int8_t *values,
-                  int64_t g0, int64_t g1, int32_t *out) {
-    for (int64_t g = g0; g < g1; ++g, out += GS * 64) {
-        __m512i c[GS][4];
-        for (auto &row : c)
-            for (auto &v : row)
-                v = _mm512_setzero_si512();
-        for (int64_t q = start[g], e = start[g + 1]; q < e; ++q) {
-            const uint16_t *i = idx + 4 * q;
-            const __m512i r0 = load512(x + int64_t{i[0]} * 64), r1 = load512(x + int64_t{i[1]} * 64);
-            const __m512i r2 = load512(x + int64_t{i[2]} * 64), r3 = load512(x + int64_t{i[3]} * 64);
-            const __m512i l01 = _mm512_unpacklo_epi8(r0, r1), h01 = _mm512_unpackhi_epi8(r0, r1);
-            const __m512i l23 = _mm512_unpacklo_epi8(r2, r3), h23 = _mm512_unpackhi_epi8(r2, r3);
-            const __m512i t[4] = {_mm512_unpacklo_epi16(l01, l23), _mm512_unpackhi_epi16(l01, l23),
-                                  _mm512_unpacklo_epi16(h01, h23), _mm512_unpackhi_epi16(h01, h23)};
-#pragma GCC unroll 4
-            for (int r = 0; r < GS; ++r) {
-                const __m512i w = broadcast4(values + (q * GS + r) * 4);
-#pragma GCC unroll 4
-                for (int j = 0; j < 4; ++j)
-                    c[r][j] = _mm512_dpbusd_epi32(c[r][j], t[j], w);
-            }
-        }
-        for (int r = 0; r < GS; ++r)
-            for (int j = 0; j < 4; ++j)
-                _mm512_storeu_si512(out + r * 64 + 16 * j, c[r][j]);
-    }
-}
-
-// 16 rows: four panel rows side by side in one register, transposed to [row][4 inputs] by a dword and a
-// byte shuffle.
-template <int GS>
-void sparse_i8_16(const uint8_t *x, const uint32_t *start, const uint16_t *idx, const int8_t *values,
-                  int64_t g0, int64_t g1, int32_t *out) {
-    const __m512i dwords = _mm512_set_epi32(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0);
-    const __m512i bytes =
-        _mm512_broadcast_i32x4(_mm_set_epi8(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0));
-    const auto row = [x](uint16_t i) {
-        return _mm_loadu_si128(reinterpret_cast<const __m128i *>(x + int64_t{i} * 16));
-    };
-    const auto interleave = [&](const uint16_t *i) __attribute__((always_inline)) {
-        __m512i v = _mm512_castsi128_si512(row(i[0]));
-        v = _mm512_inserti32x4(v, row(i[1]), 1);
-        v = _mm512_inserti32x4(v, row(i[2]), 2);
-        v = _mm512_inserti32x4(v, row(i[3]), 3);
-        return _mm512_shuffle_epi8(_mm512_permutexvar_epi32(dwords, v), bytes);
-    };
-    for (int64_t g = g0; g < g1; ++g, out += GS * 16) {
-        __m512i c[2][GS];
-        for (auto &half : c)
-            for (auto &v : half)
-                v = _mm512_setzero_si512();
-        int64_t q = start[g];
-        const int64_t e = start[g + 1];
-        const auto step = [&](int64_t at, __m512i(&acc)[GS]) __attribute__((always_inline)) {
-            const __m512i t = interleave(idx + 4 * at);
-#pragma GCC unroll 4
-            for (int r = 0; r < GS; ++r)
-                acc[r] = _mm512_dpbusd_epi32(acc[r], t, broadcast4(values + (at * GS + r) * 4));
-        };
-        for (; q + 2 <= e; q += 2) {
-            step(q, c[0]);
-            step(q + 1, c[1]);
-        }
-        if (q < e)
-            step(q, c[0]);
-        for (int r = 0; r < GS; ++r)
-            _mm512_storeu_si512(out + r * 16, _mm512_add_epi32(c[0][r], c[1][r]));
-    }
-}
-
-void sparse_i8(int gs, int w, const uint8_t *x, const uint32_t *start, const uint16_t *idx,
-               const int8_t *values, int64_t g0, int64_t g1, int32_t *acc) {
-    if (w == 64)
-        (gs == 4 ? sparse_i8_64<4> : sparse_i8_64<1>)(x, start, idx, values, g0, g1, acc);
-    else
-        (gs == 4 ? sparse_i8_16<4> : sparse_i8_16<1>)(x, start, idx, values, g0, g1, acc);
-}
-
 template <int GS, int NV>
 void sparse_f32_t(const float *x, const uint32_t *start, const uint16_t *idx, const float *values, int64_t g0,
-                  int64_t g1, float *out) {
+                  int64_t g1, bool add, float *out) {
     for (int64_t g = g0; g < g1; ++g, out += GS * NV * 16) {
         __m512 c[GS][NV];
-        for (auto &row : c)
-            for (auto &v : row)
-                v = _mm512_setzero_ps();
+        for (int r = 0; r < GS; ++r)
+            for (int v = 0; v < NV; ++v)
+                c[r][v] = add ? _mm512_loadu_ps(out + (r * NV + v) * 16) : _mm512_setzero_ps();
         for (int64_t e = start[g], end = start[g + 1]; e < end; ++e) {
             const float *xk = x + int64_t{idx[e]} * (16 * NV);
             __m512 xv[NV];
@@ -260,11 +167,11 @@ void sparse_f32_t(const float *x, const uint32_t *start, const uint16_t *idx, co
 }
 
 void sparse_f32(int gs, int w, const float *x, const uint32_t *start, const uint16_t *idx,
-                const float *values, int64_t g0, int64_t g1, float *acc) {
+                const float *values, int64_t g0, int64_t g1, bool add, float *acc) {
     if (w == 64)
-        (gs == 4 ? sparse_f32_t<4, 4> : sparse_f32_t<1, 4>)(x, start, idx, values, g0, g1, acc);
+        (gs == 4 ? sparse_f32_t<4, 4> : sparse_f32_t<1, 4>)(x, start, idx, values, g0, g1, add, acc);
     else
-        (gs == 4 ? sparse_f32_t<4, 1> : sparse_f32_t<1, 1>)(x, start, idx, values, g0, g1, acc);
+        (gs == 4 ? sparse_f32_t<4, 1> : sparse_f32_t<1, 1>)(x, start, idx, values, g0, g1, add, acc);
 }
 
 int64_t peak_i8(int64_t rounds) {
@@ -296,10 +203,10 @@ const Isa isa_avx512vnni = {
     to_f32,
     epilogue,
     transpose_u8,
-    transpose_32,
-    sparse_i8,
+    transpose_32_wide,
+    sparse_i8_avx512vnni,
     sparse_f32,
-    kOrder.at,
+    kSparseOrderAvx512.at,
     peak_i8,
     depthwise,
     product_i8_avx512vnni,

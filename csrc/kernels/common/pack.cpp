@@ -2,7 +2,9 @@
 
 #include "core/memory.h"
 
+#include <algorithm>
 #include <cstring>
+#include <vector>
 
 namespace tautorch {
 namespace {
@@ -49,14 +51,32 @@ template <class F> void each_weight(const PackHeader &h, const F &f) {
         }
 }
 
+int64_t sparse_groups_of(const PackHeader &h) { return h.groups * div_up(h.n, h.gs); }
+int64_t quad_inputs(PackKind kind) { return kind == PackKind::sparse_i8 ? 4 : 1; }
+// sparse_i8 keeps the 64-fold of an input's place in its block: where its row of a panel of 64 starts.
+uint16_t stored_input(const PackHeader &h, int64_t block, int64_t input) {
+    return static_cast<uint16_t>(h.kind == PackKind::sparse_i8 ? (input - block * block_inputs(h)) * 64
+                                                               : input);
+}
+int64_t input_of(const PackHeader &h, int64_t block, uint16_t stored) {
+    return h.kind == PackKind::sparse_i8 ? block * block_inputs(h) + stored / 64 : stored;
+}
+
+// Parts of the inputs: a panel of 64 rows by 512 inputs takes 32 KB, so that it stays in L1 while the outputs
+// run over it.
+int64_t input_blocks(PackKind kind, int64_t inputs) {
+    return kind == PackKind::sparse_i8 ? std::max<int64_t>(1, div_up(inputs, kBlockInputs)) : 1;
+}
+
 // Header of a sparse pack with this many quads or entries.
 PackHeader sparse_layout(const Isa &isa, PackKind kind, int gs, int64_t groups, int64_t n, int64_t k,
                          int64_t taps, int64_t entries) {
     PackHeader h = base_header(isa, kind, groups, n, k, taps);
     h.gs = gs;
     h.entries = entries;
+    h.blocks = input_blocks(kind, taps * k);
     h.start_off = after_colsum(h);
-    h.index_off = round_up(h.start_off + 4 * (groups * div_up(n, gs) + 1), 64);
+    h.index_off = round_up(h.start_off + 4 * (h.blocks * groups * div_up(n, gs) + 1), 64);
     h.data_off = round_up(h.index_off + 2 * entries * (kind == PackKind::sparse_i8 ? 4 : 1), 64);
     h.total = round_up(h.data_off + entries * gs * 4, 64);
     return h;
@@ -105,16 +125,24 @@ bool entries_consistent(const uint8_t *packed) {
     if (h.kind != PackKind::sparse_i8 && h.kind != PackKind::sparse_f32)
         return true;
     const uint32_t *start = reinterpret_cast<const uint32_t *>(packed + h.start_off);
-    const int64_t sparse_groups = h.groups * div_up(h.n, h.gs), inputs = h.taps * h.k;
-    if (!starts_ascend(h.gs, h.groups, h.n, {sparse_groups, start, nullptr, nullptr}) ||
-        start[sparse_groups] != h.entries)
+    const int64_t lists = h.blocks * h.groups * div_up(h.n, h.gs), inputs = h.taps * h.k;
+    if (!starts_ascend(lists, start) || start[lists] != h.entries)
         return false;
     const uint16_t *index = reinterpret_cast<const uint16_t *>(packed + h.index_off);
-    const int64_t n = h.entries * (h.kind == PackKind::sparse_i8 ? 4 : 1);
-    uint16_t largest = 0; // no early exit: this way the loop is a vector one
-    for (int64_t i = 0; i < n; ++i)
-        largest = index[i] > largest ? index[i] : largest;
-    return n == 0 || largest < inputs;
+    const int64_t quad = quad_inputs(h.kind), per_block = lists / h.blocks;
+    for (int64_t b = 0; b < h.blocks; ++b) {
+        const int64_t first = quad * start[b * per_block], last = quad * start[(b + 1) * per_block];
+        uint16_t largest = 0, bits = 0; // no early exit: this way the loop is a vector one
+        for (int64_t i = first; i < last; ++i) {
+            largest = index[i] > largest ? index[i] : largest;
+            bits |= index[i];
+        }
+        if (h.kind == PackKind::sparse_i8 && bits % 64 != 0)
+            return false;
+        if (last > first && input_of(h, b, largest) >= std::min(inputs, (b + 1) * block_inputs(h)))
+            return false;
+    }
+    return true;
 }
 
 PackHeader dense_header(const Isa &isa, PackKind kind, int64_t groups, int64_t n, int64_t k, int64_t taps) {
@@ -188,23 +216,39 @@ void dense_unpack(const uint8_t *packed, void *w, WeightStrides s) {
                 [&](int64_t g, int64_t n, int64_t k, int64_t t, int64_t p) { wi[at(g, n, k, t)] = data[p]; });
 }
 
-PackHeader sparse_header(const Isa &isa, PackKind kind, int gs, int64_t groups, int64_t n, int64_t k,
-                         int64_t taps, const SparseEntries &e) {
-    int64_t entries = 0;
-    for (int64_t s = 0; s < e.sparse_groups; ++s) {
-        const int64_t c = e.start[s + 1] - e.start[s];
-        entries += kind == PackKind::sparse_i8 ? div_up(c, 4) : c;
-    }
-    return sparse_layout(isa, kind, gs, groups, n, k, taps, entries);
-}
-
-bool starts_ascend(int gs, int64_t groups, int64_t n, const SparseEntries &e) {
-    if (e.sparse_groups != groups * div_up(n, gs) || e.start[0] != 0)
+bool starts_ascend(int64_t lists, const uint32_t *start) {
+    if (start[0] != 0)
         return false;
-    for (int64_t s = 0; s < e.sparse_groups; ++s)
-        if (e.start[s + 1] < e.start[s])
+    for (int64_t s = 0; s < lists; ++s)
+        if (start[s + 1] < start[s])
             return false;
     return true;
+}
+
+bool entries_valid(int gs, int64_t groups, int64_t n, int64_t inputs, const SparseEntries &e) {
+    if (e.sparse_groups != groups * div_up(n, gs) || !starts_ascend(e.sparse_groups, e.start))
+        return false;
+    for (int64_t s = 0; s < e.sparse_groups; ++s)
+        for (uint32_t i = e.start[s]; i < e.start[s + 1]; ++i)
+            if (e.index[i] >= inputs || (i > e.start[s] && e.index[i] <= e.index[i - 1]))
+                return false;
+    return true;
+}
+
+PackHeader sparse_header(const Isa &isa, PackKind kind, int gs, int64_t groups, int64_t n, int64_t k,
+                         int64_t taps, const SparseEntries &e) {
+    PackHeader h = sparse_layout(isa, kind, gs, groups, n, k, taps, 0);
+    const int64_t length = block_inputs(h), quad = quad_inputs(kind);
+    int64_t entries = 0;
+    for (int64_t s = 0; s < e.sparse_groups; ++s)
+        for (uint32_t i = e.start[s]; i < e.start[s + 1];) {
+            const int64_t end = (e.index[i] / length + 1) * length;
+            const uint32_t first = i;
+            while (i < e.start[s + 1] && e.index[i] < end)
+                ++i;
+            entries += div_up(i - first, quad);
+        }
+    return sparse_layout(isa, kind, gs, groups, n, k, taps, entries);
 }
 
 void sparse_pack(const PackHeader &h, const SparseEntries &e, uint8_t *out) {
@@ -213,36 +257,78 @@ void sparse_pack(const PackHeader &h, const SparseEntries &e, uint8_t *out) {
     std::memcpy(out, &h, sizeof h);
     uint32_t *start = reinterpret_cast<uint32_t *>(out + h.start_off);
     uint16_t *index = reinterpret_cast<uint16_t *>(out + h.index_off);
-    const int64_t per_group = div_up(h.n, h.gs);
-    if (h.kind == PackKind::sparse_f32) {
-        std::memcpy(start, e.start, static_cast<size_t>(4 * (e.sparse_groups + 1)));
-        if (h.entries > 0) { // nothing may lie at a null address, which memcpy must not be given
-            std::memcpy(index, e.index, static_cast<size_t>(2 * h.entries));
-            std::memcpy(out + h.data_off, e.values, static_cast<size_t>(4 * h.entries * h.gs));
-        }
-        return;
-    }
     int32_t *colsum = reinterpret_cast<int32_t *>(out + h.colsum_off);
     int8_t *data = reinterpret_cast<int8_t *>(out + h.data_off);
+    float *data_f = reinterpret_cast<float *>(out + h.data_off);
     const int8_t *values = static_cast<const int8_t *>(e.values);
-    uint32_t quad = 0;
-    for (int64_t s = 0; s < e.sparse_groups; ++s) {
-        start[s] = quad;
-        const int64_t first_output = s / per_group * h.n + s % per_group * h.gs;
-        const int64_t outputs = h.n - s % per_group * h.gs; // of this group, may be under gs
-        for (int64_t i = e.start[s], j = 0; i < e.start[s + 1]; ++i, ++j) {
-            const int64_t q = quad + j / 4;
-            index[4 * q + j % 4] = e.index[i];
-            for (int r = 0; r < h.gs; ++r) {
-                const int8_t v = values[i * h.gs + r];
-                data[(q * h.gs + r) * 4 + j % 4] = v;
-                if (r < outputs)
-                    colsum[first_output + r] += v;
+    const float *values_f = static_cast<const float *>(e.values);
+    const int64_t per_group = div_up(h.n, h.gs), length = block_inputs(h), quad = quad_inputs(h.kind);
+    uint32_t q = 0; // quads (entries) so far
+    // Lists go block by block; `at` is where each group's own list has got to.
+    std::vector<uint32_t> at(e.start, e.start + e.sparse_groups);
+    for (int64_t b = 0; b < h.blocks; ++b)
+        for (int64_t s = 0; s < e.sparse_groups; ++s) {
+            start[b * e.sparse_groups + s] = q;
+            const int64_t first_output = s / per_group * h.n + s % per_group * h.gs;
+            const int64_t outputs = h.n - s % per_group * h.gs; // of this group, may be under gs
+            uint32_t &i = at[static_cast<size_t>(s)];
+            int64_t j = 0; // in the list
+            for (; i < e.start[s + 1] && e.index[i] < (b + 1) * length; ++i, ++j) {
+                const int64_t to = q + j / quad;
+                index[quad * to + j % quad] = stored_input(h, b, e.index[i]);
+                for (int r = 0; r < h.gs; ++r) {
+                    if (h.kind == PackKind::sparse_f32) {
+                        data_f[to * h.gs + r] = values_f[int64_t{i} * h.gs + r];
+                        continue;
+                    }
+                    const int8_t v = values[int64_t{i} * h.gs + r];
+                    data[(to * h.gs + r) * 4 + j % 4] = v;
+                    if (r < outputs)
+                        colsum[first_output + r] += v;
+                }
+            }
+            q += static_cast<uint32_t>(div_up(j, quad));
+            // What fills up a quad repeats the last input, with weight 0: no new input, so no entry.
+            for (; j % quad != 0; ++j)
+                index[quad * (q - 1) + j % quad] = index[quad * (q - 1) + j % quad - 1];
+        }
+    start[h.blocks * e.sparse_groups] = q;
+}
+
+int64_t sparse_unpack(const uint8_t *packed, uint32_t *start, uint16_t *index, void *values) {
+    const PackHeader &h = header_of(packed);
+    const uint32_t *from = reinterpret_cast<const uint32_t *>(packed + h.start_off);
+    const uint16_t *inputs = reinterpret_cast<const uint16_t *>(packed + h.index_off);
+    const int8_t *data = reinterpret_cast<const int8_t *>(packed + h.data_off);
+    const float *data_f = reinterpret_cast<const float *>(packed + h.data_off);
+    const int64_t lists = sparse_groups_of(h), quad = quad_inputs(h.kind);
+    int64_t to = 0;
+    for (int64_t s = 0; s < lists; ++s) {
+        if (start)
+            start[s] = static_cast<uint32_t>(to);
+        for (int64_t b = 0; b < h.blocks; ++b) {
+            int64_t last = -1;
+            for (int64_t i = quad * from[b * lists + s]; i < quad * from[b * lists + s + 1]; ++i) {
+                const int64_t input = input_of(h, b, inputs[i]);
+                if (input <= last)
+                    continue;
+                last = input;
+                if (index) {
+                    index[to] = static_cast<uint16_t>(input);
+                    for (int r = 0; r < h.gs; ++r)
+                        if (h.kind == PackKind::sparse_f32)
+                            static_cast<float *>(values)[to * h.gs + r] = data_f[i * h.gs + r];
+                        else
+                            static_cast<int8_t *>(values)[to * h.gs + r] =
+                                data[(i / 4 * h.gs + r) * 4 + i % 4];
+                }
+                ++to;
             }
         }
-        quad += static_cast<uint32_t>(div_up(e.start[s + 1] - e.start[s], 4));
     }
-    start[e.sparse_groups] = quad;
+    if (start)
+        start[lists] = static_cast<uint32_t>(to);
+    return to;
 }
 
 } // namespace tautorch

@@ -25,20 +25,25 @@ struct PackHeader {
     int64_t groups; // convolution groups; n, k, taps are per group
     int64_t n, k, taps;
     int64_t entries;    // sparse: quads (sparse_i8) or entries (sparse_f32) in all
+    int64_t blocks;     // sparse: parts of the inputs, each with lists of its own
     int64_t colsum_off; // int32 [groups * n], int8 kinds
-    int64_t start_off;  // sparse: uint32 [sparse groups + 1]
+    int64_t start_off;  // sparse: uint32 [blocks * sparse groups + 1]
     int64_t index_off;  // sparse: uint16
     int64_t data_off;
     int64_t total; // bytes
 };
-static_assert(sizeof(PackHeader) == 8 * 4 + 10 * 8, "no padding: headers are compared as bytes");
+static_assert(sizeof(PackHeader) == 8 * 4 + 11 * 8, "no padding: headers are compared as bytes");
 constexpr uint32_t kPackMagic = 0x4b505454; // "TTPK"
-constexpr int32_t kPackVersion = 1;
+constexpr int32_t kPackVersion = 2;
 
 inline const PackHeader &header_of(const uint8_t *packed) {
     return *reinterpret_cast<const PackHeader *>(packed);
 }
 
+// Inputs of one block of a sparse pack; the last may have fewer.
+inline int64_t block_inputs(const PackHeader &h) { return div_up(h.taps * h.k, h.blocks); }
+
+constexpr int64_t kBlockInputs = 512;       // of a sparse int8 pack
 constexpr int64_t kMaxSparseInputs = 65536; // taps * k of a sparse pack, whose indices have 16 bits
 
 // Whether these sizes are ones that offsets into a pack can be computed from without overflow.
@@ -85,10 +90,14 @@ struct SparseEntries {
     const uint16_t *index; // [entries]
     const void *values;    // int8 or float [entries][gs]
 };
-// Whether the starts ascend from 0 and there is one for each sparse group.
-bool starts_ascend(int gs, int64_t groups, int64_t n, const SparseEntries &e);
+// Whether there is a list for each sparse group and every list's inputs ascend within `inputs`.
+bool entries_valid(int gs, int64_t groups, int64_t n, int64_t inputs, const SparseEntries &e);
+bool starts_ascend(int64_t lists, const uint32_t *start);
 PackHeader sparse_header(const Isa &isa, PackKind kind, int gs, int64_t groups, int64_t n, int64_t k,
                          int64_t taps, const SparseEntries &e);
 void sparse_pack(const PackHeader &h, const SparseEntries &e, uint8_t *out);
+// The entries that a sparse pack was made from; returns how many. start is [sparse_groups + 1]; null pointers
+// are left out.
+int64_t sparse_unpack(const uint8_t *packed, uint32_t *start, uint16_t *index, void *values);
 
 } // namespace tautorch

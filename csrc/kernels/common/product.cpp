@@ -40,6 +40,8 @@ void depthwise_block(const Isa &isa, const uint8_t *packed, const Source &x, con
     }
 }
 
+constexpr int kTileOutputs = 128; // of an input-major tile
+
 // A panel of `w` rows of x, input-major. Rows past the end repeat the last one.
 void build_panel(const Isa &isa, const PackHeader &h, const Source &x, int64_t group, int64_t m0, int rows,
                  int w, const void **pointers, void *panel) {
@@ -60,26 +62,62 @@ void build_panel(const Isa &isa, const PackHeader &h, const Source &x, int64_t g
     }
 }
 
+// Input-major tiles [kTileOutputs][w] of accumulators on their way to row-major output: 16 rows by up to
+// kTileOutputs outputs at a time. Stores of fewer than 128 outputs to rows that lie a multiple of 4 KB apart
+// cost 0.6 cycles an output, of 128 and more 0.16.
+struct PanelStore {
+    const Isa &isa;
+    const Output &out;
+    const int32_t *acc;
+    int w;
+    const uint32_t *line[kTileN / 16][kTileOutputs]; // [rows / 16][output]
+
+    PanelStore(const Isa &isa, const Output &out, const int32_t *acc, int w)
+        : isa(isa), out(out), acc(acc), w(w) {
+        for (int b = 0; b < w / 16; ++b)
+            for (int i = 0; i < kTileOutputs; ++i)
+                line[b][i] = reinterpret_cast<const uint32_t *>(acc) + i * w + 16 * b;
+    }
+    void operator()(int64_t m0, int rows, int64_t n0, int cols, const float *scale) const {
+        if (out.along_m)
+            return store_tile(isa, out, acc, w, true, m0, rows, n0, cols, scale);
+        alignas(64) uint32_t turned[16 * kTileOutputs];
+        for (int b = 0; 16 * b < rows; ++b) {
+            isa.transpose_32(line[b], static_cast<int>(round_up(cols, 16)), 16, turned, kTileOutputs);
+            const int64_t m = m0 + 16 * b;
+            isa.epilogue(out.epilogue, turned, kTileOutputs, std::min(16, rows - 16 * b), cols, false, n0,
+                         scale ? scale + 16 * b : nullptr,
+                         static_cast<char *>(out.data) +
+                             (m * out.row_stride + n0) * size_of(out.epilogue.out_dtype),
+                         out.row_stride);
+        }
+    }
+};
+
 // Outputs of sparse groups [s0, s1) of one convolution group.
 void run_panel(const Isa &isa, const uint8_t *packed, int64_t group, const void *panel, int w, int64_t s0,
                int64_t s1, const Output &out, int64_t m0, int rows, const float *scale) {
     const PackHeader &h = header_of(packed);
-    const int64_t base = group * div_up(h.n, h.gs);
-    const uint32_t *start = reinterpret_cast<const uint32_t *>(packed + h.start_off) + base;
+    const int64_t per_group = div_up(h.n, h.gs), lists = h.groups * per_group;
+    const uint32_t *start = reinterpret_cast<const uint32_t *>(packed + h.start_off) + group * per_group;
     const uint16_t *index = reinterpret_cast<const uint16_t *>(packed + h.index_off);
     const uint8_t *data = packed + h.data_off;
-    alignas(64) int32_t acc[kTileN * kTileN];
-    const int64_t step = kTileN / h.gs;
+    alignas(64) int32_t acc[kTileOutputs * kTileN];
+    const PanelStore store(isa, out, acc, w);
+    const int64_t step = kTileOutputs / h.gs;
     for (int64_t s = s0; s < s1; s += step) {
         const int64_t e = std::min(s1, s + step);
-        if (h.kind == PackKind::sparse_i8)
-            isa.sparse_i8(h.gs, w, static_cast<const uint8_t *>(panel), start, index,
-                          reinterpret_cast<const int8_t *>(data), s, e, acc);
-        else
-            isa.sparse_f32(h.gs, w, static_cast<const float *>(panel), start, index,
-                           reinterpret_cast<const float *>(data), s, e, reinterpret_cast<float *>(acc));
+        for (int64_t b = 0; b < h.blocks; ++b)
+            if (h.kind == PackKind::sparse_i8)
+                isa.sparse_i8(h.gs, w, static_cast<const uint8_t *>(panel) + b * block_inputs(h) * w,
+                              start + b * lists, index, reinterpret_cast<const int8_t *>(data), s, e, b > 0,
+                              acc);
+            else
+                isa.sparse_f32(h.gs, w, static_cast<const float *>(panel), start + b * lists, index,
+                               reinterpret_cast<const float *>(data), s, e, b > 0,
+                               reinterpret_cast<float *>(acc));
         const int cols = static_cast<int>(std::min((e - s) * h.gs, h.n - s * h.gs));
-        store_tile(isa, out, acc, w, true, m0, rows, group * h.n + s * h.gs, cols, scale);
+        store(m0, rows, group * h.n + s * h.gs, cols, scale);
     }
 }
 

@@ -14,14 +14,15 @@ constexpr uint8_t kPlainOrder[64] = {
 };
 
 void sparse_i8_plain(int gs, int w, const uint8_t *x, const uint32_t *start, const uint16_t *idx,
-                     const int8_t *values, int64_t g0, int64_t g1, int32_t *acc) {
+                     const int8_t *values, int64_t g0, int64_t g1, bool add, int32_t *acc) {
     for (int64_t g = g0; g < g1; ++g, acc += gs * w) {
-        std::memset(acc, 0, sizeof(int32_t) * static_cast<size_t>(gs * w));
+        if (!add)
+            std::memset(acc, 0, sizeof(int32_t) * static_cast<size_t>(gs * w));
         for (int64_t q = start[g]; q < start[g + 1]; ++q)
             for (int r = 0; r < gs; ++r)
                 for (int j = 0; j < 4; ++j) {
                     const int32_t v = values[(q * gs + r) * 4 + j];
-                    const uint8_t *xk = x + int64_t{idx[4 * q + j]} * w;
+                    const uint8_t *xk = x + idx[4 * q + j] * w / 64;
                     for (int i = 0; i < w; ++i)
                         acc[r * w + i] += v * xk[i];
                 }
@@ -29,9 +30,10 @@ void sparse_i8_plain(int gs, int w, const uint8_t *x, const uint32_t *start, con
 }
 
 void sparse_f32_plain(int gs, int w, const float *x, const uint32_t *start, const uint16_t *idx,
-                      const float *values, int64_t g0, int64_t g1, float *acc) {
+                      const float *values, int64_t g0, int64_t g1, bool add, float *acc) {
     for (int64_t g = g0; g < g1; ++g, acc += gs * w) {
-        std::memset(acc, 0, sizeof(float) * static_cast<size_t>(gs * w));
+        if (!add)
+            std::memset(acc, 0, sizeof(float) * static_cast<size_t>(gs * w));
         for (int64_t e = start[g]; e < start[g + 1]; ++e)
             for (int r = 0; r < gs; ++r) {
                 const float v = values[e * gs + r];

@@ -218,7 +218,7 @@ def pack(
     e = to_entries(values, crow_indices, col_indices, pattern, shape, groups)
     kind = lib.SPARSE_I8 if values.dtype == torch.int8 else lib.SPARSE_F32
     what = (kernel, kind, e.gs, groups, n, k, taps, e.start.shape[0] - 1)
-    out = lib.pack_buffer(_C.sparse_pack_bytes(*what, e.start.data_ptr()))
+    out = lib.pack_buffer(_C.sparse_pack_bytes(*what, e.start.data_ptr(), e.index.data_ptr()))
     _C.sparse_pack(*what, e.start.data_ptr(), e.index.data_ptr(), e.values.data_ptr(), out.data_ptr())
     return out
 
@@ -278,31 +278,18 @@ def values_at(
     return values.reshape(-1) if pattern == "unstructured" else values
 
 
-def _section(packed: Tensor, offset: int | str, length: int, dtype: torch.dtype) -> Tensor:
-    """``length`` elements at a byte offset of a pack, as a view."""
-    return packed[int(offset) : int(offset) + length * dtype.itemsize].view(dtype)
-
-
 def read_entries(packed: Tensor) -> Entries:
-    """Entries of a sparse pack, without the zeros that fill its quads."""
+    """Entries of a sparse pack."""
     info = lib.pack_info(packed)
-    gs, total = int(info["gs"]), int(info["entries"])
+    gs = int(info["gs"])
     sparse_groups = int(info["groups"]) * -(-int(info["n"]) // gs)
-    start = _section(packed, info["start_offset"], sparse_groups + 1, torch.int32)
-    if info["kind"] == lib.SPARSE_F32:
-        index = _section(packed, info["index_offset"], total, torch.int16)
-        values = _section(packed, info["data_offset"], total * gs, torch.float32)
-        return Entries(gs, start.clone(), index.clone(), values.reshape(total, gs).clone())
-    index = _section(packed, info["index_offset"], total * 4, torch.int16)
-    quads = _section(packed, info["data_offset"], total * gs * 4, torch.int8).reshape(total, gs, 4)
-    # Inputs ascend in a group, so only the first can be input 0: every other 0 fills up a quad.
-    stored = index != 0
-    first = start[:-1][start[1:] > start[:-1]].long() * 4
-    stored[first] = True
-    before = torch.zeros(total * 4 + 1, dtype=torch.int32)
-    torch.cumsum(stored, 0, out=before[1:])
-    values = quads.transpose(1, 2).reshape(total * 4, gs)[stored]
-    return Entries(gs, before[start.long() * 4], index[stored], values)
+    total = _C.sparse_unpack(packed.data_ptr(), packed.numel(), 0, 0, 0)
+    start = torch.empty(sparse_groups + 1, dtype=torch.int32)
+    index = torch.empty(total, dtype=torch.int16)
+    values = torch.empty(total, gs, dtype=torch.float32 if info["kind"] == lib.SPARSE_F32 else torch.int8)
+    where = (start.data_ptr(), index.data_ptr(), values.data_ptr())
+    _C.sparse_unpack(packed.data_ptr(), packed.numel(), *where)
+    return Entries(gs, start, index, values)
 
 
 def unpack(
