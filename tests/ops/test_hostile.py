@@ -266,10 +266,21 @@ def test_impossible_sizes_are_refused(sizes: tuple[int, int, int, int]) -> None:
     for kind in (-1, lib.SPARSE_I8, 6, lib.DEPTHWISE_I8):
         with pytest.raises(ValueError, match=r"no dense kind|sizes"):
             _C.dense_pack_bytes("scalar", kind, 1, 2, 2, 1)
-    start = torch.tensor([0, 2, 1], dtype=torch.int32)
-    for gs, n, k in ((1, 2, 5), (1, 3, 5), (2, 2, 5), (1, 2, 65537)):  # starts descend, are too few, gs, k
+    index = torch.tensor([0, 3], dtype=torch.int16)
+    for start, gs, n, k in (
+        ([0, 2, 1], 1, 2, 5),  # starts descend
+        ([0, 1, 2], 1, 3, 5),  # and are too few
+        ([0, 1, 2], 2, 2, 5),  # no such group
+        ([0, 1, 2], 1, 2, 65537),  # too many inputs
+        ([0, 1, 2], 1, 2, 3),  # input 3 of 3
+    ):
         with pytest.raises(ValueError, match=r"start must ascend|sizes are out of range"):
-            _C.sparse_pack_bytes("scalar", lib.SPARSE_I8, gs, 1, n, k, 1, 2, start.data_ptr())
+            at = torch.tensor(start, dtype=torch.int32)
+            _C.sparse_pack_bytes("scalar", lib.SPARSE_I8, gs, 1, n, k, 1, 2, at.data_ptr(), index.data_ptr())
+    twice = torch.tensor([3, 3], dtype=torch.int16)
+    at = torch.tensor([0, 2, 2], dtype=torch.int32)
+    with pytest.raises(ValueError, match="inputs of each group must ascend"):
+        _C.sparse_pack_bytes("scalar", lib.SPARSE_I8, 1, 1, 2, 5, 1, 2, at.data_ptr(), twice.data_ptr())
     with pytest.raises(ValueError, match="rounds must be at least 1"):
         _C.peak_i8("scalar", 0)
 
