@@ -125,4 +125,4 @@ def test_the_collector_is_put_back(clock: Clock) -> None:
 @pytest.mark.parametrize(("count", "expected"), [(9, (1, 7)), (25, (7, 17)), (100, (40, 59)), (3, (0, 2))])
 def test_the_interval_of_a_median(count: int, expected: tuple[int, int]) -> None:
     """Order statistics of Conover, "Practical Nonparametric Statistics", to the rounding of the normal."""
-    assert timing._median_interval(count) == expected
+    assert timing.median_interval(count) == expected

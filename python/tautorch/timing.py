@@ -85,7 +85,7 @@ def compare(
     if len(good) < min_samples // 2:
         good = list(zip(*times, strict=True))
     ratios = sorted(x / y for x, y in good)
-    low, high = _median_interval(len(ratios))
+    low, high = median_interval(len(ratios))
     return Comparison(
         a_s=statistics.median(x for x, _ in good),
         b_s=statistics.median(y for _, y in good),
@@ -135,7 +135,7 @@ def _repeats(
         repeats = max(repeats * 2, math.ceil(repeats * floor / took)) if took > floor / 50 else repeats * 8
 
 
-def _median_interval(count: int) -> tuple[int, int]:
+def median_interval(count: int) -> tuple[int, int]:
     """Indices of the 95 % confidence interval of the median in `count` sorted values (normal to binomial)."""
     half = 0.98 * math.sqrt(count)
     low = max(0, math.floor(count / 2 - half))

@@ -1,0 +1,119 @@
+"""Contestants timed in turns, in slices of some milliseconds, one at a time.
+
+Every round gives each contestant one slice, beginning with another one each time, so that what the machine
+does meanwhile (clock, neighbours) hits all of them alike. A slice's figure is the median of its samples.
+Ratios are taken within a round, where drift cancels, and the median is over rounds. A slice that took much
+longer than its contestant's fastest says something of the machine and nothing of the code: its round is left
+out for that contestant.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from benches.peers.worker import WorkerError
+
+from tautorch.timing import median_interval
+
+DISTURBED = 1.5
+"""Times the fastest slice. Undisturbed slices lie within 1.2; two threads on one core take 2."""
+
+Timer = Callable[[float], list[float]]
+"""Seconds in, seconds per call of samples taken for about so long out."""
+
+
+@dataclass
+class Contestant:
+    """Somebody who can do the work, in one or several ways of which the fastest counts.
+
+    `kernels` names what each way ran on; `error` is the relative error of its output, checked before timing.
+    """
+
+    name: str
+    ways: dict[str, Timer]
+    kernels: Mapping[str, str] = field(default_factory=dict)
+    error: float | None = None
+
+
+@dataclass(frozen=True)
+class Timed:
+    """What a contestant took; `slices` has one median per round, NaN-free."""
+
+    name: str
+    way: str
+    kernel: str
+    slices: tuple[float, ...]
+    error: float | None = None
+
+    @property
+    def seconds(self) -> float:
+        return statistics.median(self.slices[i] for i in self.undisturbed())
+
+    def undisturbed(self) -> list[int]:
+        """Rounds in which the machine was not taken away; all, where that would leave too few."""
+        limit = DISTURBED * min(self.slices)
+        good = [i for i, s in enumerate(self.slices) if s <= limit]
+        return good if 2 * len(good) >= len(self.slices) else list(range(len(self.slices)))
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """Times of a over those of b, round by round: above 1, b is faster. `low`, `high`: 95 % of the median."""
+
+    median: float
+    low: float
+    high: float
+
+
+def ratio(a: Timed, b: Timed, net_of: float = 0.0) -> Ratio:
+    """a over b, each less `net_of` seconds."""
+    both = sorted(set(a.undisturbed()) & set(b.undisturbed())) or range(len(a.slices))
+    least = 0.05e-6  # what is left of a call cannot be less than its clock
+    ratios = sorted(max(a.slices[i] - net_of, least) / max(b.slices[i] - net_of, least) for i in both)
+    low, high = median_interval(len(ratios))
+    return Ratio(statistics.median(ratios), ratios[low], ratios[high])
+
+
+def contest(
+    contestants: list[Contestant], *, rounds: int, seconds: float
+) -> tuple[dict[str, Timed], dict[str, str]]:
+    """(what each took, why others could not finish), by name.
+
+    A contestant with several ways runs two short slices of each first, and goes on with the fastest.
+    """
+    lost: dict[str, str] = {}
+    ways: dict[str, str] = {}
+    for contestant in contestants:
+        try:
+            ways[contestant.name] = _fastest_way(contestant, seconds / 4)
+        except WorkerError as error:
+            lost[contestant.name] = str(error)
+    slices: dict[str, list[float]] = {name: [] for name in ways}
+    for round_ in range(rounds):
+        first = round_ % len(contestants)
+        for contestant in contestants[first:] + contestants[:first]:
+            name = contestant.name
+            if name in lost:
+                continue
+            try:
+                slices[name].append(statistics.median(contestant.ways[ways[name]](seconds)))
+            except WorkerError as error:
+                lost[name] = str(error)
+    timed = {
+        c.name: Timed(c.name, ways[c.name], c.kernels.get(ways[c.name], ""), tuple(slices[c.name]), c.error)
+        for c in contestants
+        if c.name not in lost
+    }
+    return timed, lost
+
+
+def _fastest_way(contestant: Contestant, seconds: float) -> str:
+    if len(contestant.ways) == 1:
+        return next(iter(contestant.ways))
+    took = dict.fromkeys(contestant.ways, float("inf"))
+    for _ in range(2):
+        for way, timer in contestant.ways.items():
+            took[way] = min(took[way], statistics.median(timer(seconds)))
+    return min(took, key=lambda way: took[way])
