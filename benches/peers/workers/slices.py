@@ -11,8 +11,8 @@ SAMPLE_S = 100e-6
 """Least length of a sample; shorter calls are timed several at a time."""
 
 WARM_S = 12e-3
-"""Calls before the clock counts. Whoever ran before has the caches, and threads that wake up may find themselves
-on one core: it took the scheduler 4 to 10 ms to part them, at half the speed."""
+"""Calls before the clock counts. Whoever ran before has the caches, and threads that wake up may find
+themselves on one core: it took the scheduler 4 to 10 ms to part them, at half the speed."""
 
 
 def time_slice(call: Callable[[], object], seconds: float) -> list[float]:
