@@ -69,7 +69,7 @@ template <DType T> inline void put(char *p, vf y, int64_t n, float inv, int32_t 
 }
 
 // NV vectors of outputs from i on, all rows. A single vector may have fewer than L elements left.
-template <Activation A, DType T, bool Float, int NV>
+template <Activation A, DType T, bool Float, bool Add, int NV>
 void run_columns(const Epilogue &e, const Tile &t, int64_t i, int64_t left, float inv, int32_t zp, vf lo,
                  vf hi) {
     const int64_t n = NV > 1 ? L : left; // known to the compiler but for the last vectors
@@ -87,13 +87,16 @@ void run_columns(const Epilogue &e, const Tile &t, int64_t i, int64_t left, floa
     for (int r = 0; r < t.lines; ++r, acc += ld, out += line_bytes) {
         const float scale = value_or(t.row_scale, r, 1.0f);
         for (int v = 0; v < NV; ++v) {
-            const vf y = accumulated<Float>(acc + 4 * v * L, n, correction[v]) * scale;
-            put<T>(out + v * L * size_of(T), activate<A>(y * w[v] + b[v]), n, inv, zp, lo, hi);
+            vf y = accumulated<Float>(acc + 4 * v * L, n, correction[v]) * scale * w[v];
+            if constexpr (Add)
+                y += load_part<DType::f32>(e.addend + r * kTileN + i + v * L, n);
+            put<T>(out + v * L * size_of(T), activate<A>(y + b[v]), n, inv, zp, lo, hi);
         }
     }
 }
 
-template <Activation A, DType T, bool Float, bool AlongM> void run_tile(const Epilogue &e, const Tile &t) {
+template <Activation A, DType T, bool Float, bool AlongM, bool Add = false>
+void run_tile(const Epilogue &e, const Tile &t) {
     const float inv = e.out_inv_scale;
     const int32_t zp = e.out_zero_point;
     const vf lo = splat(static_cast<float>(-128 - zp)), hi = splat(static_cast<float>(127 - zp));
@@ -118,9 +121,9 @@ template <Activation A, DType T, bool Float, bool AlongM> void run_tile(const Ep
     // 1024).
     int64_t i = 0;
     for (; i + 4 * L <= t.cols; i += 4 * L)
-        run_columns<A, T, Float, 4>(e, t, i, L, inv, zp, lo, hi);
+        run_columns<A, T, Float, Add, 4>(e, t, i, L, inv, zp, lo, hi);
     for (; i < t.cols; i += L)
-        run_columns<A, T, Float, 1>(e, t, i, t.cols - i, inv, zp, lo, hi);
+        run_columns<A, T, Float, Add, 1>(e, t, i, t.cols - i, inv, zp, lo, hi);
 }
 
 template <bool AlongM> void run_raw(const Epilogue &e, const Tile &t) {
@@ -139,7 +142,10 @@ template <bool AlongM> void run_raw(const Epilogue &e, const Tile &t) {
 
 template <Activation A, DType T, bool Float>
 void by_direction(const Epilogue &e, const Tile &t, bool along_m) {
-    along_m ? run_tile<A, T, Float, true>(e, t) : run_tile<A, T, Float, false>(e, t);
+    if (along_m)
+        run_tile<A, T, Float, true>(e, t);
+    else
+        e.addend ? run_tile<A, T, Float, false, true>(e, t) : run_tile<A, T, Float, false>(e, t);
 }
 
 template <Activation A, DType T> void by_accumulator(const Epilogue &e, const Tile &t, bool along_m) {

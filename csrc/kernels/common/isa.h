@@ -6,8 +6,6 @@
 
 namespace tautorch {
 
-constexpr int kTileN = 64; // leading dimension of an accumulator tile, and the widest weight panel
-
 struct Isa {
     const char *name;
     int32_t id;  // stored in packed weights

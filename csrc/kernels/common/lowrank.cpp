@@ -6,130 +6,262 @@
 namespace tautorch {
 namespace {
 
+// A block of rows on its way: operands for the first factor and, where they are others, for the residual.
+struct Operands {
+    Source x, residual;
+    int64_t first = 0; // the block's first row in them
+};
+
+struct Range {
+    int64_t begin, end;
+};
+
 struct Job {
     const Isa &isa;
-    const uint8_t *down, *up;
-    const Source &x;
-    Epilogue first; // of down: to a float tile
+    const LowRank &a;
+    Epilogue first;    // of down: to float rows
+    Epilogue residual; // of the residual: to a float tile
     Output out;
     ActQuant inner; // dynamic, of the float intermediate
 
-    const PackHeader &hd() const { return header_of(down); }
-    const PackHeader &hu() const { return header_of(up); }
+    explicit Job(const LowRank &args) : isa(*find_isa(header_of(args.down).isa)), a(args), out(args.out) {
+        first.w_scale = a.down_scale;
+        first = with_correction(first, a.down, operand_of(a.down), a.quant);
+        out.epilogue = with_correction(out.epilogue, a.up, operand_of(a.up), inner);
+        if (a.residual) {
+            residual.w_scale = a.residual_scale;
+            residual = with_correction(residual, a.residual, operand_of(a.residual), a.residual_quant());
+        }
+    }
+
+    const PackHeader &hd() const { return header_of(a.down); }
+    const PackHeader &hu() const { return header_of(a.up); }
     int64_t inner_width() const { return hd().groups * hd().n; } // floats in a row of the intermediate
     int64_t operand_stride() const {
-        const OperandKind kind = operand_of(up);
+        const OperandKind kind = operand_of(a.up);
         return kind == OperandKind::f32 ? 0 : round_up(hu().groups * inner_group(), 64);
     }
     // Bytes of one group's quantised intermediate.
-    int64_t inner_group() const { return round_up(hu().k, hu().kr) * operand_bytes(operand_of(up)); }
+    int64_t inner_group() const { return round_up(hu().k, hu().kr) * operand_bytes(operand_of(a.up)); }
 
-    // rows m0 .. of the intermediate, panels [p0, p1) of down, to inner [row][inner_width].
-    void run_down(int64_t m0, int rows, int64_t p0, int64_t p1, const void **pointers,
-                  float *inner_rows) const {
+    const void **pointer_space() const {
+        return static_cast<const void **>(
+            scratch(Scratch::panel, sizeof(void *) * static_cast<size_t>(hd().taps * kBlockRows)));
+    }
+    // Of the intermediate: as it is, quantised, and its scales.
+    struct Inner {
+        float *rows;
+        uint8_t *operand;
+        float *scale;
+    };
+    Inner inner_space(int64_t rows) const {
+        return {static_cast<float *>(
+                    scratch(Scratch::inner, 4 * static_cast<size_t>(rows * inner_width() + kTileN))),
+                static_cast<uint8_t *>(
+                    scratch(Scratch::pointers, static_cast<size_t>(rows * operand_stride() + 64))),
+                static_cast<float *>(
+                    scratch(Scratch::inner_scales, 4 * static_cast<size_t>(rows * hu().groups)))};
+    }
+
+    // Panels of down for a block of rows, to inner.rows.
+    void run_down(const Operands &in, int rows, Range panels, const void **pointers,
+                  const Inner &inner) const {
         Output o;
         o.epilogue = first;
         o.row_stride = inner_width();
-        o.data = inner_rows;
+        o.data = inner.rows;
         float scales[kBlockRows];
-        const float *scale = x.row_scales(m0, rows, scales) ? scales : nullptr;
+        const float *scale = in.x.row_scales(in.first, rows, scales) ? scales : nullptr;
         for (int64_t g = 0; g < hd().groups; ++g) {
-            x.fill(g, m0, rows, pointers, kBlockRows);
-            gemm_block(isa, down, g, pointers, kBlockRows, rows, p0, p1, o, 0, scale); // the tile's own row 0
+            in.x.fill(g, in.first, rows, pointers, kBlockRows);
+            gemm_block(isa, a.down, g, pointers, kBlockRows, rows, panels.begin, panels.end, o, 0, scale);
         }
     }
 
     // Quantises rows of the intermediate; each group has scales of its own: scale[g * rows + r].
-    void requantize(const float *inner_rows, int rows, uint8_t *operand, float *scale) const {
-        const OperandKind kind = operand_of(up);
+    void requantize(int rows, const Inner &inner) const {
+        const OperandKind kind = operand_of(a.up);
         if (kind == OperandKind::f32)
             return;
         const ActKind act = kind == OperandKind::s16 ? ActKind::s16 : ActKind::u8_shifted;
         for (int64_t g = 0; g < hu().groups; ++g)
-            quantize_rows(isa, inner, act, inner_rows + g * hu().k, inner_width(), 0, rows, hu().k,
-                          round_up(hu().k, hu().kr), operand + g * inner_group(), operand_stride(),
-                          scale + g * rows);
+            quantize_rows(isa, this->inner, act, inner.rows + g * hu().k, inner_width(), 0, rows, hu().k,
+                          round_up(hu().k, hu().kr), inner.operand + g * inner_group(), operand_stride(),
+                          inner.scale + g * rows);
     }
 
-    void run_up(int64_t m0, int rows, int64_t p0, int64_t p1, const void **pointers, const float *inner_rows,
-                const uint8_t *operand, const float *scale) const {
-        const bool floating = operand_of(up) == OperandKind::f32;
+    // Panels of up for a block of rows that begins at row m0 of the output.
+    void run_up(const Operands &in, int64_t m0, int rows, Range panels, const void **pointers,
+                const Inner &inner) const {
+        const bool floating = operand_of(a.up) == OperandKind::f32;
         for (int64_t g = 0; g < hu().groups; ++g) {
             for (int r = 0; r < rows; ++r)
                 pointers[r] = floating
-                                  ? static_cast<const void *>(inner_rows + r * inner_width() + g * hu().k)
-                                  : operand + r * operand_stride() + g * inner_group();
-            gemm_block(isa, up, g, pointers, kBlockRows, rows, p0, p1, out, m0,
-                       floating ? nullptr : scale + g * rows);
+                                  ? static_cast<const void *>(inner.rows + r * inner_width() + g * hu().k)
+                                  : inner.operand + r * operand_stride() + g * inner_group();
+            const float *scale = floating ? nullptr : inner.scale + g * rows;
+            if (a.residual)
+                run_up_with_residual(in, m0, rows, panels, pointers, scale);
+            else
+                gemm_block(isa, a.up, g, pointers, kBlockRows, rows, panels.begin, panels.end, out, m0,
+                           scale);
         }
+    }
+
+    // Panel by panel: the residual's float tile, then up's, which adds it on its way out.
+    void run_up_with_residual(const Operands &in, int64_t m0, int rows, Range panels,
+                              const void *const *pointers, const float *scale) const {
+        alignas(64) float tile[kTileRows * kTileN];
+        const void *x[kTileRows];
+        float scales[kTileRows];
+        const bool scaled = in.residual.row_scales(in.first, rows, scales);
+        in.residual.fill(0, in.first, rows, x, kTileRows);
+        Output to;
+        to.epilogue = residual;
+        to.row_stride = kTileN;
+        Output sum = out;
+        sum.epilogue.addend = tile;
+        for (int64_t p = panels.begin; p < panels.end; ++p) {
+            to.data = tile - p * hu().nr; // gemm_block goes to output p * nr of a row
+            gemm_block(isa, a.residual, 0, x, kTileRows, rows, p, p + 1, to, 0, scaled ? scales : nullptr);
+            gemm_block(isa, a.up, 0, pointers, kBlockRows, rows, p, p + 1, sum, m0, scale);
+        }
+    }
+
+    // All of it for one block of rows, and panels of the output.
+    void run_block(const Operands &in, int64_t m0, int rows, Range panels_up) const {
+        const void **pointers = pointer_space();
+        const Inner inner = inner_space(rows);
+        run_down(in, rows, {0, panels(hd())}, pointers, inner);
+        requantize(rows, inner);
+        run_up(in, m0, rows, panels_up, pointers, inner);
     }
 };
 
-} // namespace
+// How the work is cut.
+struct Cut {
+    enum How { rows, panels, two_joins } how = rows;
+    int64_t tasks = 1, tasks_down = 1;
+};
 
-void lowrank_product(const uint8_t *down, const float *down_scale, const uint8_t *up, const ActQuant &quant,
-                     const Source &x, const Output &out) {
-    const PackHeader &hd = header_of(down), &hu = header_of(up);
-    if (x.m == 0 || hu.n == 0)
-        return;
-    Job job = {*find_isa(hd.isa), down, up, x, {}, out, {}};
-    job.first.w_scale = down_scale;
-    job.first = with_correction(job.first, down, operand_of(down), quant);
-    job.out.epilogue = with_correction(out.epilogue, up, operand_of(up), job.inner);
+// By cost, in nanoseconds of one core: threads take rows of their own and read all weights, or share the rows
+// and take panels of up, each computing down again for itself, or share down too, with a join more.
+Cut cheapest(const Job &job, int64_t m, int64_t threads) {
+    const PackHeader &hd = job.hd(), &hu = job.hu();
+    const bool floating = operand_of(job.a.up) == OperandKind::f32;
+    const double macs_per_ns = floating ? 110 : 450, bytes_per_ns = 60, join = 600;
+    const auto time = [&](double rows, double macs, double bytes) {
+        return std::max(rows * macs / macs_per_ns, bytes / bytes_per_ns);
+    };
+    const double macs_down = static_cast<double>(hd.groups * hd.n * hd.k * hd.taps),
+                 bytes_down = static_cast<double>(hd.total);
+    double macs_up = static_cast<double>(hu.groups * hu.n * hu.k), bytes_up = static_cast<double>(hu.total);
+    if (job.a.residual) {
+        const PackHeader &hr = header_of(job.a.residual);
+        macs_up += static_cast<double>(hr.n * hr.k);
+        bytes_up += static_cast<double>(hr.total);
+    }
+    const double quantise = floating ? 0 : static_cast<double>(hd.groups * hd.k) / 10; // of a row
+    const double rows = static_cast<double>(m), t = static_cast<double>(threads);
+    const int64_t n_down = std::min(threads, panels(hd)), n_up = std::min(threads, panels(hu));
+    const double share_down = 1 / static_cast<double>(n_down), share_up = 1 / static_cast<double>(n_up);
 
-    const auto pointer_space = [&] {
-        return static_cast<const void **>(
-            scratch(Scratch::panel, sizeof(void *) * static_cast<size_t>(hd.taps * kBlockRows)));
+    Cut best;
+    double least = rows * quantise + time(rows, macs_down, bytes_down) + time(rows, macs_up, bytes_up);
+    const auto consider = [&](Cut cut, double cost) {
+        if (cost < least) {
+            best = cut;
+            least = cost;
+        }
     };
-    const auto inner_space = [&](int64_t rows) {
-        return static_cast<float *>(
-            scratch(Scratch::inner, 4 * static_cast<size_t>(rows * job.inner_width() + kTileN)));
-    };
-    const auto operand_space = [&](int64_t rows) {
-        return static_cast<uint8_t *>(
-            scratch(Scratch::pointers, static_cast<size_t>(rows * job.operand_stride() + 64)));
-    };
-    const auto scale_space = [&](int64_t rows) {
-        return static_cast<float *>(
-            scratch(Scratch::inner_scales, 4 * static_cast<size_t>(rows * hu.groups)));
-    };
+    if (threads > 1 && m > 1) {
+        const double own = std::max(rows / t, 1.0);
+        consider({Cut::rows, std::min(threads, m), 1},
+                 own * quantise + time(own, macs_down, bytes_down) + time(own, macs_up, bytes_up) + join);
+    }
+    if (n_up > 1 && m <= kTileRows) {
+        const double up = time(rows, macs_up * share_up, bytes_up * share_up);
+        consider({Cut::panels, n_up, 1}, rows * quantise + time(rows, macs_down, bytes_down) + up + join);
+        if (n_down > 1)
+            consider({Cut::two_joins, n_up, n_down},
+                     rows * quantise + time(rows, macs_down * share_down, bytes_down * share_down) + up +
+                         2 * join);
+    }
+    return best;
+}
 
-    const int64_t macs_down = x.m * hd.groups * hd.n * hd.k * hd.taps,
-                  macs_up = x.m * hu.groups * hu.n * hu.k;
-    const Split whole =
-        split_gemm(x.m, std::min(panels(hd), panels(hu)), macs_down + macs_up, hd.total + hu.total);
-    if (whole.tn == 1 || x.m > kBlockRows) {
-        const int64_t tasks = std::max(whole.tm, std::min(whole.tm * whole.tn, div_up(x.m, kBlockRows)));
-        parallel_tasks(tasks, [&](int64_t t) {
-            const void **pointers = pointer_space();
-            float *inner_rows = inner_space(kTileRows);
-            uint8_t *operand = operand_space(kTileRows);
-            float *scale = scale_space(kTileRows);
-            const int64_t end = chunk_begin(x.m, tasks, t + 1);
-            for (int64_t m0 = chunk_begin(x.m, tasks, t); m0 < end; m0 += kTileRows) {
-                const int rows = static_cast<int>(std::min<int64_t>(kTileRows, end - m0));
-                job.run_down(m0, rows, 0, panels(hd), pointers, inner_rows);
-                job.requantize(inner_rows, rows, operand, scale);
-                job.run_up(m0, rows, 0, panels(hu), pointers, inner_rows, operand, scale);
+// operands(m0, rows) gives the operands of a block, in scratch of the calling thread.
+template <class OperandsOf> void run(const Job &job, int64_t m, const OperandsOf &operands) {
+    const int64_t n_down = panels(job.hd()), n_up = panels(job.hu());
+    const Cut cut = cheapest(job, m, max_threads());
+    const auto part = [](int64_t n, int64_t parts, int64_t i) {
+        return Range{chunk_begin(n, parts, i), chunk_begin(n, parts, i + 1)};
+    };
+    if (cut.how == Cut::rows) {
+        parallel_tasks(cut.tasks, [&](int64_t t) {
+            const Range own = part(m, cut.tasks, t);
+            const int64_t step = job.a.residual ? kTileRows : block_rows(own.end - own.begin);
+            for (int64_t m0 = own.begin; m0 < own.end; m0 += step) {
+                const int rows = static_cast<int>(std::min(step, own.end - m0));
+                job.run_block(operands(m0, rows), m0, rows, {0, n_up});
             }
         });
         return;
     }
-    // One block of rows: the threads share the panels of each factor, with one join between.
-    const int rows = static_cast<int>(x.m);
-    float *inner_rows = inner_space(rows);
-    const Split d = split_gemm(1, panels(hd), macs_down, hd.total),
-                u = split_gemm(1, panels(hu), macs_up, hu.total);
-    parallel_tasks(d.tn, [&](int64_t t) {
-        job.run_down(0, rows, chunk_begin(panels(hd), d.tn, t), chunk_begin(panels(hd), d.tn, t + 1),
-                     pointer_space(), inner_rows);
+    const int rows = static_cast<int>(m);
+    if (cut.how == Cut::panels) {
+        parallel_tasks(cut.tasks, [&](int64_t t) {
+            job.run_block(operands(0, rows), 0, rows, part(n_up, cut.tasks, t));
+        });
+        return;
+    }
+    // The calling thread's scratch is read by all; tasks ask for none but pointers.
+    const Operands in = operands(0, rows);
+    const Job::Inner inner = job.inner_space(rows);
+    parallel_tasks(cut.tasks_down, [&](int64_t t) {
+        job.run_down(in, rows, part(n_down, cut.tasks_down, t), job.pointer_space(), inner);
     });
-    uint8_t *operand = operand_space(rows);
-    float *scale = scale_space(rows);
-    job.requantize(inner_rows, rows, operand, scale);
-    parallel_tasks(u.tn, [&](int64_t t) {
-        job.run_up(0, rows, chunk_begin(panels(hu), u.tn, t), chunk_begin(panels(hu), u.tn, t + 1),
-                   pointer_space(), inner_rows, operand, scale);
+    job.requantize(rows, inner);
+    parallel_tasks(cut.tasks, [&](int64_t t) {
+        job.run_up(in, 0, rows, part(n_up, cut.tasks, t), job.pointer_space(), inner);
+    });
+}
+
+} // namespace
+
+ActQuant LowRank::residual_quant() const {
+    ActQuant q = quant;
+    if (operand_of(residual) == OperandKind::f32)
+        q.mode = ActQuant::none;
+    else if (q.mode == ActQuant::none) // float factors
+        q.mode = ActQuant::dynamic;
+    return q;
+}
+
+void lowrank_product(const LowRank &a, const Source &x) {
+    if (x.m == 0 || header_of(a.up).n == 0)
+        return;
+    run(Job(a), x.m, [&](int64_t m0, int) { return Operands{x, {}, m0}; });
+}
+
+void lowrank_product(const LowRank &a, const void *x, int64_t stride, int64_t m) {
+    const PackHeader &h = header_of(a.down);
+    if (m == 0 || header_of(a.up).n == 0)
+        return;
+    const Job job(a);
+    const OperandKind kind = operand_of(a.down);
+    run(job, m, [&](int64_t m0, int rows) {
+        Operands o;
+        o.x = block_source(job.isa, a.quant, kind, x, stride, m0, rows, h.k, h.kr, Scratch::rows,
+                           Scratch::scales);
+        if (!a.residual)
+            return o;
+        const PackHeader &hr = header_of(a.residual);
+        o.residual = operand_of(a.residual) == kind && hr.kr == h.kr
+                         ? o.x
+                         : block_source(job.isa, a.residual_quant(), operand_of(a.residual), x, stride, m0,
+                                        rows, hr.k, hr.kr, Scratch::image, Scratch::tile);
+        return o;
     });
 }
 

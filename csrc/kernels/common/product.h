@@ -39,10 +39,20 @@ struct ConvArgs {
 };
 Source source_of(const ConvArgs &a);
 
-// Factors of a low-rank operator: x -> down (a.packed) -> up. Between them the intermediate is one tile of
-// rows, scaled by down_scale, and requantised per row (and convolution group) where the factors are int8.
-void lowrank_product(const uint8_t *down, const float *down_scale, const uint8_t *up, const ActQuant &quant,
-                     const Source &x, const Output &out);
+// A low-rank operator: x -> down -> up. Between them the intermediate is one tile of rows, scaled by
+// down_scale, and requantised per row (and convolution group) where the factors are int8. A residual adds
+// x -> residual before the bias; it is of one group and as wide as up.
+struct LowRank {
+    const uint8_t *down = nullptr, *up = nullptr, *residual = nullptr; // packed; residual may be null
+    const float *down_scale = nullptr, *residual_scale = nullptr;      // null for float weights
+    ActQuant quant;                                                    // of x for down
+    Output out;                                                        // epilogue.w_scale: up's
+
+    ActQuant residual_quant() const; // of x for the residual
+};
+// x as prepared rows (no residual), or as rows of a matrix.
+void lowrank_product(const LowRank &a, const Source &x);
+void lowrank_product(const LowRank &a, const void *x, int64_t stride, int64_t m);
 
 // Operands of these weights.
 OperandKind operand_of(const uint8_t *packed);

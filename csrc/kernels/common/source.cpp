@@ -173,6 +173,33 @@ Source matrix_source(const Isa &isa, const ActQuant &q, OperandKind kind, const 
     return s;
 }
 
+Source block_source(const Isa &isa, const ActQuant &q, OperandKind kind, const void *x, int64_t stride,
+                    int64_t m0, int64_t rows, int64_t k, int64_t kr, Scratch operands, Scratch scales) {
+    Source s;
+    s.m = rows;
+    const char *from = static_cast<const char *>(x);
+    if (kind == OperandKind::f32 && q.dtype == DType::f32) {
+        s.data = from + 4 * m0 * stride;
+        s.row_stride = 4 * stride;
+        return s;
+    }
+    const int64_t padded = round_up(k, kr);
+    // An odd number of cache lines: at a multiple of 4 KB all rows of a tile would share one set of L1.
+    s.row_stride = round_up(padded * operand_bytes(kind), 64) | 64;
+    uint8_t *out = static_cast<uint8_t *>(scratch(operands, static_cast<size_t>(rows * s.row_stride + 64)));
+    s.data = reinterpret_cast<const char *>(out);
+    if (kind != OperandKind::f32) {
+        float *scale = static_cast<float *>(scratch(scales, static_cast<size_t>(4 * rows)));
+        s.scales = scale;
+        quantize_rows(isa, q, act_of(kind), x, stride, m0, rows, k, padded, out, s.row_stride, scale);
+        return s;
+    }
+    for (int64_t r = 0; r < rows; ++r)
+        isa.to_f32(from + (m0 + r) * stride * size_of(q.dtype), q.dtype, k,
+                   reinterpret_cast<float *>(out + r * s.row_stride));
+    return s;
+}
+
 Source image_source(const Isa &isa, const ActQuant &q, OperandKind kind, const void *x, bool channels_last,
                     const Geometry &g, int64_t groups, int64_t kr) {
     Source s;

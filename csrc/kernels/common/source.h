@@ -2,6 +2,7 @@
 // (implicit GEMM: pointers, no copy of overlapping patches).
 #pragma once
 
+#include "core/parallel.h"
 #include "kernels/common/gemm.h"
 
 namespace tautorch {
@@ -52,6 +53,11 @@ struct Source {
 // that need no conversion are used where they are. kr: whole groups a row is padded to.
 Source matrix_source(const Isa &isa, const ActQuant &q, OperandKind kind, const void *x, int64_t stride,
                      int64_t m, int64_t k, int64_t kr);
+
+// Rows m0 .. m0 + rows of a matrix, prepared in the given scratch of the calling thread, without more
+// threads.
+Source block_source(const Isa &isa, const ActQuant &q, OperandKind kind, const void *x, int64_t stride,
+                    int64_t m0, int64_t rows, int64_t k, int64_t kr, Scratch operands, Scratch scales);
 
 // An image [batch][channels][height][width] (or channels last) as rows of channels, the channels of each
 // of `groups` groups together and padded to kr.

@@ -6,6 +6,8 @@
 
 namespace tautorch {
 
+constexpr int kTileN = 64; // leading dimension of an accumulator tile, and the widest weight panel
+
 // How quantised activations are laid out for a micro-kernel: q + 128 in a byte (VNNI multiplies unsigned
 // by signed), or q in 16 bits (plain AVX2, where vpmaddubsw would saturate).
 enum class ActKind : int32_t { u8_shifted = 0, s16 = 1 };
@@ -25,7 +27,7 @@ struct Epilogue {
     DType out_dtype = DType::f32; // i32: the corrected accumulators themselves
     float out_inv_scale = 1.0f;   // 1 / out_scale, one IEEE division, for i8
     int32_t out_zero_point = 0;
-    // Float accumulators to add before the bias, [line][kTileN] of the tile alone; null for none.
+    // Floats to add before the bias, [line][kTileN] of the tile alone (not along_m, not i32 out), or null.
     const float *addend = nullptr;
 };
 

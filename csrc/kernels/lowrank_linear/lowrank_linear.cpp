@@ -3,9 +3,8 @@
 namespace tautorch {
 
 void lowrank_linear(const LowRankLinearArgs &a) {
-    if (a.m == 0)
-        return;
-    lowrank_product(a.packed, a.down_scale, a.up, a.quant, source_of(a), a.out);
+    lowrank_product({a.packed, a.up, a.residual, a.down_scale, a.residual_scale, a.quant, a.out}, a.x,
+                    a.x_stride, a.m);
 }
 
 } // namespace tautorch
