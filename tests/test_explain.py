@@ -133,8 +133,7 @@ def test_notes(layer: PackedModule, note: str) -> None:
 @pytest.mark.parametrize(
     "layer, note",
     [
-        (Int8Conv2d.from_float(nn.Conv2d(8, 8, 3, groups=8)), "depthwise: not yet fast"),
-        (Int8Conv2d.from_float(nn.Conv2d(3, 8, 3)), "not yet fast with 3 input channels"),
+        (SparseConv2d.from_float(nn.Conv2d(3, 8, 3), pattern="4x1"), "not yet fast with 3 input channels"),
         (SparseLinear.from_float(nn.Linear(8, 8), pattern="4x1"), "not yet fast below 16 rows"),
         (LowRankConv2d.from_float(nn.Conv2d(8, 8, 3), rank=2), "not yet faster than two float"),
     ],
@@ -147,6 +146,8 @@ def test_no_note_without_cause() -> None:
     for layer in (
         SparseConv2d.from_float(CONV, pattern="4x1"),
         Int8Conv2d.from_float(CONV),
+        Int8Conv2d.from_float(nn.Conv2d(3, 8, 3)),
+        Int8Conv2d.from_float(nn.Conv2d(8, 8, 3, groups=8)),
         LowRankConv2d.from_float(CONV, rank=2, weight_dtype=torch.int8),
     ):
         assert "note" not in tautorch.explain(layer)

@@ -1,4 +1,5 @@
 #include "bindings/plan.h"
+#include "kernels/common/conv.h"
 
 #include <cstdint>
 
@@ -50,7 +51,7 @@ void fill_linear(const char *op, LinearArgs &args, const PackHeader &h, const ui
 }
 
 void fill_conv(const char *op, ConvArgs &args, const PackHeader &h, const uint8_t *packed, int64_t outputs,
-               const py::tuple &geometry, const py::dict &tail) {
+               const py::tuple &geometry, const py::dict &tail, bool any_form) {
     Geometry &g = args.geometry;
     int64_t *const fields[] = {&g.channels, &g.kh, &g.kw, &g.sh, &g.sw, &g.ph, &g.pw, &g.dh, &g.dw};
     if (geometry.size() != std::size(fields))
@@ -61,7 +62,7 @@ void fill_conv(const char *op, ConvArgs &args, const PackHeader &h, const uint8_
         if (*fields[i] < (padding ? 0 : 1) || *fields[i] > INT32_MAX)
             throw py::value_error(std::string(op) + ": geometry is out of range");
     }
-    if (h.groups * h.k != g.channels || h.taps != g.kh * g.kw)
+    if (any_form ? !conv_pack_fits(h, g) : h.groups * h.k != g.channels || h.taps != g.kh * g.kw)
         throw py::value_error(std::string(op) + ": packed weights are of another shape");
     args.packed = packed;
     args.quant = fitting_quant(op, h, tail);

@@ -78,9 +78,9 @@ template <class T> void run_conv(Args &a, int slot, void (*op)(const T &)) {
 // The part of a linear plan every operator has; `outputs` is the width of a row of out.
 void fill_linear(const char *op, LinearArgs &args, const PackHeader &h, const uint8_t *packed,
                  int64_t outputs, const py::dict &tail);
-// in_channels, kh, kw, sh, sw, ph, pw, dh, dw
+// in_channels, kh, kw, sh, sw, ph, pw, dh, dw. any_form: of a pack as conv.h has it, else with kh * kw taps.
 void fill_conv(const char *op, ConvArgs &args, const PackHeader &h, const uint8_t *packed, int64_t outputs,
-               const py::tuple &geometry, const py::dict &tail);
+               const py::tuple &geometry, const py::dict &tail, bool any_form = false);
 int64_t macs_of(const PackHeader &h);
 
 // The bytes of a plan of `op` whose args are filled in.

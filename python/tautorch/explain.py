@@ -197,9 +197,7 @@ def _notes(layer: PackedModule, kernel: str) -> Iterator[str]:
         yield "not yet faster than two float convolutions everywhere; int8 factors are, in the bench"
     if layer.op.endswith("conv2d"):
         per_group = _shape(layer)[1]
-        if per_group == 1 and getattr(layer, "groups", 1) == layer.out_channels:
-            yield "depthwise: not yet fast, 16 channels and one tap at a time"
-        elif per_group < 4:
+        if per_group < 4 and not (layer.op == "int8_conv2d" and layer.quant != "weight_only"):
             yield f"not yet fast with {per_group} input channels a group: products take 4 at a time"
     rank = getattr(layer, "rank", None)
     if rank is not None:

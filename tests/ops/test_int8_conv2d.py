@@ -1,9 +1,152 @@
-"""``int8_conv2d`` passes the operator suite on every kernel."""
+"""``int8_conv2d`` passes the operator suite on every kernel, and the sizes at which its own paths change."""
 
 from __future__ import annotations
 
-from .suite import ConvSuite
+import itertools
+from typing import Any
+
+import pytest
+import torch
+
+from tautorch import _C, dispatch, ops
+from tautorch.ops import geometry as conv
+from tautorch.ops import library as lib
+from tautorch.reference.int8_conv2d import int8_conv2d as reference
+from tautorch.testing.cases import MODES, Case, conv_case
+from tautorch.testing.values import int8_values
+
+from .conftest import kernel_parameters
+from .suite import ConvSuite, agree
+
+LAST = torch.channels_last
+each_kernel = pytest.mark.parametrize("kernel", kernel_parameters("int8_conv2d"))
 
 
 class TestInt8Conv2d(ConvSuite):
     op = "int8_conv2d"
+
+
+# x, w, arguments: each meets another cut, copy or form of the weights
+SHAPES: list[tuple[tuple[int, ...], tuple[int, int, int, int], dict[str, Any]]] = [
+    ((2, 3, 9, 11), (8, 3, 7, 7), {"stride": 2, "padding": 3}),  # rows of 21 bytes
+    ((4, 1, 5, 5), (32, 1, 3, 3), {}),  # rows of 3 bytes
+    ((1, 2, 70, 3), (5, 2, 3, 3), {"padding": 1}),  # strips of fewer channels than a transposition takes
+    ((1, 64, 7, 7), (70, 64, 3, 3), {"padding": 1}),  # shared between threads
+    ((1, 64, 7, 7), (600, 64, 3, 3), {"padding": 1}),  # the same, by outputs
+    ((2, 48, 60, 61), (9, 48, 3, 3), {"padding": 1}),  # several bands a thread
+    ((1, 17, 13, 13), (19, 17, 3, 3), {"padding": 1, "dilation": (2, 1)}),  # rows, dilated between them
+    ((1, 17, 13, 13), (19, 17, 3, 3), {"padding": 1, "dilation": (1, 2)}),  # taps
+    ((1, 34, 13, 13), (38, 17, 3, 3), {"padding": 1, "groups": 2}),  # groups of odd width side by side
+    ((3, 5, 8, 6), (9, 5, 1, 1), {"stride": 2}),  # pixels that no filter sees are left out
+    ((2, 4, 1, 70), (8, 4, 1, 5), {"padding": (0, 2), "stride": (1, 3)}),
+    ((2, 4, 70, 2), (8, 4, 5, 1), {"padding": (3, 2), "stride": (2, 2)}),
+    ((1, 2, 3, 3), (3, 2, 1, 1), {"padding": 2, "stride": 3}),
+    ((1, 3, 2, 2), (3, 3, 2, 2), {"padding": 5, "stride": 4}),  # filters that see padding alone
+    ((300, 16, 1, 1), (16, 16, 1, 1), {}),
+    ((2, 32, 5, 7), (32, 4, 3, 3), {"padding": 1, "groups": 8}),  # groups that are merged
+    ((1, 24, 6, 6), (48, 3, 3, 3), {"padding": 1, "groups": 8}),
+    ((1, 15, 6, 6), (20, 3, 3, 3), {"padding": 1, "groups": 5, "dilation": 2}),
+    ((2, 8, 6, 6), (24, 1, 3, 3), {"padding": 1, "groups": 8}),  # into one
+    *[  # depthwise: vectors of 32 and 64 channels, taps beside quads of 4, beside passes of 16
+        ((1, c, 6, 5), (c, 1, *k), {"groups": c, "padding": 1})
+        for c in (1, 31, 32, 33, 64, 65, 96, 130)
+        for k in ((1, 1), (2, 2), (3, 3))
+    ],
+    ((1, 70, 9, 50), (70, 1, 5, 3), {"groups": 70, "padding": (2, 1), "stride": 2}),
+    ((1, 40, 8, 9), (40, 1, 4, 4), {"groups": 40, "padding": 2, "dilation": 2}),
+    ((1, 40, 8, 9), (40, 1, 5, 5), {"groups": 40, "padding": 2}),
+    ((1, 66, 4, 50), (66, 1, 9, 9), {"groups": 66, "padding": 4}),
+]
+
+
+@each_kernel
+@pytest.mark.parametrize("x, w, arguments", SHAPES, ids=str)
+def test_shapes(
+    kernel: str, x: tuple[int, ...], w: tuple[int, int, int, int], arguments: dict[str, Any]
+) -> None:
+    torch.set_num_threads(2)
+    with dispatch.force("int8_conv2d", kernel):
+        for mode in MODES["int8_conv2d"]:
+            case = conv_case("int8_conv2d", x, w, mode=mode, **arguments)
+            agree(case, kernel)
+            agree(case.with_x(case.x.contiguous(memory_format=LAST)), kernel)
+
+
+@each_kernel
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_a_value_that_is_not_finite_spoils_its_sample_alone(kernel: str, value: float) -> None:
+    """Static scales are used before the sample has been seen to its end."""
+    torch.set_num_threads(2)
+    for shape, w, arguments in (
+        ((3, 8, 40, 41), (8, 8, 3, 3), {"padding": 1}),
+        ((3, 40, 40, 41), (40, 1, 3, 3), {"padding": 1, "groups": 40}),
+        ((3, 64, 3, 3), (300, 64, 1, 1), {}),
+    ):
+        case = conv_case("int8_conv2d", shape, w, mode="static", **arguments)  # type: ignore[arg-type]
+        for channel, row, column in ((0, 0, 0), (shape[1] - 1, shape[2] - 1, shape[3] - 1)):
+            x = case.x.clone()
+            x[1, channel, row, column] = value
+            for image in (x, x.contiguous(memory_format=LAST)):
+                with dispatch.force("int8_conv2d", kernel):
+                    y = case.with_x(image)(ops.int8_conv2d)
+                    raw = case.with_x(image).raw()
+                    assert torch.equal(raw(ops.int8_conv2d), raw(reference))
+                    assert bool(torch.isnan(y[1]).all())
+                    assert torch.equal(y[0], case(ops.int8_conv2d)[0])
+                    assert torch.equal(y[2], case(ops.int8_conv2d)[2])
+
+
+@each_kernel
+@pytest.mark.parametrize("threads", [1, 2, 3, 5])
+def test_any_number_of_threads(kernel: str, threads: int) -> None:
+    torch.set_num_threads(threads)
+    for shape, w, arguments in (
+        ((1, 64, 7, 7), (700, 64, 3, 3), {"padding": 1}),
+        ((1, 128, 13, 13), (64, 128, 3, 3), {"padding": 1}),
+        ((5, 64, 10, 10), (64, 1, 3, 3), {"padding": 1, "groups": 64}),
+    ):
+        for mode in ("static", "dynamic", "int8"):
+            with dispatch.force("int8_conv2d", kernel):
+                agree(conv_case("int8_conv2d", shape, w, mode=mode, **arguments), kernel)  # type: ignore[arg-type]
+
+
+@each_kernel
+def test_weights_come_back_from_every_form(kernel: str) -> None:
+    if kernel == "reference":
+        return
+    shapes = [(w, a.get("groups", 1), a.get("dilation", 1)) for _, w, a in SHAPES]
+    for (w, groups, dilation), only in itertools.product(shapes, (False, True)):
+        weight = int8_values(w, "random", seed=1, low=-127)
+        geometry = conv.geometry_of("int8_conv2d", w, 1, 0, dilation, groups)
+        kind = lib.DENSE_W8 if only else lib.DENSE_I8
+        packed = conv.pack_forms(weight, groups, geometry.dilation[1], kind, kernel)
+        assert torch.equal(conv.unpack(packed, w), weight)
+        assert torch.equal(conv.unpack(conv.pack(weight, groups, kind, kernel), w), weight)
+
+
+def test_packs_of_other_convolutions_are_refused() -> None:
+    case: Case = conv_case("int8_conv2d", (1, 6, 7, 7), (8, 6, 3, 3), mode="int8")
+    weight = case.args[1]
+    kernel = dispatch.choose(
+        dispatch.Problem("int8_conv2d", "cpu", 8, 54, {"groups": 1, "weight_only": False})
+    )
+    packed = conv.pack_forms(weight, 1, 1, lib.DENSE_I8, kernel)
+
+    def plan(channels: int, kh: int, kw: int, dw: int) -> bytes:
+        codes, _ = lib.tail(
+            weight_scale=case.args[2],
+            bias=None,
+            mode=lib.DYNAMIC,
+            x_scale=None,
+            x_zero_point=None,
+            activation="none",
+        )
+        geometry = (channels, kh, kw, 1, 1, 0, 0, 1, dw)
+        return _C.int8_conv2d_plan(packed.data_ptr(), packed.numel(), geometry, codes)
+
+    plan(6, 3, 3, 1)
+    for wrong in ((5, 3, 3, 1), (6, 3, 3, 2), (6, 9, 1, 1), (6, 3, 1, 1), (3, 3, 3, 1)):
+        with pytest.raises(ValueError, match="of another shape"):
+            plan(*wrong)
+    with pytest.raises(ValueError, match="unpack: packed weight must hold"):
+        conv.unpack(packed, (8, 5, 3, 3))

@@ -59,9 +59,11 @@ struct Isa {
     // arithmetic could reach, for benches.
     int64_t (*peak_i8)(int64_t rounds);
 
-    // acc[c] += x[c] * w[c] over `taps` pointers, for depthwise convolution. x bytes are u8_shifted.
-    void (*depthwise)(const uint8_t *const *taps, int64_t n_taps, const int8_t *w, int64_t w_stride,
-                      int64_t channels, int32_t *acc);
+    // Depthwise convolution of `channels` (at most 64) channels: acc[p][c] = sum over taps t of
+    // x[p * step + taps[t] + c] * w[t / 4][c][t % 4], w having 64 channels in each of its quads of taps. x is
+    // u8_shifted, and 64 bytes can be read wherever it is. acc is [pixels][kTileN].
+    void (*depthwise)(const uint8_t *x, const int64_t *taps, int64_t quads, int64_t step, int pixels,
+                      const int8_t *w, int channels, int32_t *acc);
 
     // A panel of dot_i8 times a whole block of rows, with the epilogue. Null where there is none.
     void (*product_i8)(const ProductI8 &) = nullptr;

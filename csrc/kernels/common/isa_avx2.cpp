@@ -1,5 +1,6 @@
 // AVX2 without VNNI. Both operands are widened to 16 bits: vpmaddubsw would saturate at 2 * 255 * 127.
 #define TT_LANES 8
+#include "kernels/common/depthwise.h"
 #include "kernels/common/epilogue.h"
 #include "kernels/common/isa.h"
 #include "kernels/common/panel.h"

@@ -8,6 +8,14 @@
 
 namespace tautorch {
 namespace {
+inline __m256i depthwise_madd(__m256i acc, __m256i x, __m256i w) { return _mm256_dpbusd_epi32(acc, x, w); }
+} // namespace
+} // namespace tautorch
+#define TT_DEPTHWISE_512
+#include "kernels/common/depthwise_vnni.h"
+
+namespace tautorch {
+namespace {
 
 // Rows of a tile by panel width: 24 accumulators or fewer. Two vpdpbusd a cycle at a latency of 4 to 5 need
 // 10 in flight.

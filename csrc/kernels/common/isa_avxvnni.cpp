@@ -13,6 +13,13 @@ inline __m256i madd(__m256i acc, __m256i x, __m256i w) { return _mm256_dpbusd_av
 } // namespace
 } // namespace tautorch
 
+namespace tautorch {
+namespace {
+inline __m256i depthwise_madd(__m256i acc, __m256i x, __m256i w) { return madd(acc, x, w); }
+} // namespace
+} // namespace tautorch
+#include "kernels/common/depthwise_vnni.h"
+
 #define TT_PEAK_STEP "%{vex%} vpdpbusd %%ymm14, %%ymm15, %%ymm\\r"
 #include "kernels/common/dot_ymm.h"
 

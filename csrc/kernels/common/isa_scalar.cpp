@@ -1,5 +1,6 @@
 // Portable primitives: the same packing and drivers as the wide ones, in plain C++.
 #define TT_LANES 4
+#include "kernels/common/depthwise.h"
 #include "kernels/common/epilogue.h"
 #include "kernels/common/isa.h"
 #include "kernels/common/panel.h"

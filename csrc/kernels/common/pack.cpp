@@ -149,7 +149,7 @@ PackHeader dense_header(const Isa &isa, PackKind kind, int64_t groups, int64_t n
     PackHeader h = base_header(isa, kind, groups, n, k, taps);
     h.data_off = after_colsum(h);
     if (kind == PackKind::depthwise_i8)
-        h.total = h.data_off + groups * taps;
+        h.total = h.data_off + round_up(groups, kTileN) * round_up(taps, 4);
     else
         h.total = h.data_off + groups * group_bytes(h);
     // Vector loads of a last, partial group may look past the data.
@@ -167,7 +167,7 @@ void dense_pack(const PackHeader &h, const void *w, WeightStrides s, uint8_t *ou
         for (int64_t g = 0; g < h.groups; ++g)
             for (int64_t t = 0; t < h.taps; ++t) {
                 const int8_t v = wi[g * s.n + t * s.tap];
-                out[h.data_off + t * h.groups + g] = static_cast<uint8_t>(v);
+                out[h.data_off + depthwise_at(h, g, t)] = static_cast<uint8_t>(v);
                 colsum[g] += v;
             }
         return;
@@ -198,7 +198,7 @@ void dense_unpack(const uint8_t *packed, void *w, WeightStrides s) {
     if (h.kind == PackKind::depthwise_i8) {
         for (int64_t g = 0; g < h.groups; ++g)
             for (int64_t t = 0; t < h.taps; ++t)
-                wi[g * s.n + t * s.tap] = static_cast<int8_t>(packed[h.data_off + t * h.groups + g]);
+                wi[g * s.n + t * s.tap] = static_cast<int8_t>(packed[h.data_off + depthwise_at(h, g, t)]);
         return;
     }
     const auto at = [&](int64_t g, int64_t n, int64_t k, int64_t t) {

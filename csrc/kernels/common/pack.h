@@ -12,7 +12,7 @@ enum class PackKind : int32_t {
     dense_w8 = 2,     // int8 panels for dot_f32 (weight-only)
     sparse_i8 = 3,    // quads of kept inputs for sparse_i8
     sparse_f32 = 4,   // kept inputs for sparse_f32
-    depthwise_i8 = 5, // [taps][channels]
+    depthwise_i8 = 5, // [64 channels][quad of taps][channel][4 taps]
 };
 
 struct PackHeader {
@@ -59,6 +59,11 @@ bool entries_consistent(const uint8_t *packed);
 struct WeightStrides {
     int64_t n, k, tap;
 };
+
+// Where a depthwise pack keeps tap t of channel c.
+inline int64_t depthwise_at(const PackHeader &h, int64_t c, int64_t t) {
+    return (c / kTileN * div_up(h.taps, 4) + t / 4) * (4 * kTileN) + c % kTileN * 4 + t % 4;
+}
 
 // Header with every offset and the total size filled in.
 PackHeader dense_header(const Isa &isa, PackKind kind, int64_t groups, int64_t n, int64_t k, int64_t taps);

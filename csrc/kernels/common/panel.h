@@ -62,23 +62,5 @@ void transpose_32(const uint32_t *const *rows, int w, int64_t n, uint32_t *out, 
     }
 }
 
-void depthwise(const uint8_t *const *taps, int64_t n_taps, const int8_t *w, int64_t w_stride,
-               int64_t channels, int32_t *acc) {
-    int64_t c = 0;
-    for (; c + L <= channels; c += L) {
-        vi s = load<vi>(acc + c);
-        for (int64_t t = 0; t < n_taps; ++t)
-            s += __builtin_convertvector(load<vu8>(taps[t] + c), vi) *
-                 __builtin_convertvector(load<vs8>(w + t * w_stride + c), vi);
-        store(acc + c, s);
-    }
-    for (; c < channels; ++c) {
-        int32_t s = acc[c];
-        for (int64_t t = 0; t < n_taps; ++t)
-            s += int32_t{taps[t][c]} * w[t * w_stride + c];
-        acc[c] = s;
-    }
-}
-
 } // namespace
 } // namespace tautorch

@@ -14,32 +14,6 @@ struct Pointers {
               scratch(Scratch::panel, static_cast<size_t>(count) * sizeof(void *)))) {}
 };
 
-void depthwise_block(const Isa &isa, const uint8_t *packed, const Source &x, const Output &out, int64_t m0,
-                     int rows, const void **pointers, const float *scale) {
-    const PackHeader &h = header_of(packed);
-    const int8_t *w = reinterpret_cast<const int8_t *>(packed + h.data_off);
-    alignas(64) int32_t acc[kTileRows * kTileN];
-    const uint8_t *taps[kTileN]; // filters have at most kTileN taps here; more are split below
-    x.fill(0, m0, rows, pointers, kBlockRows);
-    for (int64_t c = 0; c < h.groups; c += kTileN) {
-        const int cols = static_cast<int>(std::min<int64_t>(kTileN, h.groups - c));
-        for (int r0 = 0; r0 < rows; r0 += kTileRows) {
-            const int tile = std::min(kTileRows, rows - r0);
-            for (int r = 0; r < tile; ++r) {
-                int32_t *to = acc + r * kTileN;
-                std::fill_n(to, cols, 0);
-                for (int64_t t0 = 0; t0 < h.taps; t0 += kTileN) {
-                    const int64_t n = std::min<int64_t>(kTileN, h.taps - t0);
-                    for (int64_t t = 0; t < n; ++t)
-                        taps[t] = static_cast<const uint8_t *>(pointers[(t0 + t) * kBlockRows + r0 + r]) + c;
-                    isa.depthwise(taps, n, w + t0 * h.groups + c, h.groups, cols, to);
-                }
-            }
-            store_tile(isa, out, acc, kTileN, false, m0 + r0, tile, c, cols, scale ? scale + r0 : nullptr);
-        }
-    }
-}
-
 constexpr int kTileOutputs = 128; // of an input-major tile
 
 // A panel of `w` rows of x, input-major. Rows past the end repeat the last one.
@@ -155,18 +129,14 @@ Source source_of(const LinearArgs &a) {
 
 Source source_of(const ConvArgs &a) {
     const PackHeader &h = header_of(a.packed);
-    // Depthwise keeps all channels of a pixel together.
-    const int64_t groups = h.kind == PackKind::depthwise_i8 ? 1 : h.groups;
     return image_source(*find_isa(h.isa), a.quant, operand_of(a.packed), a.x, a.channels_last, a.geometry,
-                        groups, h.kr);
+                        h.groups, h.kr);
 }
 
 void dense_product(const Isa &isa, const uint8_t *packed, const Source &x, const Output &out) {
     const PackHeader &h = header_of(packed);
-    const bool depthwise = h.kind == PackKind::depthwise_i8;
-    const int64_t n_panels = depthwise ? 1 : panels(h), groups = depthwise ? 1 : h.groups;
-    const int64_t macs = x.m * h.n * h.k * h.taps * h.groups;
-    const Split split = split_gemm(x.m, n_panels, depthwise ? macs * 16 : macs, h.total);
+    const int64_t n_panels = panels(h);
+    const Split split = split_gemm(x.m, n_panels, x.m * h.n * h.k * h.taps * h.groups, h.total);
     parallel_tasks(split.tm * split.tn, [&](int64_t task) {
         const int64_t i = task / split.tn, j = task % split.tn;
         const int64_t begin = chunk_begin(x.m, split.tm, i), end = chunk_begin(x.m, split.tm, i + 1);
@@ -176,11 +146,7 @@ void dense_product(const Isa &isa, const uint8_t *packed, const Source &x, const
         for (int64_t m0 = begin; m0 < end; m0 += step) {
             const int rows = static_cast<int>(std::min(step, end - m0));
             const float *scale = x.row_scales(m0, rows, scales) ? scales : nullptr;
-            if (depthwise) {
-                depthwise_block(isa, packed, x, out, m0, rows, pointers.at, scale);
-                continue;
-            }
-            for (int64_t g = 0; g < groups; ++g) {
+            for (int64_t g = 0; g < h.groups; ++g) {
                 x.fill(g, m0, rows, pointers.at, kBlockRows);
                 gemm_block(isa, packed, g, pointers.at, kBlockRows, rows, chunk_begin(n_panels, split.tn, j),
                            chunk_begin(n_panels, split.tn, j + 1), out, m0, scale);

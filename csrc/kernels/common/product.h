@@ -5,7 +5,7 @@
 
 namespace tautorch {
 
-// Dense kinds and depthwise.
+// Dense kinds.
 void dense_product(const Isa &isa, const uint8_t *packed, const Source &x, const Output &out);
 // sparse_i8 and sparse_f32. Operands are OperandKind::u8 or f32.
 void sparse_product(const Isa &isa, const uint8_t *packed, const Source &x, const Output &out);

@@ -110,7 +110,7 @@ class Int8Conv2d(ConvModule):
     def _pack(self, kernel: str) -> Tensor:
         weight = self._buffers["weight"]
         assert weight is not None
-        return pack(weight, self.groups, self.quant == "weight_only", kernel)
+        return pack(weight, self.geometry, self.quant == "weight_only", kernel)
 
     def _unpack(self, packed: Tensor) -> dict[str, Tensor]:
         return {"weight": conv.unpack(packed, self.geometry.weight_shape)}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -237,20 +236,76 @@ def pack(weight: Tensor, groups: int, kind: int, kernel: str) -> Tensor:
     """Dense pack of a canonical ``[O, I/groups, kh, kw]`` weight, int8 or floating as ``kind`` asks."""
     if kind == lib.DENSE_F32:
         weight = weight.to(torch.float32)
-    weight = weight.detach().contiguous()
     o, i, kh, kw = weight.shape
-    taps = kh * kw
-    return lib.dense_pack(kernel, kind, weight, groups, o // groups, i, taps, (i * taps, taps, 1))
+    return _pack_matrix(weight.reshape(o, i, kh * kw), groups, kind, kernel)
+
+
+def _pack_matrix(weight: Tensor, groups: int, kind: int, kernel: str) -> Tensor:
+    """Dense pack of ``[O, k, taps]``."""
+    weight = weight.detach().contiguous()
+    o, k, taps = weight.shape
+    return lib.dense_pack(kernel, kind, weight, groups, o // groups, k, taps, (k * taps, taps, 1))
+
+
+def pack_forms(weight: Tensor, groups: int, dilation: int, kind: int, kernel: str) -> Tensor:
+    """Dense pack of a canonical weight in the form that ``int8_conv2d``'s kernels run fastest.
+
+    Small groups become fewer groups with zeros between what belongs to different ones, as long as the outputs
+    still fit the vector that one of them would have left empty. Of a single group without dilation along a
+    row, a whole row of the filter becomes one tap: channels are then padded to a kernel's step once a row.
+    """
+    merged = _merged(groups, weight.shape[0] // groups, kernel) if kind == lib.DENSE_I8 else 1
+    if merged > 1:
+        weight, groups = _merge(weight, groups, merged), groups // merged
+    o, i, kh, kw = weight.shape
+    if groups > 1 or dilation > 1 or kw == 1:
+        return pack(weight, groups, kind, kernel)
+    return _pack_matrix(weight.permute(0, 3, 1, 2).reshape(o, kw * i, kh), groups, kind, kernel)
+
+
+def _merged(groups: int, outputs: int, kernel: str) -> int:
+    """How many groups of so many outputs to pack as one."""
+    lanes = 16 if kernel == "avx512vnni" else 8
+    return max(f for f in range(1, groups + 1) if groups % f == 0 and (f == 1 or f * outputs <= lanes))
+
+
+def _merge(weight: Tensor, groups: int, merged: int) -> Tensor:
+    """``[O, I/groups, kh, kw]`` with the inputs of ``merged`` groups, zero but for each output's own."""
+    o, i, kh, kw = weight.shape
+    wide = weight.new_zeros(groups // merged, merged, o // groups, merged, i, kh, kw)
+    own = torch.diagonal(wide, dim1=1, dim2=3)
+    own.copy_(weight.reshape(groups // merged, merged, o // groups, i, kh, kw).permute(0, 2, 3, 4, 5, 1))
+    return wide.reshape(o, merged * i, kh, kw)
 
 
 def unpack(packed: Tensor, shape: Sequence[int]) -> Tensor:
-    """The canonical weight ``[O, I/groups, kh, kw]`` of a dense pack, int8 or fp32."""
-    lib.check_pack("unpack", "weight", packed, shape[0], math.prod(shape))
-    kind = lib.pack_info(packed)["kind"]
-    weight = torch.empty(tuple(shape), dtype=torch.float32 if kind == lib.DENSE_F32 else torch.int8)
-    taps = shape[2] * shape[3]
-    _C.dense_unpack(packed.data_ptr(), packed.numel(), weight.data_ptr(), shape[1] * taps, taps, 1)
-    return weight
+    """The canonical weight ``[O, I/groups, kh, kw]`` of a dense pack of any form, int8 or fp32."""
+    o, i, kh, kw = shape
+    info = lib.pack_info(packed)
+    groups, n, k, taps = (int(info[key]) for key in ("groups", "n", "k", "taps"))
+    rows = taps == kh and taps != kh * kw
+    inputs = k // kw if rows else k
+    merged = inputs // i
+    if (
+        o != groups * n
+        or inputs != merged * i
+        or taps * k != merged * i * kh * kw
+        or merged == 0
+        or n % merged
+    ):
+        raise ValueError(
+            f"unpack: packed weight must hold {list(shape)}, got {groups} groups of {n} outputs, {k} inputs "
+            f"and {taps} taps; pack it again"
+        )
+    dtype = torch.float32 if info["kind"] == lib.DENSE_F32 else torch.int8
+    weight = torch.empty(o, k, taps, dtype=dtype)
+    _C.dense_unpack(packed.data_ptr(), packed.numel(), weight.data_ptr(), k * taps, taps, 1)
+    if rows:
+        weight = weight.reshape(o, kw, inputs, kh).permute(0, 2, 3, 1)
+    if merged > 1:
+        wide = weight.reshape(groups, merged, n // merged, merged, i, kh, kw)
+        weight = torch.diagonal(wide, dim1=1, dim2=3).permute(0, 5, 1, 2, 3, 4)
+    return weight.reshape(o, i, kh, kw).contiguous()
 
 
 def canonical(weight: Tensor, shape: Sequence[int]) -> Tensor:

@@ -27,12 +27,13 @@ def problem(geometry: Geometry, weight_only: bool, device: str = "cpu") -> Probl
     return Problem(OP, device, geometry.weight_shape[0], geometry.k, details)
 
 
-def pack(weight: Tensor, groups: int, weight_only: bool, kernel: str) -> Tensor:
+def pack(weight: Tensor, geometry: Geometry, weight_only: bool, kernel: str) -> Tensor:
     """Pack a canonical int8 ``[O, I/groups, kh, kw]`` weight for a CPU kernel: uint8 ``[bytes]``."""
     kind = lib.DENSE_W8 if weight_only else lib.DENSE_I8
+    groups = geometry.groups
     if not weight_only and weight.shape[1] == 1 and weight.shape[0] == groups:
-        kind = lib.DEPTHWISE_I8
-    return conv.pack(weight, groups, kind, kernel)
+        return conv.pack(weight, groups, lib.DEPTHWISE_I8, kernel)
+    return conv.pack_forms(weight, groups, geometry.dilation[1], kind, kernel)
 
 
 def plan(packed: Tensor, geometry: Geometry, tail: dict[str, int]) -> bytes:
@@ -83,11 +84,11 @@ def _prepare(
 
     def fresh() -> Tensor:
         canonical = conv.canonical(weight, geometry.weight_shape)
-        return pack(canonical, groups, tail.weight_only, kernel)
+        return pack(canonical, geometry, tail.weight_only, kernel)
 
     packed = weight
     if not conv.packed_for(weight, kernel):
-        packed = _cache.get(weight, (kernel, tail.weight_only, groups), fresh)
+        packed = _cache.get(weight, (kernel, tail.weight_only, groups, geometry.dilation), fresh)
     codes, keep = tail.codes(x, weight_scale, bias, tail.weight_only)
     call = conv.conv_call(plan(packed, geometry, codes), geometry, x.dtype, tail.dtype(x))
     return tail.prepared(call, codes, [packed, *keep])

@@ -1,0 +1,248 @@
+#include "kernels/common/conv.h"
+
+#include "core/parallel.h"
+#include "kernels/common/conv_image.h"
+
+#include <algorithm>
+#include <cstring>
+#include <limits>
+
+namespace tautorch {
+namespace {
+
+constexpr float kTiny = 0x1p-100f; // below, a sample counts as zero: 127 / amax would overflow
+
+// Bytes of a band, so that it stays in the second-level cache beside the weights.
+constexpr int64_t kBandBytes = 192 * 1024;
+
+SampleQuant quant_of(const ActQuant &q, int64_t b) {
+    SampleQuant s;
+    s.zp = q.zero_point;
+    if (q.mode == ActQuant::given)
+        s.scale = q.given_scale[q.given_scales == 1 ? 0 : b];
+    else if (q.mode == ActQuant::fixed)
+        s.scale = q.scale, s.inv = 1.0f / q.scale;
+    return s;
+}
+
+// Scale of every sample from its largest element.
+void dynamic_quant(const Isa &isa, const ActQuant &q, const char *x, int64_t batch, int64_t n,
+                   SampleQuant *how) {
+    constexpr int64_t kPart = 32'768;
+    const int64_t parts = std::max<int64_t>(1, std::min(max_threads(), n / kPart));
+    struct Part {
+        float amax;
+        bool finite;
+    };
+    Part *part =
+        static_cast<Part *>(scratch(Scratch::pointers, sizeof(Part) * static_cast<size_t>(batch * parts)));
+    const int64_t total = batch * parts;
+    const int64_t tasks = batch * n < 2 * kPart ? 1 : std::min(max_threads(), total);
+    parallel_tasks(tasks, [&](int64_t t) {
+        for (int64_t i = chunk_begin(total, tasks, t); i < chunk_begin(total, tasks, t + 1); ++i) {
+            const int64_t b = i / parts, from = chunk_begin(n, parts, i % parts),
+                          to = chunk_begin(n, parts, i % parts + 1);
+            part[i].finite = true;
+            part[i].amax =
+                isa.amax(x + (b * n + from) * size_of(q.dtype), q.dtype, to - from, &part[i].finite);
+        }
+    });
+    for (int64_t b = 0; b < batch; ++b) {
+        float amax = 0.0f;
+        bool finite = true;
+        for (int64_t i = b * parts; i < (b + 1) * parts; ++i) {
+            finite = finite && part[i].finite;
+            amax = std::max(amax, part[i].amax);
+        }
+        SampleQuant &s = how[b];
+        s = {};
+        s.lo = -127;
+        if (finite && amax >= kTiny) {
+            s.scale = amax / 127.0f;
+            s.inv = 127.0f / amax;
+        }
+        s.blank = !finite || s.inv == 0.0f;
+        if (!finite)
+            s.scale = std::numeric_limits<float>::quiet_NaN();
+    }
+}
+
+struct Job {
+    const ConvArgs &a;
+    const PackHeader &h;
+    const Isa &isa;
+    const ConvImage &c;
+    Output out;
+    bool depthwise;
+
+    int64_t groups() const { return depthwise ? 1 : h.groups; }
+    int64_t panel_count() const { return depthwise ? div_up(h.groups, kTileN) : panels(h); }
+    // Bytes from the first tap to tap t.
+    int64_t tap(int64_t t) const {
+        if (h.taps == c.g.kh * c.g.kw)
+            return t / c.g.kw * c.g.dh * c.row + t % c.g.kw * c.g.dw * c.pixel;
+        return t * c.g.dh * c.row;
+    }
+    int64_t padded_taps() const { return depthwise ? round_up(h.taps, 4) : h.taps; }
+
+    void run(const ConvBand &band, int64_t m0, int64_t m1, int64_t p0, int64_t p1) const;
+    void run_depthwise(const ConvBand &band, int64_t m0, int rows, int64_t p0, int64_t p1,
+                       const int64_t *taps, const float *scale) const;
+};
+
+void Job::run_depthwise(const ConvBand &band, int64_t m0, int rows, int64_t p0, int64_t p1,
+                        const int64_t *taps, const float *scale) const {
+    alignas(64) int32_t acc[kTileRows * kTileN];
+    const int64_t quads = padded_taps() / 4;
+    const int8_t *w = reinterpret_cast<const int8_t *>(a.packed + h.data_off);
+    for (int64_t p = p0; p < p1; ++p) {
+        const int cols = static_cast<int>(std::min<int64_t>(kTileN, h.groups - p * kTileN));
+        for (int t0 = 0; t0 < rows; t0 += kTileRows) {
+            const int tile = std::min(kTileRows, rows - t0);
+            for (int r = 0; r < tile;) { // pixels of one output row at a time
+                const int64_t m = m0 + t0 + r;
+                const int n = static_cast<int>(std::min<int64_t>(tile - r, c.ow - m % c.ow));
+                isa.depthwise(reinterpret_cast<const uint8_t *>(band.pixel(m)) + p * kTileN, taps, quads,
+                              c.dx * c.pixel, n, w + p * kTileN * 4 * quads, cols, acc + r * kTileN);
+                r += n;
+            }
+            store_tile(isa, out, acc, kTileN, false, m0 + t0, tile, p * kTileN, cols,
+                       scale ? scale + t0 : nullptr);
+        }
+    }
+}
+
+// Outputs of pixels [m0, m1), which lie in the band, and panels [p0, p1).
+void Job::run(const ConvBand &band, int64_t m0, int64_t m1, int64_t p0, int64_t p1) const {
+    const int64_t taps = padded_taps();
+    const void **pointers = static_cast<const void **>(
+        scratch(Scratch::panel, sizeof(void *) * static_cast<size_t>(taps * (kBlockRows + 1))));
+    int64_t *offset = reinterpret_cast<int64_t *>(pointers + taps * kBlockRows);
+    for (int64_t t = 0; t < taps; ++t)
+        offset[t] = t < h.taps ? tap(t) : 0; // what pads a quad of taps has weight 0
+    const char *pixel[kBlockRows];
+    float scales[kBlockRows];
+    const float *scale = c.kind == OperandKind::f32 ? nullptr : scales;
+    const int64_t step = block_rows(m1 - m0), group = h.k * operand_bytes(c.kind), pixels = c.oh * c.ow;
+    for (int64_t m = m0; m < m1; m += step) {
+        const int rows = static_cast<int>(std::min(step, m1 - m));
+        if (scale)
+            for (int r = 0; r < rows;) {
+                const int64_t b = (m + r) / pixels;
+                const int n = static_cast<int>(std::min<int64_t>(rows - r, (b + 1) * pixels - m - r));
+                std::fill_n(scales + r, n, c.how[b].scale);
+                r += n;
+            }
+        if (depthwise) {
+            run_depthwise(band, m, rows, p0, p1, offset, scale);
+            continue;
+        }
+        for (int r = 0; r < rows;) { // one output row at a time
+            const int64_t at = (m + r) % c.ow;
+            const int n = static_cast<int>(std::min<int64_t>(rows - r, c.ow - at));
+            const char *first = band.pixel(m + r);
+            for (int i = 0; i < n; ++i)
+                pixel[r + i] = first + i * c.dx * c.pixel;
+            r += n;
+        }
+        // Groups lie beside each other in a pixel. What is read past the end of a group has weight 0.
+        for (int64_t g = 0; g < groups(); ++g) {
+            for (int64_t t = 0; t < taps; ++t) {
+                const int64_t shift = offset[t] + g * group;
+                for (int r = 0; r < rows; ++r)
+                    pointers[t * kBlockRows + r] = pixel[r] + shift;
+            }
+            gemm_block(isa, a.packed, g, pointers, kBlockRows, rows, p0, p1, out, m, scale);
+        }
+    }
+}
+
+// Output rows [y0, y1) of all samples.
+void run_rows(const Job &job, int64_t y0, int64_t y1) {
+    const ConvImage &c = job.c;
+    const PackHeader &h = job.h;
+    const int64_t rows = y1 - y0, count = job.panel_count();
+    const int64_t macs = rows * c.ow * h.n * h.k * h.taps * h.groups * (job.depthwise ? 8 : 1);
+    const int64_t in = rows * c.dy * c.row;
+    const int64_t threads = macs < 2'000'000 && h.total < 384 * 1024 && in < 65'536 ? 1 : max_threads();
+    // Threads take bands of whole output rows where these come out even.
+    if (div_up(rows, threads) * threads * 25 <= rows * 26) {
+        const int64_t least = div_up(kBlockRows, c.ow);
+        parallel_tasks(threads, [&](int64_t t) {
+            const int64_t begin = y0 + chunk_begin(rows, threads, t),
+                          end = y0 + chunk_begin(rows, threads, t + 1);
+            const int64_t most = std::max(least, kBandBytes / std::max<int64_t>(1, c.dy * c.row));
+            const int64_t bands = div_up(end - begin, most);
+            for (int64_t i = 0; i < bands; ++i) {
+                ConvBand band = {c, begin + chunk_begin(end - begin, bands, i),
+                                 begin + chunk_begin(end - begin, bands, i + 1), nullptr};
+                band.data = static_cast<char *>(scratch(Scratch::image, band.bytes()));
+                band.prepare(0, band.rows());
+                job.run(band, band.y0 * c.ow, band.y1 * c.ow, 0, count);
+            }
+        });
+        return;
+    }
+    // Otherwise they share one copy of the image and the outputs, or the pixels where outputs are few.
+    ConvBand band = {c, y0, y1, nullptr};
+    band.data = static_cast<char *>(scratch(Scratch::image, band.bytes()));
+    const int64_t kept = band.rows(), parts = in < 65'536 ? 1 : std::min(threads, kept);
+    parallel_tasks(parts, [&](int64_t t) {
+        band.prepare(chunk_begin(kept, parts, t), chunk_begin(kept, parts, t + 1));
+    });
+    const bool by_output = count >= 2 * threads;
+    const int64_t m0 = y0 * c.ow, m = rows * c.ow, tasks = by_output ? threads : std::min(threads, m);
+    parallel_tasks(tasks, [&](int64_t t) {
+        if (by_output)
+            job.run(band, m0, m0 + m, chunk_begin(count, tasks, t), chunk_begin(count, tasks, t + 1));
+        else
+            job.run(band, m0 + chunk_begin(m, tasks, t), m0 + chunk_begin(m, tasks, t + 1), 0, count);
+    });
+}
+
+} // namespace
+
+bool conv_pack_fits(const PackHeader &h, const Geometry &g) {
+    if (h.taps == g.kh * g.kw && h.groups * h.k == g.channels)
+        return true;
+    return (h.kind == PackKind::dense_i8 || h.kind == PackKind::dense_w8) && h.groups == 1 && g.dw == 1 &&
+           h.taps == g.kh && h.k == g.kw * g.channels;
+}
+
+void conv_product(const ConvArgs &a, const Epilogue &e) {
+    const PackHeader &h = header_of(a.packed);
+    const Isa &isa = *find_isa(h.isa);
+    ConvImage c(a, isa, operand_of(a.packed));
+    const int64_t batch = a.geometry.batch;
+    const bool watch = a.quant.mode == ActQuant::fixed; // float x whose scale is known before it is read
+    if (c.kind != OperandKind::f32) {
+        char *memory = static_cast<char *>(
+            scratch(Scratch::scales, (sizeof(SampleQuant) + 1) * static_cast<size_t>(batch)));
+        c.how = reinterpret_cast<SampleQuant *>(memory);
+        if (a.quant.mode == ActQuant::dynamic)
+            dynamic_quant(isa, a.quant, c.x, batch, c.g.channels * c.g.height * c.g.width, c.how);
+        else
+            for (int64_t b = 0; b < batch; ++b)
+                c.how[b] = quant_of(a.quant, b);
+        if (watch) {
+            c.bad = reinterpret_cast<uint8_t *>(memory + sizeof(SampleQuant) * static_cast<size_t>(batch));
+            std::memset(c.bad, 0, static_cast<size_t>(batch));
+        }
+    }
+    const Job job = {a,
+                     h,
+                     isa,
+                     c,
+                     image_output(e, a.out, a.out_channels_last, a.geometry, a.outputs),
+                     h.kind == PackKind::depthwise_i8};
+    run_rows(job, 0, batch * c.oh);
+    // Samples with NaN or Inf were only found out on the way: they are blank, and run again.
+    for (int64_t b = 0; watch && b < batch; ++b)
+        if (c.bad[b]) {
+            c.how[b].scale = std::numeric_limits<float>::quiet_NaN();
+            c.how[b].blank = true;
+            run_rows(job, b * c.oh, (b + 1) * c.oh);
+        }
+}
+
+} // namespace tautorch

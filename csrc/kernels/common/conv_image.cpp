@@ -1,0 +1,210 @@
+#include "kernels/common/conv_image.h"
+
+#include "core/parallel.h"
+
+#include <algorithm>
+#include <cstring>
+
+namespace tautorch {
+namespace {
+
+constexpr int64_t kStrip = 64; // pixels that are transposed at once
+
+ActKind act_of(OperandKind k) { return k == OperandKind::s16 ? ActKind::s16 : ActKind::u8_shifted; }
+
+void fill_operands(OperandKind kind, int32_t value, int64_t n, char *out) {
+    if (kind == OperandKind::u8)
+        std::memset(out, value, static_cast<size_t>(n));
+    else if (kind == OperandKind::s16)
+        std::fill_n(reinterpret_cast<int16_t *>(out), n, static_cast<int16_t>(value));
+    else
+        std::memset(out, 0, static_cast<size_t>(4 * n));
+}
+
+// n elements at x of sample b -> operands.
+void convert(const ConvImage &c, int64_t b, const char *x, int64_t n, char *out) {
+    if (c.kind == OperandKind::f32) {
+        c.isa->to_f32(x, c.dtype, n, reinterpret_cast<float *>(out));
+        return;
+    }
+    const SampleQuant &q = c.how[b];
+    if (q.blank) {
+        fill_operands(c.kind, q.zp + operand_shift(c.kind), n, out);
+        return;
+    }
+    if (c.bad) {
+        bool finite = true;
+        c.isa->amax(x, c.dtype, n, &finite);
+        if (!finite)
+            __atomic_store_n(c.bad + b, uint8_t{1}, __ATOMIC_RELAXED);
+    }
+    c.isa->quantize(x, c.dtype, n, q.inv, q.zp, q.lo, q.hi, act_of(c.kind), out);
+}
+
+// [channels][kStrip] operands -> out, pixel after pixel. Nothing past the last one's end is written.
+void turn(const ConvImage &c, const char *in, int64_t pixels, char *out) {
+    const int64_t channels = c.g.channels, size = operand_bytes(c.kind);
+    const int64_t step = c.kind == OperandKind::u8 ? 16 : 4;
+    if (c.kind == OperandKind::s16 || (channels < step && c.kind != OperandKind::u8)) {
+        for (int64_t p = 0; p < pixels; ++p)
+            for (int64_t i = 0; i < channels; ++i)
+                std::memcpy(out + (p * channels + i) * size, in + (i * kStrip + p) * size,
+                            static_cast<size_t>(size));
+        return;
+    }
+    const void *rows[16];
+    if (channels <
+        step) { // 16 channels, most of them anything; each pixel's store hides the last one's excess
+        alignas(64) uint8_t wide[kStrip * 16];
+        for (int64_t i = 0; i < step; ++i)
+            rows[i] = in + std::min(i, channels - 1) * kStrip;
+        c.isa->transpose_u8(reinterpret_cast<const uint8_t *const *>(rows), 16, round_up(pixels, 16), wide,
+                            16);
+        int64_t p = 0;
+        for (; p * channels + 16 <= pixels * channels; ++p)
+            std::memcpy(out + p * channels, wide + p * 16, 16);
+        for (; p < pixels; ++p)
+            std::memcpy(out + p * channels, wide + p * 16, static_cast<size_t>(channels));
+        return;
+    }
+    for (int64_t i = 0; i < channels; i += step) {
+        const int64_t at = std::min(i, channels - step); // the last ones overlap
+        for (int64_t j = 0; j < step; ++j)
+            rows[j] = in + (at + j) * kStrip * size;
+        if (c.kind == OperandKind::u8)
+            c.isa->transpose_u8(reinterpret_cast<const uint8_t *const *>(rows), 16, pixels,
+                                reinterpret_cast<uint8_t *>(out) + at, channels);
+        else
+            c.isa->transpose_32(reinterpret_cast<const uint32_t *const *>(rows), 4, pixels,
+                                reinterpret_cast<uint32_t *>(out) + at, channels);
+    }
+}
+
+// One kept row of a band, or several without padding between them, from input row iy on.
+struct Rows {
+    const ConvImage &c;
+    int64_t b;      // sample
+    int64_t x0, nx; // input column of the first kept pixel inside the image, and how many are
+    char *first;    // where that pixel goes in the first row
+
+    // Pixels [p0, p0 + n) of the plane, all of one row: to where they belong.
+    void place(const char *pixels, int64_t x, int64_t n, char *row) const {
+        if (c.keep_x == 1) {
+            const int64_t from = std::max(x, x0), to = std::min(x + n, x0 + nx);
+            if (from < to)
+                std::memcpy(row + (from - x0) * c.pixel, pixels + (from - x) * c.pixel,
+                            static_cast<size_t>((to - from) * c.pixel));
+            return;
+        }
+        for (int64_t i = 0; i < nx; ++i) {
+            const int64_t at = x0 + i * c.keep_x - x;
+            if (at >= 0 && at < n)
+                std::memcpy(row + i * c.pixel, pixels + at * c.pixel, static_cast<size_t>(c.pixel));
+        }
+    }
+
+    void nchw(int64_t iy, int64_t count) const {
+        const Geometry &g = c.g;
+        const int64_t plane = g.height * g.width, in_size = size_of(c.dtype);
+        const int64_t size = operand_bytes(c.kind);
+        char *strip = static_cast<char *>(
+            scratch(Scratch::tile, static_cast<size_t>((g.channels + c.pixel / size) * kStrip * size)));
+        char *turned = strip + g.channels * kStrip * size;
+        const char *x = c.x + b * g.channels * plane * in_size;
+        const bool direct = c.keep_x == 1 && nx == g.width && c.cols == g.width;
+        // Kept rows lie one after another in every plane unless rows are left out between.
+        const int64_t run = c.keep_y == 1 ? count : 1;
+        for (int64_t r0 = 0; r0 < count; r0 += run) {
+            const int64_t begin = (iy + r0 * c.keep_y) * g.width, end = begin + run * g.width;
+            for (int64_t p0 = begin; p0 < end; p0 += kStrip) {
+                const int64_t n = std::min(kStrip, end - p0);
+                for (int64_t ch = 0; ch < g.channels; ++ch)
+                    convert(c, b, x + (ch * plane + p0) * in_size, n, strip + ch * kStrip * size);
+                if (direct) {
+                    turn(c, strip, n, first + r0 * c.row + (p0 - begin) * c.pixel);
+                    continue;
+                }
+                turn(c, strip, n, turned);
+                for (int64_t p = p0; p < p0 + n;) {
+                    const int64_t at = p % g.width, left = std::min(p0 + n - p, g.width - at);
+                    place(turned + (p - p0) * c.pixel, at, left,
+                          first + (r0 + (p - begin) / g.width) * c.row);
+                    p += left;
+                }
+            }
+        }
+    }
+
+    void nhwc(int64_t iy, int64_t count) const {
+        const Geometry &g = c.g;
+        const int64_t in_pixel = g.channels * size_of(c.dtype);
+        const char *x = c.x + b * g.height * g.width * in_pixel;
+        if (c.keep_x == 1 && c.keep_y == 1 && nx == g.width && c.cols == g.width) {
+            convert(c, b, x + iy * g.width * in_pixel, count * g.width * g.channels, first);
+            return;
+        }
+        for (int64_t r = 0; r < count; ++r) {
+            const char *from = x + ((iy + r * c.keep_y) * g.width + x0) * in_pixel;
+            char *to = first + r * c.row;
+            if (c.keep_x == 1)
+                convert(c, b, from, nx * g.channels, to);
+            else
+                for (int64_t i = 0; i < nx; ++i)
+                    convert(c, b, from + i * c.keep_x * in_pixel, g.channels, to + i * c.pixel);
+        }
+    }
+};
+
+} // namespace
+
+ConvImage::ConvImage(const ConvArgs &a, const Isa &i, OperandKind k)
+    : isa(&i), kind(k), g(a.geometry), x(static_cast<const char *>(a.x)), dtype(a.quant.dtype),
+      channels_last(a.channels_last), how(nullptr), bad(nullptr),
+      pad((a.quant.mode == ActQuant::dynamic || k == OperandKind::f32 ? 0 : a.quant.zero_point) +
+          operand_shift(k)),
+      oh(g.out_height()), ow(g.out_width()), keep_y(g.kh == 1 ? g.sh : 1), keep_x(g.kw == 1 ? g.sw : 1),
+      dy(g.kh == 1 ? 1 : g.sh), dx(g.kw == 1 ? 1 : g.sw), cols((ow - 1) * dx + g.dw * (g.kw - 1) + 1),
+      pixel(g.channels * operand_bytes(k)), row(cols * pixel) {}
+
+void ConvBand::prepare(int64_t r0, int64_t r1) const {
+    const Geometry &g = c.g;
+    const int64_t size = operand_bytes(c.kind);
+    // Kept pixels [left, right) of a row lie inside the image.
+    const int64_t left = std::min(c.cols, div_up(g.pw, c.keep_x));
+    const int64_t right = std::max(left, std::min(c.cols, div_up(g.width + g.pw, c.keep_x)));
+    const int64_t last = (y1 - 1) / c.oh;
+    for (int64_t b = y0 / c.oh; b <= last; ++b) {
+        const int64_t oy = b == y0 / c.oh ? y0 % c.oh : 0, end = b == last ? (y1 - 1) % c.oh + 1 : c.oh;
+        const int64_t start = row_of(b * c.oh + oy), count = (end - 1 - oy) * c.dy + c.extent();
+        const int64_t from = std::max(r0 - start, int64_t{0}), to = std::min(r1 - start, count);
+        // Kept row r of this sample is input row top + r * keep_y.
+        const int64_t top = oy * g.sh - g.ph;
+        const auto inside = [&](int64_t r) {
+            const int64_t iy = top + r * c.keep_y;
+            return iy >= 0 && iy < g.height;
+        };
+        for (int64_t r = from; r < to;) {
+            char *out = data + (start + r) * c.row;
+            if (!inside(r) || left == right) {
+                fill_operands(c.kind, c.pad, c.row / size, out);
+                ++r;
+                continue;
+            }
+            int64_t n = 1;
+            while (r + n < to && inside(r + n))
+                ++n;
+            const Rows rows = {c, b, left * c.keep_x - g.pw, right - left, out + left * c.pixel};
+            if (c.channels_last)
+                rows.nhwc(top + r * c.keep_y, n);
+            else
+                rows.nchw(top + r * c.keep_y, n);
+            for (int64_t i = 0; i < n && right - left < c.cols; ++i, out += c.row) {
+                fill_operands(c.kind, c.pad, left * g.channels, out);
+                fill_operands(c.kind, c.pad, (c.cols - right) * g.channels, out + right * c.pixel);
+            }
+            r += n;
+        }
+    }
+}
+
+} // namespace tautorch

@@ -1,0 +1,62 @@
+// The padded, quantised copy of a band of an image that conv.cpp multiplies.
+#pragma once
+
+#include "kernels/common/product.h"
+
+#include <cstddef>
+
+namespace tautorch {
+
+// How one sample becomes operands.
+struct SampleQuant {
+    float inv = 0.0f, scale = 1.0f;
+    int32_t zp = 0, lo = -128, hi = 127;
+    bool blank = false; // write the zero point only
+};
+
+// What does not depend on the band.
+struct ConvImage {
+    const Isa *isa;
+    OperandKind kind;
+    Geometry g;
+    const char *x;
+    DType dtype;
+    bool channels_last;
+    SampleQuant *how; // [batch]
+    uint8_t *bad;     // [batch], set where a NaN or Inf was met; null if nobody asks
+    int32_t pad;      // operand outside the image
+
+    int64_t oh, ow;
+    // Filters of one row or column leave out what the stride leaves out: input rows between kept ones, and
+    // kept rows between outputs.
+    int64_t keep_y, keep_x, dy, dx;
+    int64_t cols, pixel, row; // kept pixels in a row; bytes of a pixel and of a row
+
+    ConvImage(const ConvArgs &a, const Isa &isa, OperandKind kind);
+    int64_t extent() const { return g.dh * (g.kh - 1) + 1; } // kept rows under a filter
+};
+
+// Output rows [y0, y1) of all samples, counted through, and the kept rows under them. Samples do not share
+// rows.
+struct ConvBand {
+    const ConvImage &c;
+    int64_t y0, y1;
+    char *data;
+
+    int64_t rows() const { return row_of(y1 - 1) + c.extent(); }
+    // First kept row under output row y.
+    int64_t row_of(int64_t y) const {
+        const int64_t b = y / c.oh - y0 / c.oh, oy = y % c.oh, first = y0 % c.oh;
+        if (b == 0)
+            return (oy - first) * c.dy;
+        const int64_t whole = (c.oh - 1) * c.dy + c.extent();
+        return whole - first * c.dy + (b - 1) * whole + oy * c.dy;
+    }
+    const char *pixel(int64_t m) const { return data + row_of(m / c.ow) * c.row + m % c.ow * c.dx * c.pixel; }
+    size_t bytes() const { return static_cast<size_t>(rows() * c.row + 128); }
+
+    // Writes kept rows [r0, r1).
+    void prepare(int64_t r0, int64_t r1) const;
+};
+
+} // namespace tautorch
