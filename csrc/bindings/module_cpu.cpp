@@ -145,6 +145,7 @@ PYBIND11_MODULE(_C, m) {
                         reinterpret_cast<NumThreadsFn>(num_threads));
     });
     m.def("max_threads", &max_threads);
+    m.def("scratch_allocations", &scratch_allocations);
     // n tasks of nothing, for measuring the cost of a fork-join.
     m.def("fork_join", [](int64_t repeats, int64_t tasks) {
         for (int64_t i = 0; i < repeats; ++i)

@@ -33,9 +33,12 @@ void guarded(int64_t begin, int64_t end, void *ctx) {
     }
 }
 
+std::atomic<int64_t> allocations{0};
+
 struct Buffers {
     void *data[static_cast<int>(Scratch::count)] = {};
     size_t size[static_cast<int>(Scratch::count)] = {};
+    int spared[static_cast<int>(Scratch::count)] = {}; // requests in a row that took little of a large buffer
     ~Buffers() {
         for (void *p : data)
             std::free(p);
@@ -80,6 +83,8 @@ void run_tasks(int64_t n, RangeFn fn, void *ctx) {
 
 } // namespace detail
 
+int64_t scratch_allocations() { return allocations.load(std::memory_order_relaxed); }
+
 void *scratch(Scratch slot, size_t bytes) {
     static thread_local Buffers buffers;
     const int i = static_cast<int>(slot);
@@ -89,7 +94,15 @@ void *scratch(Scratch slot, size_t bytes) {
     constexpr bool fits = false;
     const size_t want = bytes;
 #else
-    const bool fits = buffers.size[i] >= bytes;
+    bool fits = buffers.size[i] >= bytes;
+    // One image of 8K must not cost its memory for ever: what was large is given back after as many small
+    // requests as no network has layers.
+    constexpr size_t kLarge = size_t{16} << 20;
+    constexpr int kPatience = 1000;
+    if (buffers.size[i] <= kLarge || bytes > buffers.size[i] / 4)
+        buffers.spared[i] = 0;
+    else if (++buffers.spared[i] > kPatience)
+        fits = false;
     // Half as much again, so that slowly growing batches do not reallocate at every call.
     const size_t want = bytes + bytes / 2;
 #endif
@@ -97,7 +110,9 @@ void *scratch(Scratch slot, size_t bytes) {
         void *fresh = nullptr;
         if (posix_memalign(&fresh, 64, want) != 0)
             throw std::bad_alloc();
+        allocations.fetch_add(1, std::memory_order_relaxed);
         std::free(buffers.data[i]);
+        buffers.spared[i] = 0;
         buffers.data[i] = fresh;
         buffers.size[i] = want;
     }

@@ -39,9 +39,11 @@ template <class F> void parallel_tasks(int64_t n, const F &f) {
         const_cast<F *>(&f));
 }
 
-// Thread-local scratch, 64-byte aligned, kept between calls. Buffers of different slots are distinct;
-// asking for a slot again may move it. Throws std::bad_alloc.
+// Thread-local scratch, 64-byte aligned, kept between calls: the kernels' only memory of their own. Buffers
+// of different slots are distinct; asking for a slot again may move it. Throws std::bad_alloc.
 enum class Scratch { rows, scales, tile, panel, inner, inner_scales, pointers, image, count };
 void *scratch(Scratch slot, size_t bytes);
+// How often, on all threads, a buffer had to be allocated.
+int64_t scratch_allocations();
 
 } // namespace tautorch

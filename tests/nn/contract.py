@@ -11,6 +11,7 @@ import inspect
 import io
 import json
 import multiprocessing
+import os
 import pickle
 import threading
 import weakref
@@ -510,12 +511,39 @@ class ModuleContract:
         assert type(y) is Mine
         assert torch.equal(y.as_subclass(Tensor), module(x))
 
+    # ---- memory ----
+
+    def test_a_call_allocates_its_output_alone(self, variant: str) -> None:
+        module, x = self.module(variant), self.x(variant, 17)
+        module(x)
+        for few in (x, x[:1], x[:5], x):
+            with torch.autograd.profiler.profile(profile_memory=True) as profile:
+                y = module(few)
+            taken = [e.cpu_memory_usage for e in profile.function_events if e.name == "aten::empty"]
+            assert taken == [y.untyped_storage().nbytes()]
+
+    def test_scratch_is_used_again(self, variant: str) -> None:
+        module, x = self.module(variant), self.x(variant, 17)
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            module(x)
+            count = _C.scratch_allocations()
+            for rows in (17, 1, 5, 17):
+                module(x[:rows])
+            assert _C.scratch_allocations() == count
+        finally:
+            torch.set_num_threads(threads)
+
     # ---- threads and processes ----
 
-    def test_threads(self, variant: str) -> None:
+    @pytest.mark.parametrize("through_op", [False, True])
+    def test_threads(self, variant: str, through_op: bool) -> None:
         x = self.x(variant, 64)  # enough for the kernels to release the interpreter
         expected = self.module(variant)(x)
-        for _ in range(5):
+        if through_op:
+            x.requires_grad_()
+        for _ in range(2 if through_op else 5):
             module = self.module(variant)
             barrier, wrong = threading.Barrier(8), []
 
@@ -561,17 +589,17 @@ class ModuleContract:
             reader.join(60)
         assert not wrong
 
-    def test_forked_child_runs(self) -> None:
+    def test_forked_child_runs(self, variant: str) -> None:
         torch.set_num_threads(2)  # the pool that a child does not inherit
-        module, x = (
-            self.from_float(self.float_type(**self.roomy), **next(iter(self.variants.values()))[1]),
-            None,
-        )
+        module = self.from_float(self.float_type(**self.roomy), **self.variants[variant][1])
         x = self.roomy_x()
         expected = module(x).numpy().tobytes()
+        assert module._through_op(x).numpy().tobytes() == expected  # a plan that the child inherits
+        fresh = [copy.deepcopy(module) for _ in range(2)]  # packed in the child
 
         def child() -> None:
-            raise SystemExit(0 if module(x).numpy().tobytes() == expected else 3)
+            given = [module(x), module._through_op(x), fresh[0](x), fresh[1]._through_op(x)]
+            os._exit(0 if {y.numpy().tobytes() for y in given} == {expected} else 3)
 
         process = multiprocessing.get_context("fork").Process(target=child)
         process.start()

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from tautorch import _C, dispatch
-from tautorch.ops.library import Stamp, stamp
+from tautorch.ops.library import Stamp, stamp, without_pool_if_forked
 
 _unchanged = _C.unchanged
 
@@ -120,7 +120,7 @@ class PackedModule(nn.Module):
 
     def prepare(self) -> None:
         """Pack if need be and make the plans: what the first call does. Safe to call at any time."""
-        with _lock:
+        with _lock, without_pool_if_forked():
             if not self.ready():
                 self._prepare()
 
@@ -185,7 +185,7 @@ class PackedModule(nn.Module):
 
     def unpack_(self) -> None:
         """Go to the canonical state."""
-        with _lock:
+        with _lock, without_pool_if_forked():
             self._to_canonical()
 
     def _to_canonical(self) -> None:

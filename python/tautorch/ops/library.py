@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import os
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -35,6 +37,34 @@ TAIL_SCHEMA = (
     "Tensor? x_scale=None, Tensor? x_zero_point=None, bool weight_only=False, str activation='none', "
     "Tensor? out_scale=None, Tensor? out_zero_point=None, ScalarType? out_dtype=None"
 )
+
+
+_forked = False
+
+
+def _mark_forked() -> None:
+    global _forked
+    _forked = True
+
+
+os.register_at_fork(after_in_child=_mark_forked)
+
+
+@contextlib.contextmanager
+def without_pool_if_forked() -> Iterator[None]:
+    """For checks and packing, which use torch's own functions.
+
+    In a forked child torch's pool hangs at the first of them that is worth two threads: there, one does it.
+    """
+    if not _forked:
+        yield
+        return
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 #: by operator
@@ -82,7 +112,8 @@ def define(
             if out is not None:
                 return out
         stamps = [(i, stamp(a)) for i, a in enumerate(arguments) if isinstance(a, Tensor)]
-        prepared = prepare(x, *arguments)
+        with without_pool_if_forked():
+            prepared = prepare(x, *arguments)
         if isinstance(prepared, Tensor):
             dispatch.note_used(name, "reference")
             return prepared
