@@ -40,5 +40,6 @@ def run(session: Session) -> None:
             session.add_remote(case, "openvino", "OpenVINO int8", about, expected)
             session.add_remote(case, "onnxruntime", "ONNX Runtime int8", about, expected)
             case.limits = [session.peak(), empty_call(session, x, n)]
+            case.share = 0.88 if m >= 64 and min(k, n) >= 1024 else None
             case.targets = [Target("best peer", 1.0, tuple(c.name for c in case.peers))]
             session.measure(case)

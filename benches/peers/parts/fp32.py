@@ -21,7 +21,7 @@ def run(session: Session) -> None:
     """Unstructured and 4x1 masks, each in turn as ours."""
     for k, n, m in ((1024, 4096, 128),) if session.quick else CASES:
         for sparsity in (0.8,) if session.quick else SPARSITIES:
-            if session.wanted(name_of("fp32", sparsity, m, k, n)):
+            if session.wanted(name_of("unstructured", sparsity, m, k, n)):
                 _case(session, k, n, m, sparsity)
 
 
@@ -35,9 +35,9 @@ def _case(session: Session, k: int, n: int, m: int, sparsity: float) -> None:
             linears[pattern], pattern=pattern, mask=mask, weight_dtype=torch.float32
         )
         check_float(layers[pattern], linears[pattern], x)
-    meta = {"pattern": "fp32", "sparsity": sparsity, "m": m, "k": k, "n": n}
+    meta = {"pattern": "unstructured", "sparsity": sparsity, "m": m, "k": k, "n": n}
     first = ours(session, "ours", layers["unstructured"], x)
-    case = Case("fp32", name_of("fp32", sparsity, m, k, n), meta, 2 * m * k * n, first)
+    case = Case("fp32", name_of("unstructured", sparsity, m, k, n), meta, 2 * m * k * n, first)
     case.own = [ours(session, "ours 4x1", layers["4x1"], x)]
     whole = a_linear(k, n)
     add_local(session, case, "torch fp32", lambda: whole(x), whole(x))
