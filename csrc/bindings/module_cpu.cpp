@@ -151,6 +151,14 @@ PYBIND11_MODULE(_C, m) {
         for (int64_t i = 0; i < repeats; ++i)
             parallel_tasks(tasks, [](int64_t) {});
     });
+    // Reads one word of every cache line of [address, address + bytes), the pool's threads a part each: what
+    // memory can deliver, for benches. Returns their sum.
+    m.def("read_lines", [](int64_t address, int64_t bytes) {
+        if (bytes < 0)
+            throw pybind11::value_error("read_lines: bytes must not be negative, got " +
+                                        std::to_string(bytes));
+        return read_lines(b::at<const uint8_t>(address), bytes);
+    });
     // Runs the kernel's product instruction on registers; returns the multiply-accumulates done.
     m.def("peak_i8", [](const std::string &kernel, int64_t rounds) {
         const Isa *isa = find_isa(kernel.c_str());

@@ -2,6 +2,7 @@
 
 #include <atomic>
 #include <cstdlib>
+#include <cstring>
 #include <mutex>
 #include <new>
 #include <pthread.h>
@@ -84,6 +85,29 @@ void run_tasks(int64_t n, RangeFn fn, void *ctx) {
 } // namespace detail
 
 int64_t scratch_allocations() { return allocations.load(std::memory_order_relaxed); }
+
+uint64_t read_lines(const uint8_t *p, int64_t bytes) {
+    constexpr int64_t kLine = 64, kStreams = 4;
+    const int64_t lines = bytes / kLine, tasks = max_threads();
+    std::atomic<uint64_t> total{0};
+    parallel_tasks(tasks, [&](int64_t t) {
+        const int64_t end = lines * (t + 1) / tasks;
+        uint64_t sum[kStreams] = {};
+        int64_t i = lines * t / tasks;
+        const auto word = [p](int64_t line) {
+            uint64_t w;
+            std::memcpy(&w, p + line * kLine, sizeof w);
+            return w;
+        };
+        for (; i + kStreams <= end; i += kStreams)
+            for (int64_t s = 0; s < kStreams; ++s)
+                sum[s] += word(i + s);
+        for (; i < end; ++i)
+            sum[0] += word(i);
+        total += sum[0] + sum[1] + sum[2] + sum[3];
+    });
+    return total.load();
+}
 
 void *scratch(Scratch slot, size_t bytes) {
     static thread_local Buffers buffers;

@@ -39,6 +39,9 @@ template <class F> void parallel_tasks(int64_t n, const F &f) {
         const_cast<F *>(&f));
 }
 
+// The sum of the first word of every whole cache line, read by all threads of the pool.
+uint64_t read_lines(const uint8_t *p, int64_t bytes);
+
 // Thread-local scratch, 64-byte aligned, kept between calls: the kernels' only memory of their own. Buffers
 // of different slots are distinct; asking for a slot again may move it. Throws std::bad_alloc.
 enum class Scratch { rows, scales, tile, panel, inner, inner_scales, pointers, image, count };

@@ -43,6 +43,8 @@ void store_tile(const Isa &isa, const Output &out, const void *acc, int64_t ld, 
 void gemm_block(const Isa &isa, const uint8_t *packed, int64_t group, const void *const *pointers, int64_t ld,
                 int rows, int64_t p0, int64_t p1, const Output &out, int64_t m0, const float *row_scale);
 
+// Threads that a product of this size is worth.
+int64_t threads_for(int64_t macs, int64_t weight_bytes);
 // How a product of m rows, n outputs and k inputs is cut: tm row chunks times tn panel chunks.
 struct Split {
     int64_t tm = 1, tn = 1;

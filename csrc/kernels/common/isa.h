@@ -28,7 +28,9 @@ struct Isa {
     // Largest |x|; sets *finite to false if any element is NaN or Inf (then the value is meaningless).
     float (*amax)(const void *x, DType dtype, int64_t n, bool *finite);
     // out[i] = clamp(rint(x[i] * inv) + zp, lo, hi) + shift in the given form; i8 input is copied (shifted).
-    // Returns whether all of x is finite; where it is not, out is meaningless.
+    // Returns whether all of x is finite; where it is not, out is meaningless. lo = -127 is that of dynamic
+    // scales: x is finite then and within the bounds by its own largest value, and neither is looked at
+    // again.
     bool (*quantize)(const void *x, DType dtype, int64_t n, float inv, int32_t zp, int32_t lo, int32_t hi,
                      ActKind act, void *out);
     void (*to_f32)(const void *x, DType dtype, int64_t n, float *out);

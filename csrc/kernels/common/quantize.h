@@ -102,19 +102,22 @@ template <class Out> inline void store_q4(void *out, int64_t i, const vi (&q)[4]
         store_q<Out>(out, i + v * L, q[v], zp + Out::shift, L);
 }
 
-// Returns whether all of x is finite; out is meaningless otherwise.
-template <DType T, class Out>
+// Clamp: as asked for, and returns whether all of x is finite; out is meaningless otherwise. Without, x is
+// finite and |x * inv| rounds to 127 at most.
+template <DType T, class Out, bool Clamp>
 bool quantize_t(const char *x, int64_t n, float inv, int32_t zp, int32_t lo, int32_t hi, void *out) {
     constexpr int64_t e = T == DType::f32 ? 4 : 2;
     // The bounds are integers, so clamping before the rounding and before the zero point is the same.
     const float flo = static_cast<float>(lo - zp), fhi = static_cast<float>(hi - zp);
-    const int32_t add = zp + Out::shift;
     vu bad = {};
     const auto one = [&](vf v) {
-        bad = largest(bad, as_bits(v) & 0x7fffffffu);
+        if constexpr (Clamp)
+            bad = largest(bad, as_bits(v) & 0x7fffffffu);
         v *= inv;
-        v = v < flo ? splat(flo) : v;
-        v = v > fhi ? splat(fhi) : v;
+        if constexpr (Clamp) {
+            v = v < flo ? splat(flo) : v;
+            v = v > fhi ? splat(fhi) : v;
+        }
         return nearest_int(v);
     };
     int64_t i = 0;
@@ -126,8 +129,13 @@ bool quantize_t(const char *x, int64_t n, float inv, int32_t zp, int32_t lo, int
     }
     for (; i < n; i += L)
         store_q<Out>(out, i, one(n - i >= L ? load_as_f32<T>(x + i * e) : load_tail<T>(x + i * e, n - i)),
-                     add, n - i);
-    return largest_lane(bad) < 0x7f800000u;
+                     zp + Out::shift, n - i);
+    return !Clamp || largest_lane(bad) < 0x7f800000u;
+}
+template <DType T, class Out>
+bool quantize_t(const char *x, int64_t n, float inv, int32_t zp, int32_t lo, int32_t hi, void *out) {
+    return lo == -127 ? quantize_t<T, Out, false>(x, n, inv, zp, lo, hi, out)
+                      : quantize_t<T, Out, true>(x, n, inv, zp, lo, hi, out);
 }
 
 template <class Out> void copy_i8(const int8_t *x, int64_t n, void *out) {

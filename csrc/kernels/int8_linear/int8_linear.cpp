@@ -49,6 +49,36 @@ void multiply(const Isa &isa, const LinearArgs &a, const Output &out, Operand x,
     }
 }
 
+struct Cut {
+    Split split;
+    bool shared = false; // rows are prepared once for all threads, which wait for each other in between
+};
+
+Cut cut(const LinearArgs &a, const PackHeader &h) {
+    Cut c;
+    const int64_t n_panels = panels(h), macs = a.m * h.n * h.k;
+    const int64_t threads = threads_for(macs, h.total);
+    if (threads == 1)
+        return c;
+    // A thread with rows of its own prepares these alone, but reads all weights: the cut for few outputs, and
+    // for many rows by weights that L2 and a part of L3 hold.
+    const bool by_rows =
+        a.m >= 8 * threads && (h.n < 512 * threads || (a.m > kBlockRows && h.total < int64_t{3} << 20));
+    Split &s = c.split;
+    if (by_rows) {
+        s.tm = threads;
+    } else {
+        s.tn = std::min(threads, n_panels);
+        s.tm = std::max<int64_t>(1, std::min(threads / s.tn, a.m / 24));
+    }
+    // Waiting and reading rows that another core wrote costs about 3 us at 64 rows; a thread quantises some
+    // 15 elements a nanosecond and multiplies 500.
+    const int64_t again = a.m / s.tm * h.k / 15, product = macs / threads / 500;
+    const bool as_it_is = h.kind != PackKind::dense_i8 && a.quant.dtype == DType::f32;
+    c.shared = s.tn > 1 && !as_it_is && again > 3000 + product / 20;
+    return c;
+}
+
 } // namespace
 
 void int8_linear(const LinearArgs &a) {
@@ -59,28 +89,27 @@ void int8_linear(const LinearArgs &a) {
     const bool integer = h.kind == PackKind::dense_i8;
     Output out = a.out;
     out.epilogue = with_correction(a.out.epilogue, a.packed, operand_of(a.packed), a.quant);
-    const int64_t stride = operand_stride(isa, h);
-    Split split = split_gemm(a.m, panels(h), a.m * h.n * h.k, h.total);
-    // Where the weights are much larger than x, threads share x and take panels of their own: each then reads
-    // its part of the weights once, not all of them.
-    if (split.tm > 1 && panels(h) >= 4 * split.tm && h.n >= 2 * a.m)
-        split = {1, split.tm};
+    const int64_t stride = operand_stride(isa, h), n_panels = panels(h);
+    const Cut c = cut(a, h);
+    const int64_t tm = c.split.tm, tn = c.split.tn;
     const auto buffers = [&](int64_t rows, float **scale) {
         *scale =
             integer ? static_cast<float *>(scratch(Scratch::scales, static_cast<size_t>(4 * rows))) : nullptr;
         return static_cast<uint8_t *>(scratch(Scratch::rows, static_cast<size_t>(rows * stride + 64)));
     };
-    if (split.tn == 1) {
-        // Every thread quantises its own rows, a block at a time, and runs all panels over them.
-        parallel_tasks(split.tm, [&](int64_t t) {
-            const int64_t begin = chunk_begin(a.m, split.tm, t), end = chunk_begin(a.m, split.tm, t + 1);
+    if (!c.shared) {
+        // Every thread prepares its rows, a block at a time, and runs its panels over them.
+        parallel_tasks(tm * tn, [&](int64_t t) {
+            const int64_t i = t / tn, j = t % tn;
+            const int64_t begin = chunk_begin(a.m, tm, i), end = chunk_begin(a.m, tm, i + 1);
             const int64_t step = block_rows(end - begin);
             for (int64_t m0 = begin; m0 < end; m0 += step) {
                 const int64_t rows = std::min(step, end - m0);
                 float *scale = nullptr;
                 uint8_t *buffer = buffers(rows, &scale);
                 const Operand x = prepare(isa, a, h, m0, rows, buffer, scale);
-                multiply(isa, a, out, x, m0, rows, 0, panels(h), scale);
+                multiply(isa, a, out, x, m0, rows, chunk_begin(n_panels, tn, j),
+                         chunk_begin(n_panels, tn, j + 1), scale);
             }
         });
         return;
@@ -88,7 +117,7 @@ void int8_linear(const LinearArgs &a) {
     // Threads share the rows, then spread the panels.
     float *scale = nullptr;
     uint8_t *buffer = buffers(a.m, &scale);
-    const int64_t parts = a.m * h.k < 65'536 ? 1 : std::min(a.m, split.tm * split.tn);
+    const int64_t parts = a.m * h.k < 65'536 ? 1 : std::min(a.m, tm * tn);
     Operand x = {nullptr, 0};
     parallel_tasks(parts, [&](int64_t t) {
         const int64_t m0 = chunk_begin(a.m, parts, t), m1 = chunk_begin(a.m, parts, t + 1);
@@ -97,12 +126,11 @@ void int8_linear(const LinearArgs &a) {
         if (t == 0)
             x = part;
     });
-    parallel_tasks(split.tm * split.tn, [&](int64_t t) {
-        const int64_t i = t / split.tn, j = t % split.tn;
-        const int64_t m0 = chunk_begin(a.m, split.tm, i), m1 = chunk_begin(a.m, split.tm, i + 1);
-        multiply(isa, a, out, {x.data + m0 * x.stride, x.stride}, m0, m1 - m0,
-                 chunk_begin(panels(h), split.tn, j), chunk_begin(panels(h), split.tn, j + 1),
-                 scale ? scale + m0 : nullptr);
+    parallel_tasks(tm * tn, [&](int64_t t) {
+        const int64_t i = t / tn, j = t % tn;
+        const int64_t m0 = chunk_begin(a.m, tm, i), m1 = chunk_begin(a.m, tm, i + 1);
+        multiply(isa, a, out, {x.data + m0 * x.stride, x.stride}, m0, m1 - m0, chunk_begin(n_panels, tn, j),
+                 chunk_begin(n_panels, tn, j + 1), scale ? scale + m0 : nullptr);
     });
 }
 
