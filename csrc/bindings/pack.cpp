@@ -25,7 +25,7 @@ PackHeader checked_dense(const std::string &kernel, int kind, int64_t groups, in
 }
 
 PackHeader checked_sparse(const std::string &kernel, int kind, int gs, int64_t groups, int64_t n, int64_t k,
-                          int64_t taps, const SparseEntries &e) {
+                          int64_t taps, const SparseEntries &e, int form) {
     const auto pack_kind = static_cast<PackKind>(kind);
     if (pack_kind != PackKind::sparse_i8 && pack_kind != PackKind::sparse_f32)
         throw py::value_error("sparse_pack: no sparse kind");
@@ -34,7 +34,11 @@ PackHeader checked_sparse(const std::string &kernel, int kind, int gs, int64_t g
     if (!entries_valid(gs, groups, n, taps * k, e))
         throw py::value_error("sparse_pack: start must ascend from 0, one for each group of outputs, and the "
                               "inputs of each group must ascend");
-    return sparse_header(isa_of(kernel), pack_kind, gs, groups, n, k, taps, e);
+    if (form < 0 || form > static_cast<int>(SparseForm::both))
+        throw py::value_error(
+            "sparse_pack: form must be 0 (automatic), 1 (lists), 2 (SELL) or 3 (both), got " +
+            std::to_string(form));
+    return sparse_header(isa_of(kernel), pack_kind, gs, groups, n, k, taps, e, static_cast<SparseForm>(form));
 }
 
 } // namespace
@@ -62,16 +66,16 @@ void bind_pack(py::module_ &m) {
     });
     m.def("sparse_pack_bytes", [](const std::string &kernel, int kind, int gs, int64_t groups, int64_t n,
                                   int64_t k, int64_t taps, int64_t sparse_groups, int64_t start,
-                                  int64_t index) {
+                                  int64_t index, int form) {
         const SparseEntries e{sparse_groups, at<const uint32_t>(start), at<const uint16_t>(index), nullptr};
-        return checked_sparse(kernel, kind, gs, groups, n, k, taps, e).total;
+        return checked_sparse(kernel, kind, gs, groups, n, k, taps, e, form).total;
     });
     m.def("sparse_pack",
           [](const std::string &kernel, int kind, int gs, int64_t groups, int64_t n, int64_t k, int64_t taps,
-             int64_t sparse_groups, int64_t start, int64_t index, int64_t values, int64_t out) {
+             int64_t sparse_groups, int64_t start, int64_t index, int64_t values, int form, int64_t out) {
               const SparseEntries e{sparse_groups, at<const uint32_t>(start), at<const uint16_t>(index),
                                     at<const void>(values)};
-              const PackHeader h = checked_sparse(kernel, kind, gs, groups, n, k, taps, e);
+              const PackHeader h = checked_sparse(kernel, kind, gs, groups, n, k, taps, e, form);
               py::gil_scoped_release release;
               sparse_pack(h, e, at<uint8_t>(out));
           });
@@ -96,6 +100,9 @@ void bind_pack(py::module_ &m) {
         d["k"] = h.k;
         d["taps"] = h.taps;
         d["entries"] = h.entries;
+        d["slots"] = h.slots;
+        d["blocks"] = h.blocks;
+        d["sell_offset"] = h.sell_off;
         d["start_offset"] = h.start_off;
         d["index_offset"] = h.index_off;
         return d;

@@ -21,6 +21,7 @@ CpuFeatures detect() {
     f.avx512_vnni = f.avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                     __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
                     __builtin_cpu_supports("avx512vnni");
+    f.avx512_vbmi = f.avx512_vnni && __builtin_cpu_supports("avx512vbmi");
     if (f.avx2 && __get_cpuid_count(7, 1, &a, &b, &c, &d)) {
         f.avx_vnni = (a & (1u << 4)) != 0;
     }

@@ -7,6 +7,7 @@ struct CpuFeatures {
     bool avx2 = false;        // AVX2 + FMA + F16C
     bool avx_vnni = false;    // the VEX-encoded vpdpbusd
     bool avx512_vnni = false; // AVX-512 F, BW, DQ, VL and VNNI
+    bool avx512_vbmi = false; // the same and VBMI
 };
 
 const CpuFeatures &cpu_features();

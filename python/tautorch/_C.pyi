@@ -47,6 +47,7 @@ def sparse_pack_bytes(
     sparse_groups: int,
     start: int,
     index: int,
+    form: int,
 ) -> int: ...
 def sparse_pack(
     kernel: str,
@@ -60,6 +61,7 @@ def sparse_pack(
     start: int,
     index: int,
     values: int,
+    form: int,
     out: int,
 ) -> None: ...
 def sparse_unpack(packed: int, bytes: int, start: int, index: int, values: int) -> int: ...

@@ -1,6 +1,7 @@
 #include "kernels/common/pack.h"
 
 #include "core/memory.h"
+#include "kernels/common/sell.h"
 
 #include <algorithm>
 #include <cstring>
@@ -68,17 +69,22 @@ int64_t input_blocks(PackKind kind, int64_t inputs) {
     return kind == PackKind::sparse_i8 ? std::max<int64_t>(1, div_up(inputs, kBlockInputs)) : 1;
 }
 
-// Header of a sparse pack with this many quads or entries.
+// Header of a sparse pack with so many quads or entries in so many blocks, and so many slots.
 PackHeader sparse_layout(const Isa &isa, PackKind kind, int gs, int64_t groups, int64_t n, int64_t k,
-                         int64_t taps, int64_t entries) {
+                         int64_t taps, int64_t blocks, int64_t entries, int64_t slots) {
     PackHeader h = base_header(isa, kind, groups, n, k, taps);
     h.gs = gs;
     h.entries = entries;
-    h.blocks = input_blocks(kind, taps * k);
+    h.blocks = blocks;
+    h.slots = slots;
     h.start_off = after_colsum(h);
-    h.index_off = round_up(h.start_off + 4 * (h.blocks * groups * div_up(n, gs) + 1), 64);
-    h.data_off = round_up(h.index_off + 2 * entries * (kind == PackKind::sparse_i8 ? 4 : 1), 64);
-    h.total = round_up(h.data_off + entries * gs * 4, 64);
+    h.index_off = round_up(h.start_off + (blocks > 0 ? 4 * (blocks * groups * div_up(n, gs) + 1) : 0), 64);
+    h.data_off = round_up(h.index_off + 2 * entries * quad_inputs(kind), 64);
+    h.sell_off = round_up(h.data_off + entries * gs * 4, 64);
+    h.total = h.sell_off;
+    if (slots > 0)
+        h.total = sell_data_off(h) + slots * sell_slot_bytes(gs);
+    h.total = round_up(h.total, 64);
     return h;
 }
 
@@ -101,9 +107,14 @@ bool header_consistent(const Isa &isa, const PackHeader &h) {
     case PackKind::sparse_i8:
     case PackKind::sparse_f32:
         if ((h.gs != 1 && h.gs != 4) || h.taps * h.k > kMaxSparseInputs || h.entries < 0 ||
-            h.entries > int64_t{1} << 32)
+            h.entries > int64_t{1} << 32 || h.slots < 0 || h.slots > int64_t{1} << 32)
             return false;
-        made = sparse_layout(isa, h.kind, h.gs, h.groups, h.n, h.k, h.taps, h.entries);
+        if (h.blocks != input_blocks(h.kind, h.taps * h.k) &&
+            (h.blocks != 0 || h.entries != 0 || h.slots == 0))
+            return false;
+        if (h.slots > 0 && (h.kind != PackKind::sparse_i8 || h.taps != 1 || !sell_supported(isa)))
+            return false;
+        made = sparse_layout(isa, h.kind, h.gs, h.groups, h.n, h.k, h.taps, h.blocks, h.entries, h.slots);
         break;
     case PackKind::depthwise_i8:
         if (h.n != 1 || h.k != 1)
@@ -123,6 +134,10 @@ bool header_consistent(const Isa &isa, const PackHeader &h) {
 bool entries_consistent(const uint8_t *packed) {
     const PackHeader &h = header_of(packed);
     if (h.kind != PackKind::sparse_i8 && h.kind != PackKind::sparse_f32)
+        return true;
+    if (!sell_consistent(packed))
+        return false;
+    if (h.blocks == 0)
         return true;
     const uint32_t *start = reinterpret_cast<const uint32_t *>(packed + h.start_off);
     const int64_t lists = h.blocks * h.groups * div_up(h.n, h.gs), inputs = h.taps * h.k;
@@ -236,8 +251,9 @@ bool entries_valid(int gs, int64_t groups, int64_t n, int64_t inputs, const Spar
 }
 
 PackHeader sparse_header(const Isa &isa, PackKind kind, int gs, int64_t groups, int64_t n, int64_t k,
-                         int64_t taps, const SparseEntries &e) {
-    PackHeader h = sparse_layout(isa, kind, gs, groups, n, k, taps, 0);
+                         int64_t taps, const SparseEntries &e, SparseForm form) {
+    const int64_t blocks = input_blocks(kind, taps * k);
+    PackHeader h = sparse_layout(isa, kind, gs, groups, n, k, taps, blocks, 0, 0);
     const int64_t length = block_inputs(h), quad = quad_inputs(kind);
     int64_t entries = 0;
     for (int64_t s = 0; s < e.sparse_groups; ++s)
@@ -248,7 +264,22 @@ PackHeader sparse_header(const Isa &isa, PackKind kind, int gs, int64_t groups, 
                 ++i;
             entries += div_up(i - first, quad);
         }
-    return sparse_layout(isa, kind, gs, groups, n, k, taps, entries);
+    const auto layout = [&](int64_t with_blocks, int64_t slots) {
+        return sparse_layout(isa, kind, gs, groups, n, k, taps, with_blocks, with_blocks ? entries : 0,
+                             slots);
+    };
+    // Without a slot (nothing kept), lists say it all.
+    const bool sell =
+        kind == PackKind::sparse_i8 && taps == 1 && form != SparseForm::lists && sell_supported(isa);
+    const int64_t slots = sell ? sell_count(gs, groups, n, e) : 0;
+    const PackHeader both = layout(blocks, slots);
+    if (slots == 0 || form == SparseForm::lists)
+        return layout(blocks, 0);
+    if (form == SparseForm::both)
+        return both;
+    constexpr int64_t kMany = 256; // rows: where lists win at all, they win here
+    const bool lists_pay = lists_cost(both, kMany) < 0.9 * sell_cost(both, kMany);
+    return form == SparseForm::automatic && lists_pay ? both : layout(0, slots);
 }
 
 void sparse_pack(const PackHeader &h, const SparseEntries &e, uint8_t *out) {
@@ -263,29 +294,34 @@ void sparse_pack(const PackHeader &h, const SparseEntries &e, uint8_t *out) {
     const int8_t *values = static_cast<const int8_t *>(e.values);
     const float *values_f = static_cast<const float *>(e.values);
     const int64_t per_group = div_up(h.n, h.gs), length = block_inputs(h), quad = quad_inputs(h.kind);
+    if (h.slots > 0)
+        sell_pack(h, e, out);
+    if (has_colsum(h.kind))
+        for (int64_t s = 0; s < e.sparse_groups; ++s) {
+            const int64_t first = s / per_group * h.n + s % per_group * h.gs;
+            const int64_t outputs = std::min<int64_t>(h.gs, h.n - s % per_group * h.gs);
+            for (int64_t i = e.start[s]; i < e.start[s + 1]; ++i)
+                for (int64_t r = 0; r < outputs; ++r)
+                    colsum[first + r] += values[i * h.gs + r];
+        }
+    if (h.blocks == 0)
+        return;
     uint32_t q = 0; // quads (entries) so far
     // Lists go block by block; `at` is where each group's own list has got to.
     std::vector<uint32_t> at(e.start, e.start + e.sparse_groups);
     for (int64_t b = 0; b < h.blocks; ++b)
         for (int64_t s = 0; s < e.sparse_groups; ++s) {
             start[b * e.sparse_groups + s] = q;
-            const int64_t first_output = s / per_group * h.n + s % per_group * h.gs;
-            const int64_t outputs = h.n - s % per_group * h.gs; // of this group, may be under gs
             uint32_t &i = at[static_cast<size_t>(s)];
             int64_t j = 0; // in the list
             for (; i < e.start[s + 1] && e.index[i] < (b + 1) * length; ++i, ++j) {
                 const int64_t to = q + j / quad;
                 index[quad * to + j % quad] = stored_input(h, b, e.index[i]);
-                for (int r = 0; r < h.gs; ++r) {
-                    if (h.kind == PackKind::sparse_f32) {
+                for (int r = 0; r < h.gs; ++r)
+                    if (h.kind == PackKind::sparse_f32)
                         data_f[to * h.gs + r] = values_f[int64_t{i} * h.gs + r];
-                        continue;
-                    }
-                    const int8_t v = values[int64_t{i} * h.gs + r];
-                    data[(to * h.gs + r) * 4 + j % 4] = v;
-                    if (r < outputs)
-                        colsum[first_output + r] += v;
-                }
+                    else
+                        data[(to * h.gs + r) * 4 + j % 4] = values[int64_t{i} * h.gs + r];
             }
             q += static_cast<uint32_t>(div_up(j, quad));
             // What fills up a quad repeats the last input, with weight 0: no new input, so no entry.
@@ -297,6 +333,8 @@ void sparse_pack(const PackHeader &h, const SparseEntries &e, uint8_t *out) {
 
 int64_t sparse_unpack(const uint8_t *packed, uint32_t *start, uint16_t *index, void *values) {
     const PackHeader &h = header_of(packed);
+    if (h.blocks == 0)
+        return sell_unpack(packed, start, index, static_cast<int8_t *>(values));
     const uint32_t *from = reinterpret_cast<const uint32_t *>(packed + h.start_off);
     const uint16_t *inputs = reinterpret_cast<const uint16_t *>(packed + h.index_off);
     const int8_t *data = reinterpret_cast<const int8_t *>(packed + h.data_off);

@@ -25,14 +25,16 @@ struct PackHeader {
     int64_t groups; // convolution groups; n, k, taps are per group
     int64_t n, k, taps;
     int64_t entries;    // sparse: quads (sparse_i8) or entries (sparse_f32) in all
-    int64_t blocks;     // sparse: parts of the inputs, each with lists of its own
+    int64_t blocks;     // sparse: parts of the inputs, each with lists of its own; 0 where there are no lists
+    int64_t slots;      // sparse_i8: of the SELL form, see sell.h; 0 where there is none
     int64_t colsum_off; // int32 [groups * n], int8 kinds
     int64_t start_off;  // sparse: uint32 [blocks * sparse groups + 1]
     int64_t index_off;  // sparse: uint16
     int64_t data_off;
-    int64_t total; // bytes
+    int64_t sell_off; // sparse_i8: uint32 [strips + 1], uint16 [slots], then the slots
+    int64_t total;    // bytes
 };
-static_assert(sizeof(PackHeader) == 8 * 4 + 11 * 8, "no padding: headers are compared as bytes");
+static_assert(sizeof(PackHeader) == 8 * 4 + 13 * 8, "no padding: headers are compared as bytes");
 constexpr uint32_t kPackMagic = 0x4b505454; // "TTPK"
 constexpr int32_t kPackVersion = 2;
 
@@ -98,8 +100,11 @@ struct SparseEntries {
 // Whether there is a list for each sparse group and every list's inputs ascend within `inputs`.
 bool entries_valid(int gs, int64_t groups, int64_t n, int64_t inputs, const SparseEntries &e);
 bool starts_ascend(int64_t lists, const uint32_t *start);
+// Which forms a sparse_i8 pack holds; `automatic` keeps what some number of rows runs fastest with.
+enum class SparseForm : int32_t { automatic = 0, lists = 1, sell = 2, both = 3 };
+// Throws nothing: a form this CPU cannot run is left out.
 PackHeader sparse_header(const Isa &isa, PackKind kind, int gs, int64_t groups, int64_t n, int64_t k,
-                         int64_t taps, const SparseEntries &e);
+                         int64_t taps, const SparseEntries &e, SparseForm form);
 void sparse_pack(const PackHeader &h, const SparseEntries &e, uint8_t *out);
 // The entries that a sparse pack was made from; returns how many. start is [sparse_groups + 1]; null pointers
 // are left out.

@@ -1,6 +1,7 @@
 #include "kernels/common/product.h"
 
 #include "core/parallel.h"
+#include "kernels/common/sell.h"
 
 #include <algorithm>
 
@@ -157,6 +158,8 @@ void dense_product(const Isa &isa, const uint8_t *packed, const Source &x, const
 
 void sparse_product(const Isa &isa, const uint8_t *packed, const Source &x, const Output &out) {
     const PackHeader &h = header_of(packed);
+    if (sell_preferred(h, x.m))
+        return sell_product(isa, packed, x, out);
     const RowBlocks blocks{x.m};
     const int64_t count = blocks.count(), sparse_groups = div_up(h.n, h.gs);
     // A panel of 16 rows costs the same with one of them used.

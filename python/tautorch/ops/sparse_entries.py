@@ -32,6 +32,9 @@ from tautorch.reference.layouts import (
 
 from . import library as lib
 
+LISTS, SELL, BOTH = 1, 2, 3
+"""Forms of a sparse int8 pack besides 0, which keeps what runs fastest; see csrc/kernels/common/sell.h."""
+
 MAX_INPUTS = 65_536
 """Inputs (taps * channels) that the uint16 indices of a pack can name."""
 
@@ -192,6 +195,7 @@ def pack(
     kernel: str,
     op: str,
     as_float: bool = False,
+    form: int = 0,
 ) -> Tensor:
     """Pack a canonical layout for a CPU kernel.
 
@@ -200,6 +204,8 @@ def pack(
         kernel: the kernel's name.
         op: the name that errors begin with.
         as_float: pack int8 values as fp32, for float activations.
+        form: of int8 values: ``LISTS``, ``SELL`` (where the kernel has it), ``BOTH``, or 0: those that some number
+            of rows runs fastest with.
 
     Returns:
         uint8 ``[bytes]``, self-describing.
@@ -218,8 +224,8 @@ def pack(
     e = to_entries(values, crow_indices, col_indices, pattern, shape, groups)
     kind = lib.SPARSE_I8 if values.dtype == torch.int8 else lib.SPARSE_F32
     what = (kernel, kind, e.gs, groups, n, k, taps, e.start.shape[0] - 1)
-    out = lib.pack_buffer(_C.sparse_pack_bytes(*what, e.start.data_ptr(), e.index.data_ptr()))
-    _C.sparse_pack(*what, e.start.data_ptr(), e.index.data_ptr(), e.values.data_ptr(), out.data_ptr())
+    out = lib.pack_buffer(_C.sparse_pack_bytes(*what, e.start.data_ptr(), e.index.data_ptr(), form))
+    _C.sparse_pack(*what, e.start.data_ptr(), e.index.data_ptr(), e.values.data_ptr(), form, out.data_ptr())
     return out
 
 

@@ -1,0 +1,246 @@
+#include "kernels/common/sell.h"
+
+#include "core/arch.h"
+#include "core/parallel.h"
+#if defined(__x86_64__)
+#include "kernels/common/sell_avx512vbmi.h"
+#endif
+
+#include <algorithm>
+#include <cstring>
+
+namespace tautorch {
+namespace {
+
+// Lays out strip `strip`: calls slot(offset) for each new slot, then place(lane, j, entry) for what it holds.
+// Returns the slots.
+template <class S, class P>
+int64_t walk(int gs, int64_t groups, int64_t n, const SparseEntries &e, int64_t strip, const S &slot,
+             const P &place) {
+    const int64_t per_group = div_up(n, gs), strips = div_up(per_group, 16);
+    (void)groups;
+    const int64_t first = strip / strips * per_group + strip % strips * 16;
+    const int64_t lanes = std::min<int64_t>(16, per_group - strip % strips * 16);
+    uint32_t at[16], end[16];
+    for (int l = 0; l < 16; ++l) {
+        const int64_t g = sell_group(gs, l);
+        at[l] = g < lanes ? e.start[first + g] : 0;
+        end[l] = g < lanes ? e.start[first + g + 1] : 0;
+    }
+    for (int64_t count = 0;; ++count) {
+        int32_t least = INT32_MAX;
+        for (int l = 0; l < 16; ++l)
+            if (at[l] < end[l])
+                least = std::min<int32_t>(least, e.index[at[l]]);
+        if (least == INT32_MAX)
+            return count;
+        const int32_t offset = least / kSellStep * kSellStep;
+        slot(static_cast<uint16_t>(offset));
+        for (int l = 0; l < 16; ++l)
+            for (int j = 0; j < 4 && at[l] < end[l] && e.index[at[l]] < offset + kSellWindow; ++j, ++at[l])
+                place(l, j, at[l]);
+    }
+}
+
+constexpr int kSellTileRows = 24, kSellTileOutputs = 128; // of the accumulators between product and epilogue
+
+#if defined(__x86_64__)
+// Outputs of tiles [t0, t1) (kSellTileOutputs each) of one convolution group, for rows m0 ...
+void sell_block(const Isa &isa, const uint8_t *packed, int64_t group, const void *const *rows, int count,
+                int64_t t0, int64_t t1, const Output &out, int64_t m0, const float *scale) {
+    const PackHeader &h = header_of(packed);
+    const int64_t width = 16 * h.gs, strips = div_up(div_up(h.n, h.gs), 16);
+    const uint32_t *start = sell_start(packed) + group * strips;
+    const uint16_t *offset = sell_offsets(packed);
+    const uint8_t *data = packed + sell_data_off(h);
+    const int most = h.gs == 4 ? kSellRows4 : kSellRows1;
+    alignas(64) int32_t acc[kSellTileRows * kSellTileOutputs];
+    for (int64_t t = t0; t < t1; ++t) {
+        const int64_t n0 = t * kSellTileOutputs;
+        const int cols = static_cast<int>(std::min<int64_t>(kSellTileOutputs, h.n - n0));
+        const int64_t s0 = n0 / width, s1 = std::min(strips, s0 + kSellTileOutputs / width);
+        for (int r0 = 0; r0 < count; r0 += kSellTileRows) {
+            const int tile = std::min(kSellTileRows, count - r0);
+            const int parts = (tile + most - 1) / most;
+            for (int64_t s = s0; s < s1; ++s)
+                for (int i = 0; i < parts; ++i) {
+                    const int r = tile * i / parts, mr = tile * (i + 1) / parts - r;
+                    sell_i8_avx512vbmi(h.gs, rows + r0 + r, mr, offset + start[s],
+                                       int64_t{start[s + 1]} - start[s],
+                                       data + start[s] * sell_slot_bytes(h.gs),
+                                       acc + r * kSellTileOutputs + (s - s0) * width, kSellTileOutputs);
+                }
+            const float *row_scale = scale ? scale + r0 : nullptr;
+            if (out.along_m) {
+                for (int c = 0; c < cols; c += kTileN)
+                    store_tile(isa, out, acc + c, kSellTileOutputs, false, m0 + r0, tile,
+                               group * h.n + n0 + c, std::min(kTileN, cols - c), row_scale);
+                continue;
+            }
+            isa.epilogue(out.epilogue, acc, kSellTileOutputs, tile, cols, false, group * h.n + n0, row_scale,
+                         static_cast<char *>(out.data) + ((m0 + r0) * out.row_stride + group * h.n + n0) *
+                                                             size_of(out.epilogue.out_dtype),
+                         out.row_stride);
+        }
+    }
+}
+#endif
+
+} // namespace
+
+bool sell_supported(const Isa &isa) {
+#if defined(__x86_64__)
+    return &isa == &isa_avx512vnni && cpu_features().avx512_vbmi;
+#else
+    (void)isa;
+    return false;
+#endif
+}
+
+int64_t sell_count(int gs, int64_t groups, int64_t n, const SparseEntries &e) {
+    int64_t slots = 0;
+    for (int64_t s = 0; s < groups * div_up(div_up(n, gs), 16); ++s)
+        slots += walk(gs, groups, n, e, s, [](uint16_t) {}, [](int, int, uint32_t) {});
+    return slots;
+}
+
+void sell_pack(const PackHeader &h, const SparseEntries &e, uint8_t *out) {
+    uint32_t *start = reinterpret_cast<uint32_t *>(out + h.sell_off);
+    uint16_t *offset = reinterpret_cast<uint16_t *>(start + sell_strips(h) + 1);
+    uint8_t *data = out + sell_data_off(h);
+    const int8_t *values = static_cast<const int8_t *>(e.values);
+    const int64_t bytes = sell_slot_bytes(h.gs);
+    int64_t slot = -1;
+    for (int64_t s = 0; s < sell_strips(h); ++s) {
+        start[s] = static_cast<uint32_t>(slot + 1);
+        walk(
+            h.gs, h.groups, h.n, e, s,
+            [&](uint16_t o) {
+                offset[++slot] = o;
+                std::memset(data + slot * bytes, kSellEmpty, 64);
+            },
+            [&](int lane, int j, uint32_t i) {
+                uint8_t *d = data + slot * bytes + 4 * lane + j;
+                *d = static_cast<uint8_t>(e.index[i] - offset[slot]);
+                for (int g = 0; g < h.gs; ++g)
+                    d[64 + 64 * g] = static_cast<uint8_t>(values[int64_t{i} * h.gs + g]);
+            });
+    }
+    start[sell_strips(h)] = static_cast<uint32_t>(slot + 1);
+}
+
+int64_t sell_unpack(const uint8_t *packed, uint32_t *start, uint16_t *index, int8_t *values) {
+    const PackHeader &h = header_of(packed);
+    const uint32_t *from = sell_start(packed);
+    const uint16_t *offset = sell_offsets(packed);
+    const uint8_t *data = packed + sell_data_off(h);
+    const int64_t per_group = div_up(h.n, h.gs), strips = div_up(per_group, 16),
+                  bytes = sell_slot_bytes(h.gs);
+    int lane_of[16];
+    for (int l = 0; l < 16; ++l)
+        lane_of[sell_group(h.gs, l)] = l;
+    int64_t to = 0;
+    for (int64_t s = 0; s < h.groups * per_group; ++s) {
+        if (start)
+            start[s] = static_cast<uint32_t>(to);
+        const int64_t strip = s / per_group * strips + s % per_group / 16;
+        const int lane = lane_of[s % per_group % 16];
+        for (int64_t i = from[strip]; i < from[strip + 1]; ++i)
+            for (int j = 0; j < 4; ++j) {
+                const uint8_t *d = data + i * bytes + 4 * lane + j;
+                if (*d == kSellEmpty)
+                    break; // a lane fills its places from the first
+                if (index) {
+                    index[to] = static_cast<uint16_t>(offset[i] + *d);
+                    for (int g = 0; g < h.gs; ++g)
+                        values[to * h.gs + g] = static_cast<int8_t>(d[64 + 64 * g]);
+                }
+                ++to;
+            }
+    }
+    if (start)
+        start[h.groups * per_group] = static_cast<uint32_t>(to);
+    return to;
+}
+
+bool sell_consistent(const uint8_t *packed) {
+    const PackHeader &h = header_of(packed);
+    if (h.slots == 0)
+        return true;
+    const uint32_t *start = sell_start(packed);
+    if (!starts_ascend(sell_strips(h), start) || start[sell_strips(h)] != h.slots)
+        return false;
+    const uint16_t *offset = sell_offsets(packed);
+    uint16_t largest = 0;
+    for (int64_t i = 0; i < h.slots; ++i)
+        largest = offset[i] > largest ? offset[i] : largest;
+    return largest < h.taps * h.k;
+}
+
+double sell_cost(const PackHeader &h, int64_t m) {
+    // Per slot and row; one row waits for the latency of its products.
+    const double single = m < 5 ? 1.55 : 0.85, four = m == 1 ? 4.5 : m < 5 ? 2.6 : 2.4;
+    return static_cast<double>(h.slots) * static_cast<double>(m) * (h.gs == 4 ? four : single) +
+           0.3 * static_cast<double>(m * h.n * h.groups);
+}
+
+double lists_cost(const PackHeader &h, int64_t m) {
+    const auto wide = static_cast<double>(m / 64 + (m % 64 > 32 ? 1 : 0));
+    const auto narrow = static_cast<double>(m % 64 > 32 ? 0 : div_up(m % 64, 16));
+    const auto quads = static_cast<double>(h.entries);
+    const auto lists = static_cast<double>(h.blocks * h.groups * div_up(h.n, h.gs));
+    const auto inputs = static_cast<double>(h.taps * h.k * h.groups);
+    const auto outputs = static_cast<double>(h.n * h.groups);
+    const double per_quad = h.gs == 4 ? 8.6 : 4.7, per_quad16 = h.gs == 4 ? 5.0 : 3.5;
+    return wide * (quads * per_quad + lists * 20 + 64 * (0.55 * outputs + 0.1 * inputs)) +
+           narrow * (quads * per_quad16 + lists * 20 + 16 * (0.55 * outputs + 0.2 * inputs));
+}
+
+bool sell_preferred(const PackHeader &h, int64_t m) {
+    if (h.kind != PackKind::sparse_i8 || h.slots == 0)
+        return false;
+    return h.blocks == 0 || sell_cost(h, m) < lists_cost(h, m);
+}
+
+void sell_product(const Isa &isa, const uint8_t *packed, const Source &x, const Output &out) {
+#if defined(__x86_64__)
+    const PackHeader &h = header_of(packed);
+    const int64_t tiles = div_up(h.n, kSellTileOutputs), width = 16 * h.gs;
+    const int64_t strips = div_up(div_up(h.n, h.gs), 16), per_tile = kSellTileOutputs / width;
+    // Threads take outputs where there are enough of them (each then reads its part of the weights once),
+    // rows where there are not.
+    const bool small = sell_cost(h, x.m) < 20'000 && h.total < 384 * 1024;
+    const int64_t threads = small ? 1 : max_threads();
+    const int64_t tn = std::min(threads, tiles), tm = std::max<int64_t>(1, std::min(threads / tn, x.m / 6));
+    parallel_tasks(tm * tn, [&](int64_t task) {
+        const int64_t i = task / tn, j = task % tn;
+        const int64_t begin = chunk_begin(x.m, tm, i), end = chunk_begin(x.m, tm, i + 1);
+        const void *pointers[kBlockRows];
+        float scales[kBlockRows];
+        for (int64_t m0 = begin; m0 < end; m0 += kBlockRows) {
+            const int rows = static_cast<int>(std::min<int64_t>(kBlockRows, end - m0));
+            const float *scale = x.row_scales(m0, rows, scales) ? scales : nullptr;
+            for (int64_t g = 0; g < h.groups; ++g) {
+                // Tiles whose slots start at or after part j of the group's.
+                const uint32_t *start = sell_start(packed) + g * strips;
+                const auto cut = [&](int64_t part) {
+                    if (part == 0 || part == tn)
+                        return part == 0 ? int64_t{0} : tiles;
+                    const double target = start[0] + (double{1} * start[strips] - start[0]) *
+                                                         static_cast<double>(part) / static_cast<double>(tn);
+                    int64_t t = 0;
+                    while (t < tiles && start[t * per_tile] < target)
+                        ++t;
+                    return t;
+                };
+                x.fill(g, m0, rows, pointers, kBlockRows);
+                sell_block(isa, packed, g, pointers, rows, cut(j), cut(j + 1), out, m0, scale);
+            }
+        }
+    });
+#else
+    (void)isa, (void)packed, (void)x, (void)out;
+#endif
+}
+
+} // namespace tautorch
