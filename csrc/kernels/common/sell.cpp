@@ -15,10 +15,8 @@ namespace {
 // Lays out strip `strip`: calls slot(offset) for each new slot, then place(lane, j, entry) for what it holds.
 // Returns the slots.
 template <class S, class P>
-int64_t walk(int gs, int64_t groups, int64_t n, const SparseEntries &e, int64_t strip, const S &slot,
-             const P &place) {
+int64_t walk(int gs, int64_t n, const SparseEntries &e, int64_t strip, const S &slot, const P &place) {
     const int64_t per_group = div_up(n, gs), strips = div_up(per_group, 16);
-    (void)groups;
     const int64_t first = strip / strips * per_group + strip % strips * 16;
     const int64_t lanes = std::min<int64_t>(16, per_group - strip % strips * 16);
     uint32_t at[16], end[16];
@@ -53,18 +51,20 @@ void sell_block(const Isa &isa, const uint8_t *packed, int64_t group, const void
     const uint32_t *start = sell_start(packed) + group * strips;
     const uint16_t *offset = sell_offsets(packed);
     const uint8_t *data = packed + sell_data_off(h);
+    // Rows are dealt out evenly, in parts that share a pass of the epilogue.
     const int most = h.gs == 4 ? kSellRows4 : kSellRows1;
+    const int parts = (count + most - 1) / most, per_tile = kSellTileRows / most;
     alignas(64) int32_t acc[kSellTileRows * kSellTileOutputs];
     for (int64_t t = t0; t < t1; ++t) {
         const int64_t n0 = t * kSellTileOutputs;
         const int cols = static_cast<int>(std::min<int64_t>(kSellTileOutputs, h.n - n0));
         const int64_t s0 = n0 / width, s1 = std::min(strips, s0 + kSellTileOutputs / width);
-        for (int r0 = 0; r0 < count; r0 += kSellTileRows) {
-            const int tile = std::min(kSellTileRows, count - r0);
-            const int parts = (tile + most - 1) / most;
+        for (int p0 = 0; p0 < parts; p0 += per_tile) {
+            const int p1 = std::min(parts, p0 + per_tile);
+            const int r0 = count * p0 / parts, tile = count * p1 / parts - r0;
             for (int64_t s = s0; s < s1; ++s)
-                for (int i = 0; i < parts; ++i) {
-                    const int r = tile * i / parts, mr = tile * (i + 1) / parts - r;
+                for (int p = p0; p < p1; ++p) {
+                    const int r = count * p / parts - r0, mr = count * (p + 1) / parts - r0 - r;
                     sell_i8_avx512vbmi(h.gs, rows + r0 + r, mr, offset + start[s],
                                        int64_t{start[s + 1]} - start[s],
                                        data + start[s] * sell_slot_bytes(h.gs),
@@ -100,7 +100,7 @@ bool sell_supported(const Isa &isa) {
 int64_t sell_count(int gs, int64_t groups, int64_t n, const SparseEntries &e) {
     int64_t slots = 0;
     for (int64_t s = 0; s < groups * div_up(div_up(n, gs), 16); ++s)
-        slots += walk(gs, groups, n, e, s, [](uint16_t) {}, [](int, int, uint32_t) {});
+        slots += walk(gs, n, e, s, [](uint16_t) {}, [](int, int, uint32_t) {});
     return slots;
 }
 
@@ -114,7 +114,7 @@ void sell_pack(const PackHeader &h, const SparseEntries &e, uint8_t *out) {
     for (int64_t s = 0; s < sell_strips(h); ++s) {
         start[s] = static_cast<uint32_t>(slot + 1);
         walk(
-            h.gs, h.groups, h.n, e, s,
+            h.gs, h.n, e, s,
             [&](uint16_t o) {
                 offset[++slot] = o;
                 std::memset(data + slot * bytes, kSellEmpty, 64);
@@ -178,9 +178,14 @@ bool sell_consistent(const uint8_t *packed) {
 }
 
 double sell_cost(const PackHeader &h, int64_t m) {
-    // Per slot and row; one row waits for the latency of its products.
-    const double single = m < 5 ? 1.55 : 0.85, four = m == 1 ? 4.5 : m < 5 ? 2.6 : 2.4;
-    return static_cast<double>(h.slots) * static_cast<double>(m) * (h.gs == 4 ? four : single) +
+    const auto slots = static_cast<double>(h.slots);
+    // Single outputs load a window, often across a cache line, for a few slots. Few rows wait for the latency
+    // of their products.
+    const double windows =
+        std::min(slots, static_cast<double>(sell_strips(h)) * static_cast<double>(div_up(h.k, kSellStep)));
+    const double single = m < 5 ? 1.55 * slots : 0.72 * slots + 0.85 * windows;
+    const double four = (m == 1 ? 4.5 : m < 5 ? 2.6 : 2.4) * slots;
+    return static_cast<double>(m) * (h.gs == 4 ? four : single) +
            0.3 * static_cast<double>(m * h.n * h.groups);
 }
 
@@ -192,8 +197,8 @@ double lists_cost(const PackHeader &h, int64_t m) {
     const auto inputs = static_cast<double>(h.taps * h.k * h.groups);
     const auto outputs = static_cast<double>(h.n * h.groups);
     const double per_quad = h.gs == 4 ? 8.6 : 4.7, per_quad16 = h.gs == 4 ? 5.0 : 3.5;
-    return wide * (quads * per_quad + lists * 20 + 64 * (0.55 * outputs + 0.1 * inputs)) +
-           narrow * (quads * per_quad16 + lists * 20 + 16 * (0.55 * outputs + 0.2 * inputs));
+    return wide * (quads * per_quad + lists * 15 + 64 * (0.55 * outputs + 0.1 * inputs)) +
+           narrow * (quads * per_quad16 + lists * 15 + 16 * (0.55 * outputs + 0.2 * inputs));
 }
 
 bool sell_preferred(const PackHeader &h, int64_t m) {
@@ -207,11 +212,12 @@ void sell_product(const Isa &isa, const uint8_t *packed, const Source &x, const 
     const PackHeader &h = header_of(packed);
     const int64_t tiles = div_up(h.n, kSellTileOutputs), width = 16 * h.gs;
     const int64_t strips = div_up(div_up(h.n, h.gs), 16), per_tile = kSellTileOutputs / width;
-    // Threads take outputs where there are enough of them (each then reads its part of the weights once),
-    // rows where there are not.
+    // Few rows: threads take outputs, each then reads its part of the weights once. Many: rows, 8 % faster at
+    // 128 rows of 1024 inputs.
     const bool small = sell_cost(h, x.m) < 20'000 && h.total < 384 * 1024;
     const int64_t threads = small ? 1 : max_threads();
-    const int64_t tn = std::min(threads, tiles), tm = std::max<int64_t>(1, std::min(threads / tn, x.m / 6));
+    const int64_t tn = x.m >= 96 ? 1 : std::min(threads, tiles);
+    const int64_t tm = std::max<int64_t>(1, std::min(threads / tn, x.m / 6));
     parallel_tasks(tm * tn, [&](int64_t task) {
         const int64_t i = task / tn, j = task % tn;
         const int64_t begin = chunk_begin(x.m, tm, i), end = chunk_begin(x.m, tm, i + 1);

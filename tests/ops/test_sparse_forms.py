@@ -1,0 +1,122 @@
+"""Forms of a sparse int8 pack: lists, SELL and both give the reference's integers and the same entries back."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from tautorch import _C, dispatch, prune
+from tautorch.ops import library as lib
+from tautorch.ops import sparse_entries as entries
+from tautorch.ops.sparse_linear import sparse_linear
+from tautorch.reference.layouts import encode
+
+FORMS = {"lists": entries.LISTS, "sell": entries.SELL, "both": entries.BOTH}
+KERNEL = "avx512vnni"
+
+
+def _supported() -> bool:
+    if not _C.isas().get(KERNEL, False):
+        return False
+    values, crow, col = encode(torch.ones(1, 1, dtype=torch.int8), None, "unstructured", 1)
+    packed = entries.pack(
+        values, crow, col, "unstructured", (1, 1), kernel=KERNEL, op="test", form=entries.SELL
+    )
+    return int(lib.pack_info(packed)["slots"]) > 0
+
+
+needs_sell = pytest.mark.skipif(not _supported(), reason="this CPU has no AVX512-VBMI")
+
+
+def weight(n: int, k: int, pattern: str, density: float) -> tuple[Tensor, Tensor]:
+    """int8 weight with extreme values, and its mask."""
+    mask = prune.make_mask(torch.rand(n, k), pattern, 1 - density) if density else torch.zeros(n, k) > 0
+    w = torch.randint(-127, 128, (n, k), dtype=torch.int8)
+    w[torch.rand(n, k) < 0.1] = -127
+    w[torch.rand(n, k) < 0.1] = 0  # kept zeros stay entries
+    return w * mask, mask
+
+
+def packs(w: Tensor, mask: Tensor, pattern: str) -> dict[str, Tensor]:
+    layout = encode(w, mask, pattern, 1)
+    where = (pattern, tuple(w.shape))
+    return {
+        name: entries.pack(*layout, *where, kernel=KERNEL, op="test", form=form)
+        for name, form in FORMS.items()
+    }
+
+
+def run(x: Tensor, packed: Tensor, pattern: str, n: int) -> Tensor:
+    with dispatch.force("sparse_linear", KERNEL):
+        return sparse_linear(
+            x, packed, None, None, torch.ones(n), pattern=pattern, out_features=n,
+            x_scale=torch.tensor([1.0]), out_dtype=torch.int32,
+        )  # fmt: skip
+
+
+@needs_sell
+@pytest.mark.parametrize("density", [0.0, 0.02, 0.2, 0.5, 1.0])
+@pytest.mark.parametrize("pattern", ["unstructured", "4x1", "16x16"])
+@pytest.mark.parametrize(
+    ("n", "k"), [(1, 1), (3, 63), (16, 64), (17, 65), (64, 96), (65, 97), (130, 512), (129, 513), (200, 1031)]
+)
+def test_forms_agree(n: int, k: int, pattern: str, density: float) -> None:
+    w, mask = weight(n, k, pattern, density)
+    made = packs(w, mask, pattern)
+    info = {name: lib.pack_info(packed) for name, packed in made.items()}
+    kept = bool(mask.any())
+    assert int(info["lists"]["slots"]) == 0
+    assert (int(info["sell"]["blocks"]) == 0) == kept  # nothing kept: empty lists say it
+    assert (int(info["both"]["slots"]) > 0) == kept
+    layout = encode(w, mask, pattern, 1)
+    for packed in made.values():
+        for got, want in zip(entries.unpack(packed, pattern, (n, k)), layout, strict=True):
+            assert got is not None and want is not None
+            assert torch.equal(got.long(), want.long())
+    for m in (1, 2, 3, 4, 5, 6, 7, 11, 12, 13, 23, 24, 25, 49, 64, 65, 97):
+        x = torch.randint(-128, 128, (m, k), dtype=torch.int8)
+        want = (x.double() @ w.double().T).to(torch.int32)
+        for name, packed in made.items():
+            assert torch.equal(run(x, packed, pattern, n), want), (name, m)
+
+
+@needs_sell
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_rows_of_several_blocks(threads: int) -> None:
+    """More rows than one pass takes, split over rows."""
+    w, mask = weight(257, 300, "4x1", 0.3)
+    x = torch.randint(-128, 128, (413, 300), dtype=torch.int8)
+    want = (x.double() @ w.double().T).to(torch.int32)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for packed in packs(w, mask, "4x1").values():
+            assert torch.equal(run(x, packed, "4x1", 257), want)
+    finally:
+        torch.set_num_threads(before)
+
+
+@needs_sell
+@pytest.mark.parametrize("name", ["sell", "both"])
+def test_tampered_slots_are_refused(name: str) -> None:
+    w, mask = weight(40, 200, "unstructured", 0.3)
+    packed = packs(w, mask, "unstructured")[name]
+    at = int(lib.pack_info(packed)["sell_offset"])
+    strips = 3
+    for byte in (at + 3, at + 4 * strips + 3, at + 4 * (strips + 1) + 1):  # starts, the last one, an offset
+        broken = packed.clone()
+        broken[byte] = 0xFF
+        with pytest.raises(ValueError, match="inputs they do not have"):
+            run(torch.zeros(1, 200, dtype=torch.int8), broken, "unstructured", 40)
+
+
+@needs_sell
+def test_automatic_keeps_what_pays() -> None:
+    """SELL alone where it wins for every number of rows, lists besides where many rows run faster by them."""
+    for density, lists in ((0.3, False), (0.04, True)):
+        w, mask = weight(512, 1024, "unstructured", density)
+        layout = encode(w, mask, "unstructured", 1)
+        info = lib.pack_info(entries.pack(*layout, "unstructured", (512, 1024), kernel=KERNEL, op="test"))
+        assert int(info["slots"]) > 0
+        assert (int(info["blocks"]) > 0) == lists
