@@ -276,11 +276,15 @@ def test_impossible_sizes_are_refused(sizes: tuple[int, int, int, int]) -> None:
     ):
         with pytest.raises(ValueError, match=r"start must ascend|sizes are out of range"):
             at = torch.tensor(start, dtype=torch.int32)
-            _C.sparse_pack_bytes("scalar", lib.SPARSE_I8, gs, 1, n, k, 1, 2, at.data_ptr(), index.data_ptr())
+            _C.sparse_pack_bytes(
+                "scalar", lib.SPARSE_I8, gs, 1, n, k, 1, 2, at.data_ptr(), index.data_ptr(), 0
+            )
     twice = torch.tensor([3, 3], dtype=torch.int16)
     at = torch.tensor([0, 2, 2], dtype=torch.int32)
     with pytest.raises(ValueError, match="inputs of each group must ascend"):
         _C.sparse_pack_bytes("scalar", lib.SPARSE_I8, 1, 1, 2, 5, 1, 2, at.data_ptr(), twice.data_ptr(), 0)
+    with pytest.raises(ValueError, match="form must be 0"):
+        _C.sparse_pack_bytes("scalar", lib.SPARSE_I8, 1, 1, 2, 5, 1, 2, at.data_ptr(), index.data_ptr(), 4)
     with pytest.raises(ValueError, match="rounds must be at least 1"):
         _C.peak_i8("scalar", 0)
 

@@ -1,4 +1,4 @@
-"""Forms of a sparse int8 pack: lists, SELL and both give the reference's integers and the same entries back."""
+"""Every form of a sparse int8 pack (lists, SELL, both) gives exact integers and its entries back."""
 
 from __future__ import annotations
 

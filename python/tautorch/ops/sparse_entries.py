@@ -204,8 +204,8 @@ def pack(
         kernel: the kernel's name.
         op: the name that errors begin with.
         as_float: pack int8 values as fp32, for float activations.
-        form: of int8 values: ``LISTS``, ``SELL`` (where the kernel has it), ``BOTH``, or 0: those that some number
-            of rows runs fastest with.
+        form: of int8 values: ``LISTS``, ``SELL`` (where the kernel has it), ``BOTH``, or 0: those that some
+            number of rows runs fastest with.
 
     Returns:
         uint8 ``[bytes]``, self-describing.
