@@ -1,7 +1,7 @@
 """`make bench-peers`: our layers and the best of others in one run.
 
 make bench-peers                                 everything, about a quarter of an hour on two idle cores
-make bench-peers ARGS="dense --only 128x1024"    one part, cases whose name holds a text
+make bench-peers ARGS="dense --only ^128x1024"   one part, cases by a regular expression
 make bench-peers ARGS="--quick"                  a few cases, short slices; nothing is written
 make bench-peers ARGS="--setup"                  the peers' environments and nothing else
 """
@@ -33,7 +33,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"{', '.join(PARTS)}; all if none")
     parser.add_argument("--quick", action="store_true", help="few cases, short slices; writes nothing")
-    parser.add_argument("--only", default="", metavar="TEXT", help="cases whose name holds TEXT")
+    parser.add_argument("--only", default="", metavar="RE", help="cases whose name it finds")
     parser.add_argument("--peers", default=",".join(PEERS), metavar="NAMES", help="default: %(default)s")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, help=f"slices of each contestant a case; {ROUNDS}")

@@ -17,8 +17,11 @@ from benches.peers.worker import WorkerError
 
 from tautorch.timing import median_interval
 
-DISTURBED = 1.5
-"""Times the fastest slice. Undisturbed slices lie within 1.2; two threads on one core take 2."""
+DISTURBED = 1.3
+"""Times the fastest slice. Undisturbed slices lie within 1.2; two threads on one core take up to 2."""
+
+LEAST = 2
+"""Undisturbed slices that are enough to go by."""
 
 Timer = Callable[[float], list[float]]
 """Seconds in, seconds per call of samples taken for about so long out."""
@@ -55,7 +58,7 @@ class Timed:
         """Rounds in which the machine was not taken away; all, where that would leave too few."""
         limit = DISTURBED * min(self.slices)
         good = [i for i, s in enumerate(self.slices) if s <= limit]
-        return good if 2 * len(good) >= len(self.slices) else list(range(len(self.slices)))
+        return good if len(good) >= LEAST else list(range(len(self.slices)))
 
 
 @dataclass(frozen=True)
@@ -69,9 +72,16 @@ class Ratio:
 
 def ratio(a: Timed, b: Timed, net_of: float = 0.0) -> Ratio:
     """a over b, each less `net_of` seconds."""
-    both = sorted(set(a.undisturbed()) & set(b.undisturbed())) or range(len(a.slices))
     least = 0.05e-6  # what is left of a call cannot be less than its clock
-    ratios = sorted(max(a.slices[i] - net_of, least) / max(b.slices[i] - net_of, least) for i in both)
+
+    def of(x: float, y: float) -> float:
+        return max(x - net_of, least) / max(y - net_of, least)
+
+    both = sorted(set(a.undisturbed()) & set(b.undisturbed()))
+    if len(both) < min(LEAST, len(a.slices)):
+        middle = of(a.seconds, b.seconds)
+        return Ratio(middle, middle, middle)
+    ratios = sorted(of(a.slices[i], b.slices[i]) for i in both)
     low, high = median_interval(len(ratios))
     return Ratio(statistics.median(ratios), ratios[low], ratios[high])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tempfile
 import time
 from collections.abc import Callable
@@ -55,7 +56,7 @@ class Session:
 
     def wanted(self, name: str) -> bool:
         """Whether the case was asked for."""
-        return self.only in name
+        return re.search(self.only, name) is not None
 
     def array(self, name: str, tensor: Tensor) -> str:
         """Path of a .npy of the tensor; the next one of this name replaces it."""

@@ -54,8 +54,15 @@ def test_disturbed_rounds_are_left_out_of_times_and_ratios() -> None:
     assert ratio(a, b).median == pytest.approx(2.0)
 
 
-def test_a_contestant_disturbed_most_of_the_time_is_taken_as_it_is() -> None:
+def test_two_undisturbed_slices_are_enough_and_one_is_not() -> None:
     assert Timed("a", "", "", (1.0, 5.0, 5.0, 5.0)).seconds == 5.0
+    assert Timed("a", "", "", (1.0, 5.0, 5.0, 1.1)).seconds == pytest.approx(1.05)
+
+
+def test_without_a_common_undisturbed_round_the_ratio_is_that_of_the_times() -> None:
+    a = Timed("a", "", "", (2.0, 2.0, 9.0, 9.0))
+    b = Timed("b", "", "", (9.0, 9.0, 1.0, 1.0))
+    assert ratio(a, b).median == ratio(a, b).low == ratio(a, b).high == pytest.approx(2.0)
 
 
 def test_net_of_an_empty_call() -> None:
