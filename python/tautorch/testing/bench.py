@@ -12,6 +12,7 @@ import json
 import os
 import pathlib
 import platform
+import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -127,11 +128,33 @@ def best_seconds(fn: Callable[[], object], repeats: int = 50) -> float:
     return best
 
 
-def peak_gops(kernel: str) -> float:
-    """Operations per ns (2 per multiply-accumulate) of one core's product instruction, measured now."""
-    rounds = 20_000
-    macs = _C.peak_i8(kernel, rounds)
-    return 2 * macs / best_seconds(lambda: _C.peak_i8(kernel, rounds)) / 1e9
+def in_turns(
+    sides: dict[str, Callable[[], object]], *, seconds: float = 0.5, sample: float = 150e-6
+) -> dict[str, float]:
+    """Median seconds of a call of every side, in samples of about `sample` seconds that take turns.
+
+    For rows that relate more than two times to each other: what the machine's other work or a drifting clock
+    does to one, it does to all.
+    """
+    repeats = {}
+    for name, fn in sides.items():
+        fn()
+        repeats[name] = max(1, round(sample / best_seconds(fn, 3)))
+    times: dict[str, list[float]] = {name: [] for name in sides}
+    start = time.perf_counter()
+    while time.perf_counter() - start < seconds or len(next(iter(times.values()))) < 7:
+        for name, fn in sides.items():
+            fn()  # what the side before left in the caches is not this one's cost
+            begin = time.perf_counter()
+            for _ in range(repeats[name]):
+                fn()
+            times[name].append((time.perf_counter() - begin) / repeats[name])
+    return {name: statistics.median(t) for name, t in times.items()}
+
+
+def verdict(value: float, least: float, text: str) -> dict[str, str]:
+    """The `target` of a row: whether `value` is at least `least`."""
+    return {"target": f"{text}: {'met' if value >= least else 'MISSED'}"}
 
 
 @contextlib.contextmanager
