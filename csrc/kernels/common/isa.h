@@ -50,9 +50,10 @@ struct Isa {
     // g0) * gs][w], written, or added to where `add`.
     void (*sparse_i8)(int gs, int w, const uint8_t *x, const uint32_t *start, const uint16_t *idx,
                       const int8_t *values, int64_t g0, int64_t g1, bool add, int32_t *acc);
-    // The same without quads: entry e of a group multiplies input idx[e] (not its 64-fold) by values[e][gs].
-    void (*sparse_f32)(int gs, int w, const float *x, const uint32_t *start, const uint16_t *idx,
-                       const float *values, int64_t g0, int64_t g1, bool add, float *acc);
+    // One block of a sparse_f32 pack (see sparse_f32.h) over its part of a panel x[k][w], w = 64, 32, 16 or
+    // 4: adds to acc [group of the tile][gs][w]. index is uint8 where gs is 1, uint16 where it is 4.
+    void (*sparse_f32)(int gs, int w, const float *x, const uint16_t *segments, int count, const void *index,
+                       const float *values, float *acc);
     // In which column of an int8 panel of width 64 row r of x belongs, so that sparse_i8's interleave
     // gives back rows in order.
     const uint8_t *panel_order;

@@ -5,6 +5,7 @@
 #include "kernels/common/isa.h"
 #include "kernels/common/panel.h"
 #include "kernels/common/sparse_avx512vnni.h"
+#include "kernels/common/sparse_f32_kernel.h"
 
 namespace tautorch {
 namespace {
@@ -145,41 +146,6 @@ void dot_f32(const void *const *rows, int64_t ld, int mr, int64_t taps, int64_t 
     const DotF32 dot =
         weight_i8 ? kDotF32<true>[width / 16 - 1][mr - 1] : kDotF32<false>[width / 16 - 1][mr - 1];
     dot(rows, ld, taps, k, panel, acc);
-}
-
-template <int GS, int NV>
-void sparse_f32_t(const float *x, const uint32_t *start, const uint16_t *idx, const float *values, int64_t g0,
-                  int64_t g1, bool add, float *out) {
-    for (int64_t g = g0; g < g1; ++g, out += GS * NV * 16) {
-        __m512 c[GS][NV];
-        for (int r = 0; r < GS; ++r)
-            for (int v = 0; v < NV; ++v)
-                c[r][v] = add ? _mm512_loadu_ps(out + (r * NV + v) * 16) : _mm512_setzero_ps();
-        for (int64_t e = start[g], end = start[g + 1]; e < end; ++e) {
-            const float *xk = x + int64_t{idx[e]} * (16 * NV);
-            __m512 xv[NV];
-            for (int v = 0; v < NV; ++v)
-                xv[v] = _mm512_loadu_ps(xk + 16 * v);
-#pragma GCC unroll 4
-            for (int r = 0; r < GS; ++r) {
-                const __m512 w = _mm512_set1_ps(values[e * GS + r]);
-#pragma GCC unroll 4
-                for (int v = 0; v < NV; ++v)
-                    c[r][v] = _mm512_fmadd_ps(xv[v], w, c[r][v]);
-            }
-        }
-        for (int r = 0; r < GS; ++r)
-            for (int v = 0; v < NV; ++v)
-                _mm512_storeu_ps(out + (r * NV + v) * 16, c[r][v]);
-    }
-}
-
-void sparse_f32(int gs, int w, const float *x, const uint32_t *start, const uint16_t *idx,
-                const float *values, int64_t g0, int64_t g1, bool add, float *acc) {
-    if (w == 64)
-        (gs == 4 ? sparse_f32_t<4, 4> : sparse_f32_t<1, 4>)(x, start, idx, values, g0, g1, add, acc);
-    else
-        (gs == 4 ? sparse_f32_t<4, 1> : sparse_f32_t<1, 1>)(x, start, idx, values, g0, g1, add, acc);
 }
 
 int64_t peak_i8(int64_t rounds) {

@@ -4,6 +4,7 @@
 #include "kernels/common/epilogue.h"
 #include "kernels/common/isa.h"
 #include "kernels/common/panel.h"
+#include "kernels/common/sparse_f32_kernel.h"
 #include "kernels/common/sparse_plain.h"
 
 namespace tautorch {
@@ -72,7 +73,7 @@ const Isa isa_scalar = {
     transpose_u8,
     transpose_32,
     sparse_i8_plain,
-    sparse_f32_plain,
+    sparse_f32,
     kPlainOrder,
     peak_i8,
     depthwise,

@@ -2,6 +2,7 @@
 
 #include "core/memory.h"
 #include "kernels/common/sell.h"
+#include "kernels/common/sparse_f32.h"
 
 #include <algorithm>
 #include <cstring>
@@ -53,21 +54,17 @@ template <class F> void each_weight(const PackHeader &h, const F &f) {
 }
 
 int64_t sparse_groups_of(const PackHeader &h) { return h.groups * div_up(h.n, h.gs); }
-int64_t quad_inputs(PackKind kind) { return kind == PackKind::sparse_i8 ? 4 : 1; }
 // sparse_i8 keeps the 64-fold of an input's place in its block: where its row of a panel of 64 starts.
 uint16_t stored_input(const PackHeader &h, int64_t block, int64_t input) {
-    return static_cast<uint16_t>(h.kind == PackKind::sparse_i8 ? (input - block * block_inputs(h)) * 64
-                                                               : input);
+    return static_cast<uint16_t>((input - block * block_inputs(h)) * 64);
 }
 int64_t input_of(const PackHeader &h, int64_t block, uint16_t stored) {
-    return h.kind == PackKind::sparse_i8 ? block * block_inputs(h) + stored / 64 : stored;
+    return block * block_inputs(h) + stored / 64;
 }
 
 // Parts of the inputs: a panel of 64 rows by 512 inputs takes 32 KB, so that it stays in L1 while the outputs
 // run over it.
-int64_t input_blocks(PackKind kind, int64_t inputs) {
-    return kind == PackKind::sparse_i8 ? std::max<int64_t>(1, div_up(inputs, kBlockInputs)) : 1;
-}
+int64_t input_blocks(int64_t inputs) { return std::max<int64_t>(1, div_up(inputs, kBlockInputs)); }
 
 // Header of a sparse pack with so many quads or entries in so many blocks, and so many slots.
 PackHeader sparse_layout(const Isa &isa, PackKind kind, int gs, int64_t groups, int64_t n, int64_t k,
@@ -75,11 +72,15 @@ PackHeader sparse_layout(const Isa &isa, PackKind kind, int gs, int64_t groups, 
     PackHeader h = base_header(isa, kind, groups, n, k, taps);
     h.gs = gs;
     h.entries = entries;
+    h.start_off = after_colsum(h);
+    if (kind == PackKind::sparse_f32) {
+        sparse_f32_layout(h);
+        return h;
+    }
     h.blocks = blocks;
     h.slots = slots;
-    h.start_off = after_colsum(h);
     h.index_off = round_up(h.start_off + (blocks > 0 ? 4 * (blocks * groups * div_up(n, gs) + 1) : 0), 64);
-    h.data_off = round_up(h.index_off + 2 * entries * quad_inputs(kind), 64);
+    h.data_off = round_up(h.index_off + 8 * entries, 64);
     h.sell_off = round_up(h.data_off + entries * gs * 4, 64);
     h.total = h.sell_off;
     if (slots > 0)
@@ -109,7 +110,7 @@ bool header_consistent(const Isa &isa, const PackHeader &h) {
         if ((h.gs != 1 && h.gs != 4) || h.taps * h.k > kMaxSparseInputs || h.entries < 0 ||
             h.entries > int64_t{1} << 32 || h.slots < 0 || h.slots > int64_t{1} << 32)
             return false;
-        if (h.blocks != input_blocks(h.kind, h.taps * h.k) &&
+        if (h.kind == PackKind::sparse_i8 && h.blocks != input_blocks(h.taps * h.k) &&
             (h.blocks != 0 || h.entries != 0 || h.slots == 0))
             return false;
         if (h.slots > 0 && (h.kind != PackKind::sparse_i8 || h.taps != 1 || !sell_supported(isa)))
@@ -133,7 +134,9 @@ bool header_consistent(const Isa &isa, const PackHeader &h) {
 
 bool entries_consistent(const uint8_t *packed) {
     const PackHeader &h = header_of(packed);
-    if (h.kind != PackKind::sparse_i8 && h.kind != PackKind::sparse_f32)
+    if (h.kind == PackKind::sparse_f32)
+        return sparse_f32_consistent(packed);
+    if (h.kind != PackKind::sparse_i8)
         return true;
     if (!sell_consistent(packed))
         return false;
@@ -144,15 +147,16 @@ bool entries_consistent(const uint8_t *packed) {
     if (!starts_ascend(lists, start) || start[lists] != h.entries)
         return false;
     const uint16_t *index = reinterpret_cast<const uint16_t *>(packed + h.index_off);
-    const int64_t quad = quad_inputs(h.kind), per_block = lists / h.blocks;
+    const int64_t per_block = lists / h.blocks;
     for (int64_t b = 0; b < h.blocks; ++b) {
-        const int64_t first = quad * start[b * per_block], last = quad * start[(b + 1) * per_block];
+        const int64_t first = int64_t{4} * start[b * per_block],
+                      last = int64_t{4} * start[(b + 1) * per_block];
         uint16_t largest = 0, bits = 0; // no early exit: this way the loop is a vector one
         for (int64_t i = first; i < last; ++i) {
             largest = index[i] > largest ? index[i] : largest;
             bits |= index[i];
         }
-        if (h.kind == PackKind::sparse_i8 && bits % 64 != 0)
+        if (bits % 64 != 0)
             return false;
         if (last > first && input_of(h, b, largest) >= std::min(inputs, (b + 1) * block_inputs(h)))
             return false;
@@ -252,9 +256,10 @@ bool entries_valid(int gs, int64_t groups, int64_t n, int64_t inputs, const Spar
 
 PackHeader sparse_header(const Isa &isa, PackKind kind, int gs, int64_t groups, int64_t n, int64_t k,
                          int64_t taps, const SparseEntries &e, SparseForm form) {
-    const int64_t blocks = input_blocks(kind, taps * k);
-    PackHeader h = sparse_layout(isa, kind, gs, groups, n, k, taps, blocks, 0, 0);
-    const int64_t length = block_inputs(h), quad = quad_inputs(kind);
+    if (kind == PackKind::sparse_f32)
+        return sparse_layout(isa, kind, gs, groups, n, k, taps, 0, e.start[e.sparse_groups], 0);
+    const int64_t blocks = input_blocks(taps * k);
+    const int64_t length = block_inputs(sparse_layout(isa, kind, gs, groups, n, k, taps, blocks, 0, 0));
     int64_t entries = 0;
     for (int64_t s = 0; s < e.sparse_groups; ++s)
         for (uint32_t i = e.start[s]; i < e.start[s + 1];) {
@@ -262,15 +267,14 @@ PackHeader sparse_header(const Isa &isa, PackKind kind, int gs, int64_t groups, 
             const uint32_t first = i;
             while (i < e.start[s + 1] && e.index[i] < end)
                 ++i;
-            entries += div_up(i - first, quad);
+            entries += div_up(i - first, 4);
         }
     const auto layout = [&](int64_t with_blocks, int64_t slots) {
         return sparse_layout(isa, kind, gs, groups, n, k, taps, with_blocks, with_blocks ? entries : 0,
                              slots);
     };
     // Without a slot (nothing kept), lists say it all.
-    const bool sell =
-        kind == PackKind::sparse_i8 && taps == 1 && form != SparseForm::lists && sell_supported(isa);
+    const bool sell = taps == 1 && form != SparseForm::lists && sell_supported(isa);
     const int64_t slots = sell ? sell_count(gs, groups, n, e) : 0;
     const PackHeader both = layout(blocks, slots);
     if (slots == 0 || form == SparseForm::lists)
@@ -286,27 +290,28 @@ void sparse_pack(const PackHeader &h, const SparseEntries &e, uint8_t *out) {
     advise_huge_pages(out, static_cast<size_t>(h.total));
     std::memset(out, 0, static_cast<size_t>(h.total));
     std::memcpy(out, &h, sizeof h);
+    if (h.kind == PackKind::sparse_f32) {
+        sparse_f32_pack(h, e, out);
+        return;
+    }
     uint32_t *start = reinterpret_cast<uint32_t *>(out + h.start_off);
     uint16_t *index = reinterpret_cast<uint16_t *>(out + h.index_off);
     int32_t *colsum = reinterpret_cast<int32_t *>(out + h.colsum_off);
     int8_t *data = reinterpret_cast<int8_t *>(out + h.data_off);
-    float *data_f = reinterpret_cast<float *>(out + h.data_off);
     const int8_t *values = static_cast<const int8_t *>(e.values);
-    const float *values_f = static_cast<const float *>(e.values);
-    const int64_t per_group = div_up(h.n, h.gs), length = block_inputs(h), quad = quad_inputs(h.kind);
+    const int64_t per_group = div_up(h.n, h.gs), length = block_inputs(h);
     if (h.slots > 0)
         sell_pack(h, e, out);
-    if (has_colsum(h.kind))
-        for (int64_t s = 0; s < e.sparse_groups; ++s) {
-            const int64_t first = s / per_group * h.n + s % per_group * h.gs;
-            const int64_t outputs = std::min<int64_t>(h.gs, h.n - s % per_group * h.gs);
-            for (int64_t i = e.start[s]; i < e.start[s + 1]; ++i)
-                for (int64_t r = 0; r < outputs; ++r)
-                    colsum[first + r] += values[i * h.gs + r];
-        }
+    for (int64_t s = 0; s < e.sparse_groups; ++s) {
+        const int64_t first = s / per_group * h.n + s % per_group * h.gs;
+        const int64_t outputs = std::min<int64_t>(h.gs, h.n - s % per_group * h.gs);
+        for (int64_t i = e.start[s]; i < e.start[s + 1]; ++i)
+            for (int64_t r = 0; r < outputs; ++r)
+                colsum[first + r] += values[i * h.gs + r];
+    }
     if (h.blocks == 0)
         return;
-    uint32_t q = 0; // quads (entries) so far
+    uint32_t q = 0; // quads so far
     // Lists go block by block; `at` is where each group's own list has got to.
     std::vector<uint32_t> at(e.start, e.start + e.sparse_groups);
     for (int64_t b = 0; b < h.blocks; ++b)
@@ -315,38 +320,37 @@ void sparse_pack(const PackHeader &h, const SparseEntries &e, uint8_t *out) {
             uint32_t &i = at[static_cast<size_t>(s)];
             int64_t j = 0; // in the list
             for (; i < e.start[s + 1] && e.index[i] < (b + 1) * length; ++i, ++j) {
-                const int64_t to = q + j / quad;
-                index[quad * to + j % quad] = stored_input(h, b, e.index[i]);
+                const int64_t to = q + j / 4;
+                index[4 * to + j % 4] = stored_input(h, b, e.index[i]);
                 for (int r = 0; r < h.gs; ++r)
-                    if (h.kind == PackKind::sparse_f32)
-                        data_f[to * h.gs + r] = values_f[int64_t{i} * h.gs + r];
-                    else
-                        data[(to * h.gs + r) * 4 + j % 4] = values[int64_t{i} * h.gs + r];
+                    data[(to * h.gs + r) * 4 + j % 4] = values[int64_t{i} * h.gs + r];
             }
-            q += static_cast<uint32_t>(div_up(j, quad));
+            q += static_cast<uint32_t>(div_up(j, 4));
             // What fills up a quad repeats the last input, with weight 0: no new input, so no entry.
-            for (; j % quad != 0; ++j)
-                index[quad * (q - 1) + j % quad] = index[quad * (q - 1) + j % quad - 1];
+            for (; j % 4 != 0; ++j)
+                index[4 * (q - 1) + j % 4] = index[4 * (q - 1) + j % 4 - 1];
         }
     start[h.blocks * e.sparse_groups] = q;
 }
 
 int64_t sparse_unpack(const uint8_t *packed, uint32_t *start, uint16_t *index, void *values) {
     const PackHeader &h = header_of(packed);
+    if (h.kind == PackKind::sparse_f32)
+        return sparse_f32_unpack(packed, start, index, static_cast<float *>(values));
     if (h.blocks == 0)
         return sell_unpack(packed, start, index, static_cast<int8_t *>(values));
     const uint32_t *from = reinterpret_cast<const uint32_t *>(packed + h.start_off);
     const uint16_t *inputs = reinterpret_cast<const uint16_t *>(packed + h.index_off);
     const int8_t *data = reinterpret_cast<const int8_t *>(packed + h.data_off);
-    const float *data_f = reinterpret_cast<const float *>(packed + h.data_off);
-    const int64_t lists = sparse_groups_of(h), quad = quad_inputs(h.kind);
+    const int64_t lists = sparse_groups_of(h);
     int64_t to = 0;
     for (int64_t s = 0; s < lists; ++s) {
         if (start)
             start[s] = static_cast<uint32_t>(to);
         for (int64_t b = 0; b < h.blocks; ++b) {
             int64_t last = -1;
-            for (int64_t i = quad * from[b * lists + s]; i < quad * from[b * lists + s + 1]; ++i) {
+            for (int64_t i = int64_t{4} * from[b * lists + s]; i < int64_t{4} * from[b * lists + s + 1];
+                 ++i) {
                 const int64_t input = input_of(h, b, inputs[i]);
                 if (input <= last)
                     continue;
@@ -354,11 +358,7 @@ int64_t sparse_unpack(const uint8_t *packed, uint32_t *start, uint16_t *index, v
                 if (index) {
                     index[to] = static_cast<uint16_t>(input);
                     for (int r = 0; r < h.gs; ++r)
-                        if (h.kind == PackKind::sparse_f32)
-                            static_cast<float *>(values)[to * h.gs + r] = data_f[i * h.gs + r];
-                        else
-                            static_cast<int8_t *>(values)[to * h.gs + r] =
-                                data[(i / 4 * h.gs + r) * 4 + i % 4];
+                        static_cast<int8_t *>(values)[to * h.gs + r] = data[(i / 4 * h.gs + r) * 4 + i % 4];
                 }
                 ++to;
             }

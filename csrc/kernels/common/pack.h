@@ -11,7 +11,7 @@ enum class PackKind : int32_t {
     dense_f32 = 1,    // float panels for dot_f32
     dense_w8 = 2,     // int8 panels for dot_f32 (weight-only)
     sparse_i8 = 3,    // quads of kept inputs for sparse_i8
-    sparse_f32 = 4,   // kept inputs for sparse_f32
+    sparse_f32 = 4,   // kept inputs by blocks, see sparse_f32.h
     depthwise_i8 = 5, // [64 channels][quad of taps][channel][4 taps]
 };
 
@@ -28,8 +28,8 @@ struct PackHeader {
     int64_t blocks;     // sparse: parts of the inputs, each with lists of its own; 0 where there are no lists
     int64_t slots;      // sparse_i8: of the SELL form, see sell.h; 0 where there is none
     int64_t colsum_off; // int32 [groups * n], int8 kinds
-    int64_t start_off;  // sparse: uint32 [blocks * sparse groups + 1]
-    int64_t index_off;  // sparse: uint16
+    int64_t start_off;  // sparse_i8: uint32 [blocks * sparse groups + 1]
+    int64_t index_off;  // sparse_i8: uint16
     int64_t data_off;
     int64_t sell_off; // sparse_i8: uint32 [strips + 1], uint16 [slots], then the slots
     int64_t total;    // bytes

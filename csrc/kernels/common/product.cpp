@@ -1,7 +1,9 @@
 #include "kernels/common/product.h"
 
 #include "core/parallel.h"
+#include "kernels/common/panel_store.h"
 #include "kernels/common/sell.h"
+#include "kernels/common/sparse_f32.h"
 
 #include <algorithm>
 
@@ -21,53 +23,16 @@ constexpr int kTileOutputs = 128; // of an input-major tile
 void build_panel(const Isa &isa, const PackHeader &h, const Source &x, int64_t group, int64_t m0, int rows,
                  int w, const void **pointers, void *panel) {
     x.fill(group, m0, rows, pointers, kTileN);
-    const bool integer = h.kind == PackKind::sparse_i8;
     const void *ordered[kTileN];
     for (int64_t t = 0; t < h.taps; ++t) {
         for (int r = 0; r < w; ++r) {
-            const int at = integer && w == kTileN ? isa.panel_order[r] : r;
+            const int at = w == kTileN ? isa.panel_order[r] : r;
             ordered[at] = pointers[t * kTileN + std::min(r, rows - 1)];
         }
-        if (integer)
-            isa.transpose_u8(reinterpret_cast<const uint8_t *const *>(ordered), w, h.k,
-                             static_cast<uint8_t *>(panel) + t * h.k * w, w);
-        else
-            isa.transpose_32(reinterpret_cast<const uint32_t *const *>(ordered), w, h.k,
-                             static_cast<uint32_t *>(panel) + t * h.k * w, w);
+        isa.transpose_u8(reinterpret_cast<const uint8_t *const *>(ordered), w, h.k,
+                         static_cast<uint8_t *>(panel) + t * h.k * w, w);
     }
 }
-
-// Input-major tiles [kTileOutputs][w] of accumulators on their way to row-major output: 16 rows by up to
-// kTileOutputs outputs at a time. Stores of fewer than 128 outputs to rows that lie a multiple of 4 KB apart
-// cost 0.6 cycles an output, of 128 and more 0.16.
-struct PanelStore {
-    const Isa &isa;
-    const Output &out;
-    const int32_t *acc;
-    int w;
-    const uint32_t *line[kTileN / 16][kTileOutputs]; // [rows / 16][output]
-
-    PanelStore(const Isa &isa, const Output &out, const int32_t *acc, int w)
-        : isa(isa), out(out), acc(acc), w(w) {
-        for (int b = 0; b < w / 16; ++b)
-            for (int i = 0; i < kTileOutputs; ++i)
-                line[b][i] = reinterpret_cast<const uint32_t *>(acc) + i * w + 16 * b;
-    }
-    void operator()(int64_t m0, int rows, int64_t n0, int cols, const float *scale) const {
-        if (out.along_m)
-            return store_tile(isa, out, acc, w, true, m0, rows, n0, cols, scale);
-        alignas(64) uint32_t turned[16 * kTileOutputs];
-        for (int b = 0; 16 * b < rows; ++b) {
-            isa.transpose_32(line[b], static_cast<int>(round_up(cols, 16)), 16, turned, kTileOutputs);
-            const int64_t m = m0 + 16 * b;
-            isa.epilogue(out.epilogue, turned, kTileOutputs, std::min(16, rows - 16 * b), cols, false, n0,
-                         scale ? scale + 16 * b : nullptr,
-                         static_cast<char *>(out.data) +
-                             (m * out.row_stride + n0) * size_of(out.epilogue.out_dtype),
-                         out.row_stride);
-        }
-    }
-};
 
 // Outputs of sparse groups [s0, s1) of one convolution group.
 void run_panel(const Isa &isa, const uint8_t *packed, int64_t group, const void *panel, int w, int64_t s0,
@@ -83,14 +48,8 @@ void run_panel(const Isa &isa, const uint8_t *packed, int64_t group, const void 
     for (int64_t s = s0; s < s1; s += step) {
         const int64_t e = std::min(s1, s + step);
         for (int64_t b = 0; b < h.blocks; ++b)
-            if (h.kind == PackKind::sparse_i8)
-                isa.sparse_i8(h.gs, w, static_cast<const uint8_t *>(panel) + b * block_inputs(h) * w,
-                              start + b * lists, index, reinterpret_cast<const int8_t *>(data), s, e, b > 0,
-                              acc);
-            else
-                isa.sparse_f32(h.gs, w, static_cast<const float *>(panel), start + b * lists, index,
-                               reinterpret_cast<const float *>(data), s, e, b > 0,
-                               reinterpret_cast<float *>(acc));
+            isa.sparse_i8(h.gs, w, static_cast<const uint8_t *>(panel) + b * block_inputs(h) * w,
+                          start + b * lists, index, reinterpret_cast<const int8_t *>(data), s, e, b > 0, acc);
         const int cols = static_cast<int>(std::min((e - s) * h.gs, h.n - s * h.gs));
         store(m0, rows, group * h.n + s * h.gs, cols, scale);
     }
@@ -163,9 +122,9 @@ void sparse_product(const Isa &isa, const uint8_t *packed, const Source &x, cons
     const RowBlocks blocks{x.m};
     const int64_t count = blocks.count(), sparse_groups = div_up(h.n, h.gs);
     // A panel of 16 rows costs the same with one of them used.
-    const int64_t work = h.entries * h.gs * (h.kind == PackKind::sparse_i8 ? 4 : 16) * round_up(x.m, 16);
+    const int64_t work = h.entries * h.gs * 4 * round_up(x.m, 16);
     const int64_t threads = work < 1'000'000 ? 1 : max_threads();
-    const int64_t panel_bytes = h.taps * h.k * 64 * (h.kind == PackKind::sparse_i8 ? 1 : 4);
+    const int64_t panel_bytes = h.taps * h.k * 64;
     const uint32_t *start = reinterpret_cast<const uint32_t *>(packed + h.start_off);
     const auto block = [&](int64_t i, int64_t g, const void **pointers, void *panel) {
         build_panel(isa, h, x, g, blocks.begin(i), blocks.rows(i), blocks.width(i), pointers, panel);
@@ -210,7 +169,9 @@ void product(const uint8_t *packed, const Source &x, const Output &out) {
     if (x.m == 0 || h.n == 0 || h.groups == 0)
         return;
     const Isa &isa = *find_isa(h.isa);
-    if (h.kind == PackKind::sparse_i8 || h.kind == PackKind::sparse_f32)
+    if (h.kind == PackKind::sparse_f32)
+        sparse_f32_product(isa, packed, x, out);
+    else if (h.kind == PackKind::sparse_i8)
         sparse_product(isa, packed, x, out);
     else
         dense_product(isa, packed, x, out);

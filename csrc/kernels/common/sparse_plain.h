@@ -29,20 +29,5 @@ void sparse_i8_plain(int gs, int w, const uint8_t *x, const uint32_t *start, con
     }
 }
 
-void sparse_f32_plain(int gs, int w, const float *x, const uint32_t *start, const uint16_t *idx,
-                      const float *values, int64_t g0, int64_t g1, bool add, float *acc) {
-    for (int64_t g = g0; g < g1; ++g, acc += gs * w) {
-        if (!add)
-            std::memset(acc, 0, sizeof(float) * static_cast<size_t>(gs * w));
-        for (int64_t e = start[g]; e < start[g + 1]; ++e)
-            for (int r = 0; r < gs; ++r) {
-                const float v = values[e * gs + r];
-                const float *xk = x + int64_t{idx[e]} * w;
-                for (int i = 0; i < w; ++i)
-                    acc[r * w + i] += v * xk[i];
-            }
-    }
-}
-
 } // namespace
 } // namespace tautorch
