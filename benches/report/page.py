@@ -89,12 +89,15 @@ def machine(results: dict[str, Any], benches: dict[str, Any] | None, plots: dict
             text += [
                 f"### {title}",
                 "",
-                *NOTES.get(part, "").splitlines(),
-                "",
+                *_note(part),
                 *_images(names, plots),
                 *_details(table, mine),
             ]
     return "\n".join(text)
+
+
+def _note(part: str) -> list[str]:
+    return [*NOTES[part].splitlines(), ""] if part in NOTES else []
 
 
 def _images(names: tuple[str, ...], plots: dict[str, str]) -> list[str]:
