@@ -66,7 +66,9 @@ def dense_ratios(rows: list[Row]) -> str | None:
         return None
     ms, shapes = sorted({row["m"] for row in rows}), distinct(map(shape, rows))
     cell, high, left, top = 62, 38, 104, 66
-    canvas = Canvas(left + cell * len(ms) + 20, top + high * len(shapes) + 16, "Ratio to the best peer")
+    canvas = Canvas(
+        max(left + cell * len(ms) + 20, 620), top + high * len(shapes) + 16, "Ratio to the best peer"
+    )
     canvas.text(
         16, 20, "Int8Linear against the best peer at each point (above 1: ours is faster)", bold=True, size=13
     )
@@ -172,7 +174,9 @@ def _panels(rows: list[Row], title: str, curves: Curves) -> str | None:
         return None
     shapes, ms = distinct(map(shape, rows)), sorted({row["m"] for row in rows})
     wide, high, left, top = 232, 168, 44, 76
-    canvas = Canvas(left + wide * len(ms) + 10, top + high * len(shapes) + 6, title)
+    canvas = Canvas(
+        max(left + wide * len(ms) + 10, 30 + 7.3 * len(title)), top + high * len(shapes) + 6, title
+    )
     canvas.text(16, 20, title, bold=True, size=12.5)
     sparsities = sorted({row["sparsity"] for row in rows})
     legend: dict[str, str] = {}
@@ -262,7 +266,7 @@ def conv(rows: list[Row]) -> str | None:
     wide, left, top = 340, 176, 84
     bottom = top + 20 * len(layers)
     canvas = Canvas(
-        left + wide * len(batches) + 12, bottom + 34, "Share of the int8 peak of each convolution"
+        max(left + wide * len(batches) + 12, 560), bottom + 34, "Share of the int8 peak of each convolution"
     )
     canvas.text(
         16, 20, "ResNet-50's convolutions, static int8: share of both cores' int8 peak", bold=True, size=13
