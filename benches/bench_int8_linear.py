@@ -233,14 +233,6 @@ def test_geometric_mean(table: Table) -> None:
                   **verdict(mean, 1.4, ">= 1.4x the best of torch"))  # fmt: skip
 
 
-def test_module_call(table: Table) -> None:
-    """What a call costs where there is next to nothing to compute."""
-    linear, x = torch.nn.Linear(64, 64).eval(), torch.randn(1, 64)
-    ours = Int8Linear.from_float(linear)
-    table.compare("int8_linear", "module call 1x64x64", lambda: ours(x), {"nn.Linear": lambda: linear(x)},
-                  target=("nn.Linear", 1.0), kernel=ours.kernel())  # fmt: skip
-
-
 def test_fork_join(table: Table) -> None:
     """Nothing, on two threads of torch's pool."""
     _C.fork_join(1000, 2)
