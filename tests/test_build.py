@@ -21,7 +21,7 @@ OBJECTS = BUILD / "CMakeFiles" / "_C.dir" / "csrc"
 IMPORT_SECONDS = 0.5
 HEAVY = ("triton", "matplotlib", "sklearn", "scipy", "pandas", "onnx", "torch_pruning", "torch._inductor")
 
-ISAS = ("avx2", "avxvnni", "avx512vnni", "neon_dotprod", "neon_i8mm")
+ISAS = ("avx2", "avxvnni", "avx512vnni", "avx512vbmi", "neon_dotprod", "neon_i8mm")
 # What an object of each instruction set must not hold. "none": neither AVX registers nor VEX-encoded SSE.
 AVX512 = r"%zmm|%k[0-7]\b|%[xy]mm(?:1[6-9]|2\d|3[01])"
 VBMI = r"\bvperm[it]2b\b|\bvpermb\b|\bvpmultishiftqb\b|\bvp(?:compress|expand)[bw]\b|\bvpsh[lr]d[vwdq]"
@@ -30,6 +30,7 @@ FORBIDDEN = {
     "avx2": rf"{AVX512}|\bvpdp",
     "avxvnni": AVX512,
     "avx512vnni": VBMI,  # Cascade Lake has VNNI without it
+    "avx512vbmi": r"\bvpcompress[bw]\b|\bvpexpand[bw]\b|\bvpsh[lr]d[vwdq]",  # VBMI2
 }
 CARRIES = {"avx2": r"%ymm", "avxvnni": r"\bvpdpbusd\b", "avx512vnni": r"\bvpdpbusd\b.*%zmm"}
 
