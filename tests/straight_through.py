@@ -43,12 +43,23 @@ def weights(case: Case) -> list[Tensor]:
     return [_scaled(dense, scale)]
 
 
+def added(case: Case) -> Tensor | None:
+    """The dequantised float64 residual of a low-rank case."""
+    values, pattern = case.kwargs.get("residual"), case.kwargs.get("residual_pattern")
+    if values is not None and pattern is not None:
+        indices = case.kwargs["residual_crow_indices"], case.kwargs["residual_col_indices"]
+        values = decode(values, *indices, pattern, (case.args[2].shape[0], case.x.shape[-1]))
+    return None if values is None else _scaled(values, case.kwargs.get("residual_scale"))
+
+
 def product(case: Case, x: Tensor) -> Tensor:
     """What the weights do to float64 ``x``, without bias and activation."""
     first, *rest = weights(case)
     if case.op.endswith("linear"):
         y = torch.nn.functional.linear(x, first)
-        return torch.nn.functional.linear(y, rest[0]) if rest else y
+        y = torch.nn.functional.linear(y, rest[0]) if rest else y
+        residual = added(case)
+        return y if residual is None else y + torch.nn.functional.linear(x, residual)
     geometry = {k: v for k, v in case.kwargs.items() if k in ("stride", "padding", "dilation", "groups")}
     y = torch.nn.functional.conv2d(x, first, **geometry)
     return torch.nn.functional.conv2d(y, rest[0], groups=geometry.get("groups", 1)) if rest else y

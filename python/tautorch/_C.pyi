@@ -75,7 +75,16 @@ def sparse_linear_run(
     plan: bytes, x: int, x_dtype: int, m: int, x_stride: int, out: int, out_dtype: int, /
 ) -> None: ...
 def lowrank_linear_plan(
-    down: int, down_bytes: int, up: int, up_bytes: int, k: int, down_scale: int, tail: dict[str, int]
+    down: int,
+    down_bytes: int,
+    up: int,
+    up_bytes: int,
+    k: int,
+    down_scale: int,
+    residual: int,
+    residual_bytes: int,
+    residual_scale: int,
+    tail: dict[str, int],
 ) -> bytes: ...
 def lowrank_linear_run(
     plan: bytes, x: int, x_dtype: int, m: int, x_stride: int, out: int, out_dtype: int, /

@@ -9,12 +9,24 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tautorch.nn import LowRankLinear
+from tautorch.nn import Int8Linear, LowRankLinear, SparseLinear
 from tautorch.testing.cases import Case
+from tautorch.testing.values import sparse_mask
 
 from .contract import LinearContract, Variant
 
 ODD = {"in_features": 70, "out_features": 37}
+
+
+def sparse(rest: nn.Linear) -> SparseLinear:
+    """A residual of two fifths of the weights, in int8."""
+    return SparseLinear.from_float(rest, pattern="4x1", mask=sparse_mask(rest.weight.shape, "4x1", 0.4))
+
+
+def sparse_float(rest: nn.Linear) -> SparseLinear:
+    """The same in float."""
+    mask = sparse_mask(rest.weight.shape, "unstructured", 0.4)
+    return SparseLinear.from_float(rest, pattern="unstructured", mask=mask, weight_dtype=torch.float32)
 
 
 class TestLowRankLinear(LinearContract):
@@ -37,12 +49,35 @@ class TestLowRankLinear(LinearContract):
             {"in_features": 33, "out_features": 65, "bias": False},
             {"rank": 1, "activation": "silu"},
         ),
+        "residual": (ODD, {"rank": 8, "weight_dtype": torch.int8, "residual": "int8"}),
+        "static_residual": (
+            ODD,
+            {
+                "rank": 8,
+                "weight_dtype": torch.int8,
+                "residual": sparse,
+                "quant": "static",
+                "x_scale": 0.021,
+                "x_zero_point": 3,
+                "activation": "relu",
+            },
+        ),
+        "float_residual": (ODD, {"rank": 8, "residual": sparse_float, "activation": "gelu"}),
+        "float_int8_residual": (ODD, {"rank": 8, "residual": "int8"}),
     }
 
     def case(self, module: Any, x: Tensor) -> Case:
         state = module.state_dict()
         names = ("down_scale", "up_scale", "x_scale", "x_zero_point")
         kwargs = {k: state[k] for k in names if k in state}
+        if module.residual is not None:
+            kept = {name.removeprefix("residual."): t for name, t in state.items() if "residual." in name}
+            kwargs["residual"] = kept.get("weight", kept.get("values"))
+            kwargs["residual_scale"] = kept.get("weight_scale")
+            if "values" in kept:
+                kwargs["residual_pattern"] = module.residual.pattern
+                kwargs["residual_crow_indices"] = kept["crow_indices"]
+                kwargs["residual_col_indices"] = kept["col_indices"]
         mode = module.quant if module.weight_dtype == torch.int8 else "float"
         args = (x, state["down"], state["up"], state.get("bias"))
         return Case(
@@ -53,6 +88,49 @@ class TestLowRankLinear(LinearContract):
             args,
             {**kwargs, "activation": module.activation},
         )
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.int8])
+    def test_the_residual_gives_the_layer_back(self, dtype: torch.dtype) -> None:
+        layer, x = nn.Linear(40, 50), torch.randn(9, 40)
+        module = LowRankLinear.from_float(layer, rank=5, weight_dtype=dtype, residual="int8")
+        error = (module(x) - layer(x)).norm() / layer(x).norm()
+        assert float(error.detach()) < 0.015
+        weight = module.to_float().weight
+        torch.testing.assert_close(weight, layer.weight, rtol=0, atol=0.01 * float(layer.weight.abs().max()))
+        expected = module(x)
+        module.residual.weight.zero_()  # an edit is seen
+        assert float((module(x) - expected).detach().norm()) > 0.1 * float(expected.detach().norm())
+
+    def test_a_ready_residual_with_a_pair(self) -> None:
+        pair = nn.Sequential(OrderedDict(down=nn.Linear(24, 7), up=nn.Linear(7, 18)))
+        rest = nn.Linear(24, 18, bias=False)
+        x = torch.randn(9, 24)
+        for residual in (Int8Linear.from_float(rest), SparseLinear.from_float(rest, weight_dtype="float32")):
+            module = LowRankLinear.from_float(pair, residual=residual)
+            assert module.residual is residual
+            expected = pair(x) + rest(x)
+            assert float(((module(x) - expected).norm() / expected.norm()).detach()) < 0.01
+            with pytest.raises(ValueError, match="to_factors needs a layer without residual"):
+                module.to_factors()
+
+    def test_bad_residuals(self) -> None:
+        layer = nn.Linear(8, 6)
+        made = LowRankLinear.from_float
+        with pytest.raises(ValueError, match='residual must be "int8", a function or None'):
+            made(layer, rank=2, residual="int4")
+        with pytest.raises(TypeError, match="residual must be Int8Linear or SparseLinear, got Linear"):
+            made(layer, rank=2, residual=lambda rest: rest)
+        with pytest.raises(ValueError, match="residual must have no bias"):
+            made(layer, rank=2, residual=Int8Linear.from_float(layer))
+        with pytest.raises(ValueError, match="residual must be 8 -> 6"):
+            made(layer, rank=2, residual=Int8Linear(8, 7, bias=False))
+        with pytest.raises(ValueError, match="residual must hold int8 values with int8 factors"):
+            made(layer, rank=2, weight_dtype=torch.int8, residual=sparse_float)
+        with pytest.raises(ValueError, match="residual must name one of"):
+            LowRankLinear(8, 6, rank=2, residual={"class": "Linear"})
+        pair = nn.Sequential(OrderedDict(down=nn.Linear(8, 3), up=nn.Linear(3, 6)))
+        with pytest.raises(TypeError, match="residual must be a module or None for a pair"):
+            made(pair, residual="int8")
 
     def test_full_rank_is_the_layer(self) -> None:
         layer = nn.Linear(19, 23)

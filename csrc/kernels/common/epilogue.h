@@ -89,7 +89,7 @@ void run_columns(const Epilogue &e, const Tile &t, int64_t i, int64_t left, floa
         for (int v = 0; v < NV; ++v) {
             vf y = accumulated<Float>(acc + 4 * v * L, n, correction[v]) * scale * w[v];
             if constexpr (Add)
-                y += load_part<DType::f32>(e.addend + r * kTileN + i + v * L, n);
+                y += load_part<DType::f32>(e.addend + r * e.addend_stride + i + v * L, n);
             put<T>(out + v * L * size_of(T), activate<A>(y + b[v]), n, inv, zp, lo, hi);
         }
     }

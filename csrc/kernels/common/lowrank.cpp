@@ -9,7 +9,9 @@ namespace {
 // A block of rows on its way: operands for the first factor and, where they are others, for the residual.
 struct Operands {
     Source x, residual;
-    int64_t first = 0; // the block's first row in them
+    int64_t first = 0;            // the block's first row in them
+    const float *added = nullptr; // a sparse residual's outputs, all rows of x, or null
+    int64_t added_stride = 0;
 };
 
 struct Range {
@@ -108,9 +110,19 @@ struct Job {
         }
     }
 
-    // Panel by panel: the residual's float tile, then up's, which adds it on its way out.
+    // Panel by panel: the residual's float tile (where it is not there already), then up's, which adds it on
+    // its way out.
     void run_up_with_residual(const Operands &in, int64_t m0, int rows, Range panels,
                               const void *const *pointers, const float *scale) const {
+        Output sum = out;
+        if (in.added) {
+            sum.epilogue.addend_stride = in.added_stride;
+            for (int64_t p = panels.begin; p < panels.end; ++p) {
+                sum.epilogue.addend = in.added + in.first * in.added_stride + p * hu().nr;
+                gemm_block(isa, a.up, 0, pointers, kBlockRows, rows, p, p + 1, sum, m0, scale);
+            }
+            return;
+        }
         alignas(64) float tile[kTileRows * kTileN];
         const void *x[kTileRows];
         float scales[kTileRows];
@@ -119,7 +131,6 @@ struct Job {
         Output to;
         to.epilogue = residual;
         to.row_stride = kTileN;
-        Output sum = out;
         sum.epilogue.addend = tile;
         for (int64_t p = panels.begin; p < panels.end; ++p) {
             to.data = tile - p * hu().nr; // gemm_block goes to output p * nr of a row
@@ -156,7 +167,7 @@ Cut cheapest(const Job &job, int64_t m, int64_t threads) {
     const double macs_down = static_cast<double>(hd.groups * hd.n * hd.k * hd.taps),
                  bytes_down = static_cast<double>(hd.total);
     double macs_up = static_cast<double>(hu.groups * hu.n * hu.k), bytes_up = static_cast<double>(hu.total);
-    if (job.a.residual) {
+    if (job.a.residual && !job.a.sparse_residual()) {
         const PackHeader &hr = header_of(job.a.residual);
         macs_up += static_cast<double>(hr.n * hr.k);
         bytes_up += static_cast<double>(hr.total);
@@ -227,6 +238,41 @@ template <class OperandsOf> void run(const Job &job, int64_t m, const OperandsOf
     });
 }
 
+// Sparse products want other blocks of rows and threads than panels do: they come first, to a buffer, for
+// as many rows as keep that in cache.
+void with_sparse_residual(const LowRank &a, const void *x, int64_t stride, int64_t m) {
+    constexpr int64_t kFloats = 128 * 1024; // of the buffer, for each thread
+    const PackHeader &hd = header_of(a.down), &hr = header_of(a.residual);
+    const Isa &isa = *find_isa(hd.isa);
+    const OperandKind kind = operand_of(a.down), kind_r = operand_of(a.residual);
+    const int64_t width = round_up(hr.n, kTileN);
+    const int64_t most = std::max<int64_t>(kBlockRows / 3, round_up(kFloats / width, kTileN)) * max_threads();
+    const int64_t step = div_up(m, div_up(m, most));
+    float *buffer = static_cast<float *>(scratch(Scratch::tile, static_cast<size_t>(4 * step * width)));
+    Output to;
+    to.epilogue.w_scale = a.residual_scale;
+    to.epilogue = with_correction(to.epilogue, a.residual, kind_r, a.residual_quant());
+    to.row_stride = width;
+    to.data = buffer;
+    for (int64_t m0 = 0; m0 < m; m0 += step) {
+        const int64_t rows = std::min(step, m - m0);
+        const auto source = [&](ActQuant q, OperandKind as, int64_t k, int64_t kr) {
+            if (q.mode == ActQuant::given && q.given_scales > 1)
+                q.given_scale += m0;
+            return matrix_source(isa, q, as, static_cast<const char *>(x) + m0 * stride * size_of(q.dtype),
+                                 stride, rows, k, kr);
+        };
+        Source own = source(a.residual_quant(), kind_r, hr.k, kind == kind_r ? hd.kr : hr.kr);
+        product(a.residual, own, to);
+        if (kind != kind_r) // the same scratch
+            own = source(a.quant, kind, hd.k, hd.kr);
+        LowRank part = a;
+        part.out.data =
+            static_cast<char *>(a.out.data) + m0 * a.out.row_stride * size_of(a.out.epilogue.out_dtype);
+        run(Job(part), rows, [&](int64_t first, int) { return Operands{own, {}, first, buffer, width}; });
+    }
+}
+
 } // namespace
 
 ActQuant LowRank::residual_quant() const {
@@ -236,6 +282,11 @@ ActQuant LowRank::residual_quant() const {
     else if (q.mode == ActQuant::none) // float factors
         q.mode = ActQuant::dynamic;
     return q;
+}
+
+bool LowRank::sparse_residual() const {
+    const PackKind kind = residual ? header_of(residual).kind : PackKind::dense_i8;
+    return kind != PackKind::dense_i8 && kind != PackKind::dense_f32;
 }
 
 void lowrank_product(const LowRank &a, const Source &x) {
@@ -248,6 +299,10 @@ void lowrank_product(const LowRank &a, const void *x, int64_t stride, int64_t m)
     const PackHeader &h = header_of(a.down);
     if (m == 0 || header_of(a.up).n == 0)
         return;
+    if (a.sparse_residual()) {
+        with_sparse_residual(a, x, stride, m);
+        return;
+    }
     const Job job(a);
     const OperandKind kind = operand_of(a.down);
     run(job, m, [&](int64_t m0, int rows) {

@@ -49,6 +49,7 @@ struct LowRank {
     Output out;                                                        // epilogue.w_scale: up's
 
     ActQuant residual_quant() const; // of x for the residual
+    bool sparse_residual() const;
 };
 // x as prepared rows (no residual), or as rows of a matrix.
 void lowrank_product(const LowRank &a, const Source &x);

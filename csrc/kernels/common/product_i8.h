@@ -5,8 +5,6 @@
 
 namespace tautorch {
 
-constexpr int kAddendStep = 64; // floats between rows of Epilogue::addend
-
 struct ProductI8 {
     const void *const *rows; // [taps][ld] operands, u8_shifted
     int64_t ld;

@@ -112,7 +112,8 @@ __attribute__((always_inline)) inline void finish(const ProductI8 &p, int i, int
                 for (int v = 0; v < NV; ++v) {
                     __m512 y = _mm512_mul_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(c[r][v]), scale), w[v]);
                     if (e.addend)
-                        y = _mm512_add_ps(y, _mm512_loadu_ps(e.addend + (r0 + r) * kAddendStep + i + 16 * v));
+                        y = _mm512_add_ps(
+                            y, _mm512_loadu_ps(e.addend + (r0 + r) * e.addend_stride + i + 16 * v));
                     put(out, v, _mm512_add_ps(y, b[v]));
                 }
             }

@@ -27,8 +27,9 @@ struct Epilogue {
     DType out_dtype = DType::f32; // i32: the corrected accumulators themselves
     float out_inv_scale = 1.0f;   // 1 / out_scale, one IEEE division, for i8
     int32_t out_zero_point = 0;
-    // Floats to add before the bias, [line][kTileN] of the tile alone (not along_m, not i32 out), or null.
-    const float *addend = nullptr;
+    // Floats to add before the bias, [line] of the tile alone, whole panels wide (not along_m, not i32 out).
+    const float *addend = nullptr; // or null
+    int64_t addend_stride = kTileN;
 };
 
 } // namespace tautorch

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -13,8 +14,13 @@ from tautorch.ops.lowrank_linear import OP, plan, problem
 
 from .eager import autocast_input
 from .factors import svd_factors
+from .int8_linear import Int8Linear
 from .linear import LinearModule
 from .lowrank import LowRankModule
+from .sparse_linear import SparseLinear
+
+ResidualModule = Int8Linear | SparseLinear
+_RESIDUALS: dict[str, type[ResidualModule]] = {c.__name__: c for c in (Int8Linear, SparseLinear)}
 
 
 class LowRankLinear(LowRankModule, LinearModule):
@@ -28,6 +34,11 @@ class LowRankLinear(LowRankModule, LinearModule):
         quant: with int8 factors "dynamic" (x quantised per row) or "static" (by ``x_scale``,
             ``x_zero_point``).
         activation: "none", "relu", "gelu", "gelu_tanh" or "silu", fused.
+
+        residual: an ``Int8Linear`` or ``SparseLinear`` without bias, dynamic and of the same sizes, whose
+            product is added before the bias in the same call: ``activation(x @ down.T @ up.T + residual(x) +
+            bias)``. x is quantised for int8 values as for int8 factors; float32 values need float32 factors.
+            Or its description, as ``get_config`` gives it. It becomes the sub-module ``residual``.
 
     Buffers: ``down`` ``[r, in]`` and ``up`` ``[out, r]``, float32 or int8; int8: ``down_scale`` float32
     ``[r]`` and ``up_scale`` float32 ``[out]``; static: ``x_scale`` float32 and ``x_zero_point`` int32, one
@@ -49,6 +60,7 @@ class LowRankLinear(LowRankModule, LinearModule):
         weight_dtype: torch.dtype | str = torch.float32,
         quant: str = "dynamic",
         activation: str = "none",
+        residual: ResidualModule | Mapping[str, Any] | None = None,
     ) -> None:
         LinearModule.__init__(
             self, in_features, out_features, bias, device, quant=quant, quants=("dynamic", "static"),
@@ -56,6 +68,37 @@ class LowRankLinear(LowRankModule, LinearModule):
         )  # fmt: skip
         shapes = ((rank, in_features), (out_features, rank))
         self._init_factors(rank, weight_dtype, shapes, in_features, device)
+        self.residual = self._checked_residual(residual, device)
+
+    def _checked_residual(
+        self, residual: nn.Module | Mapping[str, Any] | None, device: torch.device | str | None
+    ) -> ResidualModule | None:
+        if isinstance(residual, Mapping):
+            config = dict(residual)
+            cls = _RESIDUALS.get(config.pop("class", ""))
+            if cls is None:
+                raise ValueError(f"{OP}: residual must name one of {', '.join(_RESIDUALS)}, got {residual}")
+            residual = cls(**config, device=device)
+        if residual is None:
+            return None
+        if not isinstance(residual, Int8Linear | SparseLinear):
+            raise TypeError(
+                f"{OP}: residual must be Int8Linear or SparseLinear, got {type(residual).__name__}"
+            )
+        shape = residual.in_features, residual.out_features
+        if shape != (self.in_features, self.out_features):
+            raise ValueError(
+                f"{OP}: residual must be {self.in_features} -> {self.out_features} as this layer, got "
+                f"{shape[0]} -> {shape[1]}"
+            )
+        if residual.bias is not None or residual.activation != "none" or residual.quant != "dynamic":
+            raise ValueError(
+                f'{OP}: residual must have no bias, no activation and quant="dynamic": this layer adds them '
+                f"and says how x is quantised, got {residual}"
+            )
+        if residual._float_input() and not self._float_input():
+            raise ValueError(f"{OP}: residual must hold int8 values with int8 factors, got {residual}")
+        return residual
 
     @classmethod
     def from_float(
@@ -68,6 +111,7 @@ class LowRankLinear(LowRankModule, LinearModule):
         x_scale: Tensor | float | None = None,
         x_zero_point: Tensor | int | None = None,
         activation: str = "none",
+        residual: str | nn.Module | Callable[[nn.Linear], nn.Module] | None = None,
     ) -> LowRankLinear:
         """Factorise a float layer's weight by SVD.
 
@@ -77,9 +121,14 @@ class LowRankLinear(LowRankModule, LinearModule):
             rank: at most ``min(in_features, out_features)``.
             weight_dtype, quant, activation: see the class.
             x_scale, x_zero_point: for ``quant="static"``, from ``tautorch.quantize.calibrate``.
+            residual: what becomes of the rest of the weight, which the factors miss: None, nothing; "int8",
+                an ``Int8Linear``; or a function that takes it as ``nn.Linear`` without bias and returns an
+                ``Int8Linear`` or ``SparseLinear``, say
+                ``lambda rest: SparseLinear.from_float(rest, pattern="4x1", mask=mask_of(rest.weight))``.
+                With a pair: a ready module or None.
 
         Raises:
-            TypeError: another module, or no rank.
+            TypeError: another module, or no rank, or no such residual.
             ValueError: a rank out of range, NaN or Inf in weight or bias, or settings that do not fit.
         """
         settings: dict[str, Any] = {
@@ -92,12 +141,31 @@ class LowRankLinear(LowRankModule, LinearModule):
         pair = cls._pair(module)
         if pair is not None:
             cls._check_pair_rank(rank, pair[0].out_features)
-            return cls.from_factors(*pair, **settings).train(module.training)
+            if residual is not None and not isinstance(residual, nn.Module):
+                raise TypeError(f"{OP}: residual must be a module or None for a pair, got {residual!r}")
+            return cls.from_factors(*pair, **settings, residual=residual).train(module.training)
         arguments = cls._arguments(module)
         rank = cls._given_rank(rank)
         assert isinstance(module, nn.Linear)
         factors = svd_factors(OP, module.weight, rank)
-        return cls._build(arguments, *factors, module.bias, **settings).train(module.training)
+        new = cls._build(arguments, *factors, module.bias, **settings)
+        new._add_residual(residual, module)
+        return new.train(module.training)
+
+    def _add_residual(
+        self, residual: str | nn.Module | Callable[[nn.Linear], nn.Module] | None, module: nn.Linear
+    ) -> None:
+        if residual is None:
+            return
+        if not isinstance(residual, nn.Module):
+            if isinstance(residual, str) and residual != "int8":
+                raise ValueError(f'{OP}: residual must be "int8", a function or None, got {residual!r}')
+            device = module.weight.device
+            rest = nn.Linear(self.in_features, self.out_features, bias=False, device=device)
+            with torch.no_grad():
+                rest.weight.copy_(module.weight.detach().to(torch.float32) - self.dense_weight())
+            residual = Int8Linear.from_float(rest) if isinstance(residual, str) else residual(rest)
+        self.residual = self._checked_residual(residual, None)
 
     @classmethod
     def from_factors(
@@ -110,10 +178,11 @@ class LowRankLinear(LowRankModule, LinearModule):
         x_scale: Tensor | float | None = None,
         x_zero_point: Tensor | int | None = None,
         activation: str = "none",
+        residual: nn.Module | None = None,
     ) -> LowRankLinear:
         """Take ``up(down(x))``; a bias of ``down`` is folded into that of ``up``.
 
-        The arguments beside the two layers are those of ``from_float``.
+        The arguments beside the two layers are those of ``from_float``; ``residual`` is a ready module.
 
         Raises:
             TypeError: not two ``nn.Linear``.
@@ -130,7 +199,7 @@ class LowRankLinear(LowRankModule, LinearModule):
             folded = up.weight.detach().double() @ down.bias.detach().double()
             bias = folded if bias is None else folded + bias.detach().double()
         arguments.update(out_features=follows["out_features"], bias=bias is not None)
-        return cls._build(
+        new = cls._build(
             arguments,
             down.weight,
             up.weight,
@@ -140,14 +209,23 @@ class LowRankLinear(LowRankModule, LinearModule):
             x_scale=x_scale,
             x_zero_point=x_zero_point,
             activation=activation,
-        ).train(up.training)
+        )
+        new.residual = new._checked_residual(residual, None)
+        return new.train(up.training)
 
     def dense_weight(self) -> Tensor:
         down, up = self._float_factors()
-        return up @ down
+        weight = up @ down
+        return weight if self.residual is None else weight + self.residual.dense_weight()
 
     def to_factors(self) -> tuple[nn.Linear, nn.Linear]:
-        """The two float32 layers that this one stands for, without the fused activation."""
+        """The two float32 layers that this one stands for, without the fused activation.
+
+        Raises:
+            ValueError: with a residual, which two layers cannot hold.
+        """
+        if self.residual is not None:
+            raise ValueError(f"{OP}: to_factors needs a layer without residual, got {self.residual}")
         down, up = self._float_factors()
         bias = self.bias
         first = nn.Linear(self.in_features, self.rank, bias=False)
@@ -157,7 +235,37 @@ class LowRankLinear(LowRankModule, LinearModule):
             second.bias = nn.Parameter(bias.detach().clone())
         return first.train(self.training), second.train(self.training)
 
+    def get_config(self) -> dict[str, Any]:
+        residual = self.residual
+        described = None if residual is None else {"class": type(residual).__name__, **residual.get_config()}
+        return {**super().get_config(), "residual": described}
+
+    def _format_repr(self) -> str:
+        text = super()._format_repr()
+        return text if self.residual is None else f"{text}, residual={self.residual}"
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.extra_repr()})"  # the residual on the same line
+
+    def packed_bytes(self) -> int:
+        return super().packed_bytes() + (0 if self.residual is None else self.residual.packed_bytes())
+
     # ---- PackedModule -----------------------------------------------------------------------------------
+
+    def _prepare(self, kernel: str | None = None) -> None:
+        residual = self.residual
+        kernel = dispatch.choose(self._problem()) if kernel is None else kernel
+        # First: it must be packed for the kernel of this layer.
+        if residual is not None and not (residual.ready() and residual._kernel_of_pack() == kernel):
+            residual._prepare(kernel)
+        super()._prepare(kernel)
+
+    def _watch(self) -> None:
+        super()._watch()
+        if self.residual is not None:
+            self._seen = [*self._seen, *self.residual._seen]
+            self._stamps = [*self._stamps, *self.residual._stamps]
+            self._handed.update({f"residual.{n}": entry for n, entry in self.residual._handed.items()})
 
     def _problem(self) -> dispatch.Problem:
         dtype = str(self.weight_dtype).removeprefix("torch.")
@@ -172,12 +280,30 @@ class LowRankLinear(LowRankModule, LinearModule):
     def _plan_factors(
         self, down: Tensor, up: Tensor, down_scale: Tensor | None, codes: dict[str, int]
     ) -> bytes:
-        return plan(down, up, self.in_features, down_scale, codes)
+        residual = self.residual
+        if residual is None:
+            return plan(down, up, self.in_features, down_scale, codes)
+        packed, scale = residual._buffers["packed"], residual.weight_scale
+        assert packed is not None
+        self._keep += [packed] if scale is None else [packed, scale]
+        return plan(down, up, self.in_features, down_scale, codes, packed, scale)
+
+    def _residual_operands(self) -> tuple[Any, ...]:
+        """What the torch op takes for the residual."""
+        residual = self.residual
+        if isinstance(residual, SparseLinear):
+            return (*residual._operands(), residual.weight_scale, residual.pattern)
+        if residual is None:
+            return (None,) * 5
+        weight = residual._buffers["weight"]
+        weight = residual._buffers["packed"] if weight is None else weight
+        return weight, None, None, residual.weight_scale, None
 
     def _through_op(self, x: Tensor) -> Tensor:
         buffers, bias = self._buffers, self._parameters["bias"]  # by name nn.Module takes 0.3 us each
         y: Tensor = torch.ops.tautorch.lowrank_linear(
             autocast_input(x), *self._operands(), bias, buffers["down_scale"], buffers["up_scale"],
-            self.out_features, self.rank, buffers["x_scale"], buffers["x_zero_point"], False, self.activation,
+            self.out_features, self.rank, *self._residual_operands(), buffers["x_scale"],
+            buffers["x_zero_point"], False, self.activation,
         )  # fmt: skip
         return y

@@ -124,11 +124,12 @@ class PackedModule(nn.Module):
             if not self.ready():
                 self._prepare()
 
-    def _prepare(self) -> None:
+    def _prepare(self, kernel: str | None = None) -> None:
+        """``kernel``: another one than ``dispatch`` chooses for this layer, where it is part of another."""
         self._epoch = -1  # other threads wait for the lock
         buffers = self._buffers
         problem = self._problem()
-        kernel = dispatch.choose(problem)
+        kernel = dispatch.choose(problem) if kernel is None else kernel
         if kernel == "reference" or problem.device != "cpu":  # GPU kernels read the canonical weight
             return
         dispatch.clear_last_python(self.op)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,8 +10,10 @@ from torch import Tensor
 from tautorch import _C, dispatch
 from tautorch.dispatch import Problem
 from tautorch.reference import lowrank_linear as reference
+from tautorch.reference.layouts import block_shape
 
 from . import library as lib
+from . import sparse_entries as entries
 from .int8_linear import pack, unpack
 from .library import Prepared, Tail
 
@@ -24,10 +26,128 @@ def problem(n: int, k: int, rank: int, weight_dtype: str, device: str = "cpu") -
     return Problem(OP, device, n, k, {"rank": rank, "weight_dtype": weight_dtype})
 
 
-def plan(down: Tensor, up: Tensor, k: int, down_scale: Tensor | None, tail: dict[str, int]) -> bytes:
+def plan(
+    down: Tensor,
+    up: Tensor,
+    k: int,
+    down_scale: Tensor | None,
+    tail: dict[str, int],
+    residual: Tensor | None = None,
+    residual_scale: Tensor | None = None,
+) -> bytes:
     """A plan for ``_C.lowrank_linear_run``; holds addresses, so the tensors must outlive it."""
-    scale = 0 if down_scale is None else down_scale.data_ptr()
-    return _C.lowrank_linear_plan(down.data_ptr(), down.numel(), up.data_ptr(), up.numel(), k, scale, tail)
+
+    def address(t: Tensor | None) -> int:
+        return 0 if t is None else t.data_ptr()
+
+    size = 0 if residual is None else residual.numel()
+    return _C.lowrank_linear_plan(
+        down.data_ptr(), down.numel(), up.data_ptr(), up.numel(), k, address(down_scale), address(residual),
+        size, address(residual_scale), tail,
+    )  # fmt: skip
+
+
+class Residual(NamedTuple):
+    """The arguments of the residual: canonical, or ``values`` packed (uint8) without indices."""
+
+    values: Tensor | None = None
+    crow_indices: Tensor | None = None
+    col_indices: Tensor | None = None
+    scale: Tensor | None = None
+    pattern: str | None = None
+
+    def check(self, x: Tensor, n: int, float_factors: bool, tail: Tail) -> None:
+        """Check all but sparse indices, which are checked when they are packed."""
+        values, k = self.values, x.shape[-1]
+        if values is None:
+            if any(a is not None for a in self[1:]):
+                raise ValueError(f"{OP}: residual must be given with its scale, indices or pattern, got None")
+            return
+        indices = self.crow_indices, self.col_indices
+        if self.pattern is not None:
+            block_shape(self.pattern, op=OP)
+        if values.dtype == torch.uint8:
+            if values.dim() != 1 or any(t is not None for t in indices):
+                raise ValueError(f"{OP}: packed residual must be uint8 [bytes] without indices")
+        elif self.pattern is None:
+            if values.dtype != torch.int8 or values.shape != (n, k) or any(t is not None for t in indices):
+                raise ValueError(
+                    f"{OP}: residual must be int8 [{n}, {k}], or values with indices and residual_pattern, "
+                    f"got {values.dtype} {list(values.shape)}"
+                )
+        elif self.col_indices is None:
+            raise TypeError(f"{OP}: residual_col_indices must be a tensor, got None")
+        if values.dtype != torch.uint8 and (values.dtype == torch.int8) != (self.scale is not None):
+            raise ValueError(
+                f"{OP}: residual_scale must be given for an int8 residual and only there, got {values.dtype} "
+                f"and {'no' if self.scale is None else 'a'} scale"
+            )
+        if self.scale is None and not float_factors:
+            raise ValueError(f"{OP}: residual must be int8 with int8 factors, got {values.dtype}")
+        if self.scale is not None:
+            if self.scale.dtype != torch.float32 or self.scale.shape != (n,):
+                raise ValueError(
+                    f"{OP}: residual_scale must be float32 [{n}], got {self.scale.dtype} "
+                    f"{list(self.scale.shape)}"
+                )
+            lib.check_k(OP, k)
+        for t in (values, *indices, self.scale):
+            if t is not None and t.device != x.device:
+                raise ValueError(f"{OP}: residual must be on {x.device} like x, got {t.device}; move it")
+        if tail.out_dtype == torch.int32:
+            raise ValueError(f"{OP}: out_dtype must be floating or int8 with a residual, got torch.int32")
+
+    def keywords(self) -> dict[str, Any]:
+        """As the reference takes them."""
+        names = ("", "_crow_indices", "_col_indices", "_scale", "_pattern")
+        return {f"residual{name}": value for name, value in zip(names, self, strict=True)}
+
+    def canonical(self, shape: tuple[int, int]) -> Residual:
+        """The same, unpacked."""
+        if self.values is None or self.values.dtype != torch.uint8:
+            return self
+        if self.pattern is None:
+            return self._replace(values=unpack(self.values))
+        values, crow, col = entries.unpack(self.values, self.pattern, shape)
+        return self._replace(values=values, crow_indices=crow, col_indices=col)
+
+    def packed(self, kernel: str, shape: tuple[int, int]) -> Tensor | None:
+        """Its pack for a kernel."""
+        values, pattern, col = self.values, self.pattern, self.col_indices
+        if values is None:
+            return None
+        is_packed = values.dtype == torch.uint8
+        if is_packed:
+            info = lib.pack_info(values)
+            if (info["n"], info["k"]) != shape:
+                raise ValueError(
+                    f"{OP}: packed residual must hold a weight of {list(shape)}, got "
+                    f"{[info['n'], info['k']]}; pack it again"
+                )
+            if info["kernel"] == kernel:
+                return values
+
+        def fresh() -> Tensor:
+            if pattern is None:
+                return pack(unpack(values) if is_packed else values, kernel=kernel)
+            if is_packed:
+                return entries.repack(values, kernel, pattern, shape, 1, op=OP)
+            assert col is not None
+            return entries.pack(values, self.crow_indices, col, pattern, shape, kernel=kernel, op=OP)
+
+        return _cache.get(values, ("residual", kernel, pattern, shape), fresh, (self.crow_indices, col))
+
+    def gradient(self, g: Tensor, k: int) -> Tensor:
+        """fp32 gradient with respect to the x that it multiplies, from that of its product."""
+        values, n = self.values, g.shape[-1]
+        assert values is not None
+        if self.pattern is None:
+            dense = torch.ops.tautorch.unpack_linear(values, n, k)
+        else:
+            dense = torch.ops.tautorch.sparse_to_dense(
+                values, self.crow_indices, self.col_indices, self.pattern, (n, k), 1
+            )
+        return (g if self.scale is None else g * self.scale) @ dense  # type: ignore[no-any-return]
 
 
 def _check(
@@ -38,6 +158,7 @@ def _check(
     down_scale: Tensor | None,
     up_scale: Tensor | None,
     sizes: tuple[int, int],
+    residual: Residual,
     tail: Tail,
 ) -> None:
     n, rank = sizes
@@ -75,6 +196,7 @@ def _check(
             raise ValueError(f"{OP}: down_scale must be on {x.device} like x, got {down_scale.device}")
         lib.check_k(OP, k)
         lib.check_k(OP, rank)
+    residual.check(x, n, up_scale is None, tail)
     lib.check_tail(
         OP,
         x,
@@ -110,9 +232,9 @@ def _prepare(
     rank: int | None = None,
     *rest: Any,
 ) -> Prepared | Tensor:
-    tail = Tail(*rest)
+    residual, tail = Residual(*rest[:5]), Tail(*rest[5:])
     n, r = sizes = _sizes(down, up, out_features, rank)
-    _check(x, down, up, bias, down_scale, up_scale, sizes, tail)
+    _check(x, down, up, bias, down_scale, up_scale, sizes, residual, tail)
     k = x.shape[-1]
     floats = up_scale is None
     kernel = dispatch.choose(problem(n, k, r, "float32" if floats else "int8"))
@@ -121,8 +243,9 @@ def _prepare(
         arguments = tail._asdict()
         del arguments["weight_only"]
         return reference.lowrank_linear(
-            x, down, up, bias, down_scale=down_scale, up_scale=up_scale, **arguments
-        )
+            x, down, up, bias, down_scale=down_scale, up_scale=up_scale, **arguments,
+            **residual.canonical((n, k)).keywords(),
+        )  # fmt: skip
     packs = [_packed(w, kernel) for w in (down, up)]
     lib.check_pack(OP, "down", packs[0], r, r * k)
     lib.check_pack(OP, "up", packs[1], n, n * r)
@@ -130,9 +253,15 @@ def _prepare(
     if down_scale is not None:
         down_scale = down_scale.detach().contiguous()
         keep.append(down_scale)
-    made = plan(packs[0], packs[1], k, down_scale, codes)
+    added, added_scale = residual.packed(kernel, (n, k)), residual.scale
+    if added is not None:
+        packs.append(added)
+    if added_scale is not None:
+        added_scale = added_scale.detach().contiguous()
+        keep.append(added_scale)
+    made = plan(packs[0], packs[1], k, down_scale, codes, added, added_scale)
     call = lib.linear_call(made, k, n, x.dtype, tail.dtype(x))
-    return tail.prepared(call, codes, [*packs, *keep], down_scale)
+    return tail.prepared(call, codes, [*packs, *keep], down_scale, added_scale)
 
 
 def _run(call: tuple[Any, ...], x: Tensor) -> Tensor | None:
@@ -158,25 +287,28 @@ def _fake(
     rank: int | None = None,
     *rest: Any,
 ) -> Tensor:
-    tail = Tail(*rest)
+    residual, tail = Residual(*rest[:5]), Tail(*rest[5:])
     sizes = _sizes(down, up, out_features, rank)
-    _check(x, down, up, bias, down_scale, up_scale, sizes, tail)
+    _check(x, down, up, bias, down_scale, up_scale, sizes, residual, tail)
     return x.new_empty((*x.shape[:-1], sizes[0]), dtype=tail.dtype(x))
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, down, up, bias, down_scale, up_scale, ctx.n, ctx.rank, *rest = inputs
-    tail = Tail(*rest)
-    ctx.activation = tail.activation
-    ctx.save_for_backward(x, down, up, bias, down_scale, up_scale, tail.x_scale, tail.x_zero_point)
+    residual, tail = Residual(*rest[:5]), Tail(*rest[5:])
+    ctx.activation, ctx.pattern = tail.activation, residual.pattern
+    ctx.save_for_backward(
+        x, down, up, bias, down_scale, up_scale, *residual[:4], tail.x_scale, tail.x_zero_point
+    )
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    x, down, up, bias, down_scale, up_scale, x_scale, x_zero_point = ctx.saved_tensors
+    x, down, up, bias, down_scale, up_scale, *added, x_scale, x_zero_point = ctx.saved_tensors
+    residual = Residual(added[0], added[1], added[2], added[3], ctx.pattern)
     g = grad.to(torch.float32)
     if ctx.activation != "none":
         pre = torch.ops.tautorch.lowrank_linear(
-            x, down, up, bias, down_scale, up_scale, ctx.n, ctx.rank, x_scale, x_zero_point,
+            x, down, up, bias, down_scale, up_scale, ctx.n, ctx.rank, *residual, x_scale, x_zero_point,
             out_dtype=torch.float32,
         )  # fmt: skip
         g = lib.activation_grad(grad, pre, ctx.activation)
@@ -186,17 +318,23 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         unpacked = torch.ops.tautorch.unpack_linear
         inner = (g if up_scale is None else g * up_scale) @ unpacked(up, n, rank)
         inner = inner if down_scale is None else inner * down_scale
-        grad_x = lib.input_gradient(inner @ unpacked(down, rank, x.shape[-1]), x, x_scale, x_zero_point)
+        k = x.shape[-1]
+        to_x = inner @ unpacked(down, rank, k)
+        if residual.values is not None:
+            to_x = to_x + residual.gradient(g, k)
+        grad_x = lib.input_gradient(to_x, x, x_scale, x_zero_point)
     if bias is not None and ctx.needs_input_grad[3]:
         grad_bias = g.reshape(-1, g.shape[-1]).sum(0).to(bias.dtype)
-    return (grad_x, None, None, grad_bias, *[None] * 11)
+    return (grad_x, None, None, grad_bias, *[None] * 16)
 
 
 # Packed factors do not know their sizes in a graph: out_features and rank say them.
 lib.define(
     OP,
     "(Tensor x, Tensor down, Tensor up, Tensor? bias=None, Tensor? down_scale=None, Tensor? up_scale=None, "
-    "SymInt? out_features=None, SymInt? rank=None, " + lib.TAIL_SCHEMA + ") -> Tensor",
+    "SymInt? out_features=None, SymInt? rank=None, Tensor? residual=None, "
+    "Tensor? residual_crow_indices=None, Tensor? residual_col_indices=None, Tensor? residual_scale=None, "
+    "str? residual_pattern=None, " + lib.TAIL_SCHEMA + ") -> Tensor",
     _prepare,
     _run,
     _fake,
@@ -219,8 +357,15 @@ def lowrank_linear(
     out_dtype: torch.dtype | None = None,
     x_scale: Tensor | None = None,
     x_zero_point: Tensor | None = None,
+    residual: Tensor | None = None,
+    residual_scale: Tensor | None = None,
+    residual_crow_indices: Tensor | None = None,
+    residual_col_indices: Tensor | None = None,
+    residual_pattern: str | None = None,
 ) -> Tensor:
     """Linear layer whose weight is ``up @ down``: ``y = act(up @ (down @ x) + bias)`` in one call.
+
+    With a residual: ``y = act(up @ (down @ x) + residual @ x + bias)``.
 
     The intermediate ``[..., r]`` stays in the kernel, in fp32; with int8 factors it is quantised per row, as
     x is (dynamically, or by ``x_scale`` and ``x_zero_point``).
@@ -232,6 +377,10 @@ def lowrank_linear(
         bias: floating ``[N]``.
         down_scale: float32 ``[r]``.
         up_scale: float32 ``[N]``.
+        residual: int8 ``[N, K]`` with ``residual_scale`` float32 ``[N]``, or, with ``residual_pattern``, the
+            values of a sparse layout with ``residual_crow_indices`` and ``residual_col_indices`` (see
+            ``sparse_linear``): int8 with a scale, or with float factors also floating. x is quantised for an
+            int8 one as for int8 factors; with float factors, dynamically.
 
     The other arguments, the result and its dtype are those of ``int8_linear``; ``out_dtype=torch.int32``
     gives the accumulators of the second product.
@@ -243,7 +392,8 @@ def lowrank_linear(
         TypeError, ValueError: before anything runs, naming the argument, what was expected and what came.
     """
     y: Tensor = torch.ops.tautorch.lowrank_linear(
-        x, down, up, bias, down_scale, up_scale, None, None, x_scale, x_zero_point, False, activation,
+        x, down, up, bias, down_scale, up_scale, None, None, residual, residual_crow_indices,
+        residual_col_indices, residual_scale, residual_pattern, x_scale, x_zero_point, False, activation,
         out_scale, out_zero_point, out_dtype,
     )  # fmt: skip
     return y
