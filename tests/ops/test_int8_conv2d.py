@@ -47,6 +47,10 @@ SHAPES: list[tuple[tuple[int, ...], tuple[int, int, int, int], dict[str, Any]]] 
     ((1, 24, 6, 6), (48, 3, 3, 3), {"padding": 1, "groups": 8}),
     ((1, 15, 6, 6), (20, 3, 3, 3), {"padding": 1, "groups": 5, "dilation": 2}),
     ((2, 8, 6, 6), (24, 1, 3, 3), {"padding": 1, "groups": 8}),  # into one
+    ((1, 512, 5, 4), (64, 16, 3, 3), {"padding": 1, "groups": 32}),  # pixels of 512 bytes, with gaps
+    ((1, 512, 5, 4), (64, 256, 3, 3), {"padding": 1, "groups": 2, "stride": 2}),
+    ((2, 8, 6, 5), (70, 8, 5, 3), {"padding": (4, 1), "dilation": (3, 1)}),  # taps left out above and below
+    ((2, 8, 3, 5), (70, 8, 3, 3), {"padding": (2, 1), "dilation": (2, 2)}),
     *[  # depthwise: vectors of 32 and 64 channels, taps beside quads of 4, beside passes of 16
         ((1, c, 6, 5), (c, 1, *k), {"groups": c, "padding": 1})
         for c in (1, 31, 32, 33, 64, 65, 96, 130)
@@ -70,6 +74,9 @@ def test_shapes(
             case = conv_case("int8_conv2d", x, w, mode=mode, **arguments)
             agree(case, kernel)
             agree(case.with_x(case.x.contiguous(memory_format=LAST)), kernel)
+            if mode in ("static", "int8"):  # where the operand outside the image is 0, taps are left out
+                for point in (-128, 0):
+                    agree(case.but(x_zero_point=torch.tensor([point], dtype=torch.int32)), kernel)
 
 
 @each_kernel

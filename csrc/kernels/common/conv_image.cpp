@@ -48,7 +48,7 @@ void turn(const ConvImage &c, const char *in, int64_t pixels, char *out) {
     if (c.kind == OperandKind::s16 || (channels < step && c.kind != OperandKind::u8)) {
         for (int64_t p = 0; p < pixels; ++p)
             for (int64_t i = 0; i < channels; ++i)
-                std::memcpy(out + (p * channels + i) * size, in + (i * kStrip + p) * size,
+                std::memcpy(out + p * c.pixel + i * size, in + (i * kStrip + p) * size,
                             static_cast<size_t>(size));
         return;
     }
@@ -61,7 +61,7 @@ void turn(const ConvImage &c, const char *in, int64_t pixels, char *out) {
         c.isa->transpose_u8(reinterpret_cast<const uint8_t *const *>(rows), 16, round_up(pixels, 16), wide,
                             16);
         int64_t p = 0;
-        for (; p * channels + 16 <= pixels * channels; ++p)
+        for (; p * channels + 16 <= pixels * channels; ++p) // such pixels have no gaps
             std::memcpy(out + p * channels, wide + p * 16, 16);
         for (; p < pixels; ++p)
             std::memcpy(out + p * channels, wide + p * 16, static_cast<size_t>(channels));
@@ -73,10 +73,10 @@ void turn(const ConvImage &c, const char *in, int64_t pixels, char *out) {
             rows[j] = in + (at + j) * kStrip * size;
         if (c.kind == OperandKind::u8)
             c.isa->transpose_u8(reinterpret_cast<const uint8_t *const *>(rows), 16, pixels,
-                                reinterpret_cast<uint8_t *>(out) + at, channels);
+                                reinterpret_cast<uint8_t *>(out) + at, c.pixel);
         else
             c.isa->transpose_32(reinterpret_cast<const uint32_t *const *>(rows), 4, pixels,
-                                reinterpret_cast<uint32_t *>(out) + at, channels);
+                                reinterpret_cast<uint32_t *>(out) + at, c.pixel / 4);
     }
 }
 
@@ -139,14 +139,14 @@ struct Rows {
         const Geometry &g = c.g;
         const int64_t in_pixel = g.channels * size_of(c.dtype);
         const char *x = c.x + b * g.height * g.width * in_pixel;
-        if (c.keep_x == 1 && c.keep_y == 1 && nx == g.width && c.cols == g.width) {
+        if (c.packed() && c.keep_x == 1 && c.keep_y == 1 && nx == g.width && c.cols == g.width) {
             convert(c, b, x + iy * g.width * in_pixel, count * g.width * g.channels, first);
             return;
         }
         for (int64_t r = 0; r < count; ++r) {
             const char *from = x + ((iy + r * c.keep_y) * g.width + x0) * in_pixel;
             char *to = first + r * c.row;
-            if (c.keep_x == 1)
+            if (c.keep_x == 1 && c.packed())
                 convert(c, b, from, nx * g.channels, to);
             else
                 for (int64_t i = 0; i < nx; ++i)
@@ -157,14 +157,18 @@ struct Rows {
 
 } // namespace
 
-ConvImage::ConvImage(const ConvArgs &a, const Isa &i, OperandKind k)
+ConvImage::ConvImage(const ConvArgs &a, const Isa &i, OperandKind k, bool grouped)
     : isa(&i), kind(k), g(a.geometry), x(static_cast<const char *>(a.x)), dtype(a.quant.dtype),
       channels_last(a.channels_last), how(nullptr), bad(nullptr),
       pad((a.quant.mode == ActQuant::dynamic || k == OperandKind::f32 ? 0 : a.quant.zero_point) +
           operand_shift(k)),
       oh(g.out_height()), ow(g.out_width()), keep_y(g.kh == 1 ? g.sh : 1), keep_x(g.kw == 1 ? g.sw : 1),
       dy(g.kh == 1 ? 1 : g.sh), dx(g.kw == 1 ? 1 : g.sw), cols((ow - 1) * dx + g.dw * (g.kw - 1) + 1),
-      pixel(g.channels * operand_bytes(k)), row(cols * pixel) {}
+      pixel(g.channels * operand_bytes(k)), row(0) {
+    if (grouped && pixel % 512 == 0)
+        pixel += 64;
+    row = cols * pixel;
+}
 
 void ConvBand::prepare(int64_t r0, int64_t r1) const {
     const Geometry &g = c.g;
@@ -199,8 +203,8 @@ void ConvBand::prepare(int64_t r0, int64_t r1) const {
             else
                 rows.nchw(top + r * c.keep_y, n);
             for (int64_t i = 0; i < n && right - left < c.cols; ++i, out += c.row) {
-                fill_operands(c.kind, c.pad, left * g.channels, out);
-                fill_operands(c.kind, c.pad, (c.cols - right) * g.channels, out + right * c.pixel);
+                fill_operands(c.kind, c.pad, left * c.pixel / size, out);
+                fill_operands(c.kind, c.pad, (c.cols - right) * c.pixel / size, out + right * c.pixel);
             }
             r += n;
         }

@@ -30,10 +30,13 @@ struct ConvImage {
     // Filters of one row or column leave out what the stride leaves out: input rows between kept ones, and
     // kept rows between outputs.
     int64_t keep_y, keep_x, dy, dx;
-    int64_t cols, pixel, row; // kept pixels in a row; bytes of a pixel and of a row
+    // Kept pixels in a row; bytes of a pixel and of a row. Between groups' pixels at a multiple of 512 bytes
+    // lies a cache line: all pixels of a tile would share a few sets of the first-level cache.
+    int64_t cols, pixel, row;
 
-    ConvImage(const ConvArgs &a, const Isa &isa, OperandKind kind);
-    int64_t extent() const { return g.dh * (g.kh - 1) + 1; } // kept rows under a filter
+    ConvImage(const ConvArgs &a, const Isa &isa, OperandKind kind, bool grouped);
+    bool packed() const { return pixel == g.channels * operand_bytes(kind); } // no gap between pixels
+    int64_t extent() const { return g.dh * (g.kh - 1) + 1; }                  // kept rows under a filter
 };
 
 // Output rows [y0, y1) of all samples, counted through, and the kept rows under them. Samples do not share

@@ -127,16 +127,25 @@ void fused_panel(const Isa &isa, ProductI8 p, const Output &out, int64_t m0, int
 
 void gemm_block(const Isa &isa, const uint8_t *packed, int64_t group, const void *const *pointers, int64_t ld,
                 int rows, int64_t p0, int64_t p1, const Output &out, int64_t m0, const float *row_scale) {
+    gemm_block_taps(isa, packed, group, pointers, ld, rows, 0, header_of(packed).taps, p0, p1, out, m0,
+                    row_scale);
+}
+
+void gemm_block_taps(const Isa &isa, const uint8_t *packed, int64_t group, const void *const *pointers,
+                     int64_t ld, int rows, int64_t tap0, int64_t tap1, int64_t p0, int64_t p1,
+                     const Output &out, int64_t m0, const float *row_scale) {
     const PackHeader &h = header_of(packed);
+    const int64_t taps = tap1 - tap0,
+                  skipped = tap0 * round_up(h.k, h.kr) * (h.kind == PackKind::dense_f32 ? 4 : 1);
     const int64_t kq = div_up(h.k, h.kr);
     const bool fused = isa.product_i8 && h.kind == PackKind::dense_i8;
     ProductI8 task = {};
     if (fused) {
         task.rows = pointers;
         task.ld = ld;
-        task.row_step = h.taps == 1 ? row_step(pointers, rows) : 0;
+        task.row_step = taps == 1 ? row_step(pointers, rows) : 0;
         task.count = rows;
-        task.taps = h.taps;
+        task.taps = taps;
         task.kq = kq;
         task.row_scale = row_scale;
     }
@@ -144,7 +153,7 @@ void gemm_block(const Isa &isa, const uint8_t *packed, int64_t group, const void
     for (int64_t p = p0; p < p1; ++p) {
         const int width = panel_width(h, p);
         const int cols = static_cast<int>(std::min<int64_t>(width, h.n - p * h.nr));
-        const uint8_t *data = panel_data(packed, group, p);
+        const uint8_t *data = panel_data(packed, group, p) + skipped * width;
         if (fused) {
             task.panel = reinterpret_cast<const int8_t *>(data);
             task.width = width;
@@ -161,10 +170,10 @@ void gemm_block(const Isa &isa, const uint8_t *packed, int64_t group, const void
                 const int r0 = tile * i / parts, mr = tile * (i + 1) / parts - r0;
                 const void *const *at = pointers + t0 + r0;
                 if (h.kind == PackKind::dense_i8)
-                    isa.dot_i8(at, ld, mr, h.taps, kq, reinterpret_cast<const int8_t *>(data), width,
+                    isa.dot_i8(at, ld, mr, taps, kq, reinterpret_cast<const int8_t *>(data), width,
                                acc + r0 * kTileN);
                 else
-                    isa.dot_f32(at, ld, mr, h.taps, h.k, data, h.kind == PackKind::dense_w8, width,
+                    isa.dot_f32(at, ld, mr, taps, h.k, data, h.kind == PackKind::dense_w8, width,
                                 reinterpret_cast<float *>(acc) + r0 * kTileN);
             }
             store_tile(isa, out, acc, kTileN, false, m0 + t0, tile, group * h.n + p * h.nr, cols,

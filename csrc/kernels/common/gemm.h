@@ -42,6 +42,10 @@ void store_tile(const Isa &isa, const Output &out, const void *acc, int64_t ld, 
 // y[m0 .. m0 + rows) of panels [p0, p1) of one group. pointers is [taps][ld].
 void gemm_block(const Isa &isa, const uint8_t *packed, int64_t group, const void *const *pointers, int64_t ld,
                 int rows, int64_t p0, int64_t p1, const Output &out, int64_t m0, const float *row_scale);
+// The same for taps [tap0, tap1) alone, of which pointers[0] is the first.
+void gemm_block_taps(const Isa &isa, const uint8_t *packed, int64_t group, const void *const *pointers,
+                     int64_t ld, int rows, int64_t tap0, int64_t tap1, int64_t p0, int64_t p1,
+                     const Output &out, int64_t m0, const float *row_scale);
 
 // Threads that a product of this size is worth.
 int64_t threads_for(int64_t macs, int64_t weight_bytes);
