@@ -48,11 +48,14 @@ class Table:
         *,
         operations: float | None = None,
         target: tuple[str, float] | None = None,
+        peak_of: str | None = None,
+        seconds: float = 0.4,
         **extra: Any,
     ) -> dict[str, float]:
         """Time `ours` against every peer and add a row; returns ratios by peer (none when not timing).
 
-        `operations`: of one call, for GOPS. `target`: a peer's name and the ratio asked.
+        `operations`: of one call, for GOPS. `target`: a peer's name and the ratio asked. `peak_of`: a kernel,
+        for the share of its arithmetic's peak on all threads. `seconds`: for each peer.
         """
         with torch.inference_mode():
             ours()
@@ -64,12 +67,15 @@ class Table:
             ratios, ours_us = {}, 0.0
             figures: dict[str, Any] = {}
             for name, peer in peers.items():
-                c = timing.compare(peer, ours, seconds=0.4)
+                c = timing.compare(peer, ours, seconds=seconds)
                 ratios[name], ours_us = c.ratio, c.b_s * 1e6
                 figures[f"vs {name}"] = f"{c.ratio:.2f}x [{c.ratio_low:.2f}, {c.ratio_high:.2f}]"
             row: dict[str, Any] = {"us": round(ours_us, 2)}
             if operations is not None:
                 row["GOPS"] = round(operations / ours_us / 1e3)
+                if peak_of is not None:
+                    peak = torch.get_num_threads() * peak_gops(peak_of)
+                    row["share of peak"] = f"{operations / ours_us / 1e3 / peak:.0%}"
             row |= figures | extra
             if target is not None:
                 row["target"] = (
