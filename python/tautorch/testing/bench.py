@@ -134,6 +134,13 @@ def best_seconds(fn: Callable[[], object], repeats: int = 50) -> float:
     return best
 
 
+def peak_gops(kernel: str) -> float:
+    """Operations per ns (2 per multiply-accumulate) of one core's product instruction, measured now."""
+    rounds = 20_000
+    macs = _C.peak_i8(kernel, rounds)
+    return 2 * macs / best_seconds(lambda: _C.peak_i8(kernel, rounds), 15) / 1e9
+
+
 def in_turns(
     sides: dict[str, Callable[[], object]], *, seconds: float = 0.5, sample: float = 150e-6
 ) -> dict[str, float]:
