@@ -157,6 +157,7 @@ void gemm_block_taps(const Isa &isa, const uint8_t *packed, int64_t group, const
         if (fused) {
             task.panel = reinterpret_cast<const int8_t *>(data);
             task.width = width;
+            task.next = p + 1 < p1 ? task.panel + kq * 4 * width : task.panel;
             task.cols = cols;
             fused_panel(isa, task, out, m0, group * h.n + p * h.nr);
             continue;

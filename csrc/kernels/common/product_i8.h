@@ -12,7 +12,8 @@ struct ProductI8 {
     int count;        // rows
     int64_t taps, kq; // groups of 4 inputs per tap
     const int8_t *panel;
-    int width; // a multiple of 16, at most 64
+    int width;          // a multiple of 16, at most 64
+    const int8_t *next; // the panel after this one, or this one again: fetched into L2 meanwhile
     // Activation none or relu. Out has row_bytes from one row to the next and gets `cols` outputs, whose
     // scale, bias and column sums are at n0.
     const Epilogue *epilogue;

@@ -153,7 +153,11 @@ __attribute__((always_inline)) inline void finish(const ProductI8 &p, int i, int
                         static_cast<size_t>(left * size));
 }
 
-template <int MR, int NV, bool Even> void tile(const ProductI8 &p, int i, int r0) {
+// Bytes of the next panel that are fetched with every 16 inputs. Weights that come from memory arrive while
+// the ones before are multiplied by all their rows.
+constexpr int64_t kAhead = 128;
+
+template <int MR, int NV, bool Even> void tile(const ProductI8 &p, int i, int r0, const int8_t *ahead) {
     // Two products a cycle at a latency of 4 to 5 cycles need ten chains: small tiles split theirs over U
     // groups of inputs.
     constexpr int U = MR * NV >= 10 ? 1 : MR * NV >= 5 ? 2 : 4;
@@ -190,6 +194,11 @@ template <int MR, int NV, bool Even> void tile(const ProductI8 &p, int i, int r0
 #pragma GCC unroll 4
             for (int u = 0; u < 4; ++u)
                 products(u, c[u % U]);
+            if constexpr (Even && NV == 2) {
+                _mm_prefetch(reinterpret_cast<const char *>(ahead), _MM_HINT_T1);
+                _mm_prefetch(reinterpret_cast<const char *>(ahead + 64), _MM_HINT_T1);
+                ahead += kAhead;
+            }
             x.advance(16);
         }
         for (; q < p.kq; ++q) {
@@ -207,7 +216,7 @@ template <int MR, int NV, bool Even> void tile(const ProductI8 &p, int i, int r0
     finish<MR, NV>(p, i, r0, c[0]);
 }
 
-using Tile = void (*)(const ProductI8 &, int i, int r0);
+using Tile = void (*)(const ProductI8 &, int i, int r0, const int8_t *ahead);
 template <int NV, bool Even>
 constexpr Tile kTiles[12] = {tile<1, NV, Even>, tile<2, NV, Even>,  tile<3, NV, Even>,  tile<4, NV, Even>,
                              tile<5, NV, Even>, tile<6, NV, Even>,  tile<7, NV, Even>,  tile<8, NV, Even>,
@@ -216,12 +225,15 @@ template <bool Even>
 constexpr Tile kWideTiles[6] = {tile<1, 4, Even>, tile<2, 4, Even>, tile<3, 4, Even>,
                                 tile<4, 4, Even>, tile<5, 4, Even>, tile<6, 4, Even>};
 
-// Rows are dealt out evenly: two tiles of 4 run faster than one of 6 and one of 2.
+// Rows are dealt out evenly: two tiles of 4 run faster than one of 6 and one of 2. Every tile fetches its
+// part of the next panel, until that is whole.
 void strip(const ProductI8 &p, const Tile *tiles, int most, int i) {
     const int parts = (p.count + most - 1) / most;
+    const int64_t bytes = p.taps * p.kq * 4 * p.width, part = p.kq / 4 * kAhead;
     for (int j = 0; j < parts; ++j) {
         const int r0 = p.count * j / parts;
-        tiles[p.count * (j + 1) / parts - r0 - 1](p, i, r0);
+        const int64_t at = (i / 32 * parts + j) * part;
+        tiles[p.count * (j + 1) / parts - r0 - 1](p, i, r0, at + part <= bytes ? p.next + at : p.panel);
     }
 }
 
@@ -231,9 +243,9 @@ void product_i8_avx512vnni(const ProductI8 &p) {
     const bool even = p.even();
     int i = 0;
     // 12 x 32 reads 128 bytes of weights in 12 cycles, 6 x 64 twice as many, and the 32 columns of a panel
-    // that it walks stay in L1 up to 1024 inputs; a row block of 6 or less reads each weight once either way.
-    // Without a common distance, 12 rows would need 12 pointers.
-    if (p.width == 64 && (!even || p.count <= 6)) {
+    // that it walks stay in L1 up to 1024 inputs. Up to 8 rows memory is the limit: whole lines of a panel in
+    // order. Without a common distance, 12 rows would need 12 pointers.
+    if (p.width == 64 && (!even || p.count <= 8)) {
         strip(p, even ? kWideTiles<true> : kWideTiles<false>, 6, 0);
         return;
     }
