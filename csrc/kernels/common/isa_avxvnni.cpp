@@ -4,7 +4,9 @@
 #include "kernels/common/isa.h"
 #include "kernels/common/panel.h"
 #include "kernels/common/sparse_f32_kernel.h"
+#define TT_DOT_BYTES 1
 #include "kernels/common/sparse_plain.h"
+#include "kernels/common/sparse_ymm.h"
 
 namespace tautorch {
 namespace {
@@ -42,7 +44,7 @@ const Isa isa_avxvnni = {
     epilogue,
     transpose_u8,
     transpose_32,
-    sparse_i8_plain,
+    sparse_i8,
     sparse_f32,
     kPlainOrder,
     peak_i8,

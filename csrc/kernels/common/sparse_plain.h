@@ -13,8 +13,9 @@ constexpr uint8_t kPlainOrder[64] = {
     44, 45, 46, 47, 48, 49, 50, 51, 52, 53, 54, 55, 56, 57, 58, 59, 60, 61, 62, 63,
 };
 
-void sparse_i8_plain(int gs, int w, const uint8_t *x, const uint32_t *start, const uint16_t *idx,
-                     const int8_t *values, int64_t g0, int64_t g1, bool add, int32_t *acc) {
+[[maybe_unused]] void sparse_i8_plain(int gs, int w, const uint8_t *x, const uint32_t *start,
+                                      const uint16_t *idx, const int8_t *values, int64_t g0, int64_t g1,
+                                      bool add, int32_t *acc) {
     for (int64_t g = g0; g < g1; ++g, acc += gs * w) {
         if (!add)
             std::memset(acc, 0, sizeof(int32_t) * static_cast<size_t>(gs * w));
