@@ -179,6 +179,10 @@ Cut cheapest(const Job &job, int64_t m, int64_t threads) {
 
     Cut best;
     double least = rows * quantise + time(rows, macs_down, bytes_down) + time(rows, macs_up, bytes_up);
+    // A thread that has slept meanwhile takes tens of microseconds to wake: not worth it for the smallest
+    // calls.
+    if (least < 5000)
+        return best;
     const auto consider = [&](Cut cut, double cost) {
         if (cost < least) {
             best = cut;
