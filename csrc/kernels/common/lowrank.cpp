@@ -179,8 +179,7 @@ Cut cheapest(const Job &job, int64_t m, int64_t threads) {
 
     Cut best;
     double least = rows * quantise + time(rows, macs_down, bytes_down) + time(rows, macs_up, bytes_up);
-    // A thread that has slept meanwhile takes tens of microseconds to wake: not worth it for the smallest
-    // calls.
+    // Threads gain less than a microsecond here, and lose more where they have to be woken.
     if (least < 5000)
         return best;
     const auto consider = [&](Cut cut, double cost) {
