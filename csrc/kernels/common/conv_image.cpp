@@ -32,13 +32,8 @@ void convert(const ConvImage &c, int64_t b, const char *x, int64_t n, char *out)
         fill_operands(c.kind, q.zp + operand_shift(c.kind), n, out);
         return;
     }
-    if (c.bad) {
-        bool finite = true;
-        c.isa->amax(x, c.dtype, n, &finite);
-        if (!finite)
-            __atomic_store_n(c.bad + b, uint8_t{1}, __ATOMIC_RELAXED);
-    }
-    c.isa->quantize(x, c.dtype, n, q.inv, q.zp, q.lo, q.hi, act_of(c.kind), out);
+    if (!c.isa->quantize(x, c.dtype, n, q.inv, q.zp, q.lo, q.hi, act_of(c.kind), out) && c.bad)
+        __atomic_store_n(c.bad + b, uint8_t{1}, __ATOMIC_RELAXED);
 }
 
 // [channels][kStrip] operands -> out, pixel after pixel. Nothing past the last one's end is written.

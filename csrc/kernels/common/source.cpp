@@ -3,6 +3,7 @@
 #include "core/parallel.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cstring>
 #include <limits>
 
@@ -22,7 +23,8 @@ struct SampleQuant {
     bool blank; // write zero_point only
 };
 
-// Scale of every sample (written to `scales`) and how to quantise it.
+// Scale of every sample (written to `scales`) and how to quantise it. Whether a sample is finite shows here
+// for dynamic scales, and with fixed ones when it is quantised: one pass over it instead of two.
 void sample_scales(const Isa &isa, const ActQuant &q, const char *x, int64_t batch, int64_t n, float *scales,
                    SampleQuant *how) {
     constexpr float kTiny = 0x1p-100f;
@@ -31,17 +33,15 @@ void sample_scales(const Isa &isa, const ActQuant &q, const char *x, int64_t bat
         float scale = q.scale;
         if (q.mode == ActQuant::given) {
             scale = q.given_scale[q.given_scales == 1 ? 0 : b];
+        } else if (q.mode == ActQuant::fixed) {
+            s.inv = 1.0f / scale;
         } else {
             bool finite = true;
             const float amax = isa.amax(x + b * n * size_of(q.dtype), q.dtype, n, &finite);
-            if (q.mode == ActQuant::fixed) {
-                s.inv = 1.0f / scale;
-            } else {
-                s.zp = 0;
-                s.lo = -127;
-                scale = amax >= kTiny ? amax / 127.0f : 1.0f;
-                s.inv = amax >= kTiny ? 127.0f / amax : 0.0f;
-            }
+            s.zp = 0;
+            s.lo = -127;
+            scale = amax >= kTiny ? amax / 127.0f : 1.0f;
+            s.inv = amax >= kTiny ? 127.0f / amax : 0.0f;
             s.blank = !finite || s.inv == 0.0f;
             if (!finite)
                 scale = std::numeric_limits<float>::quiet_NaN();
@@ -49,24 +49,25 @@ void sample_scales(const Isa &isa, const ActQuant &q, const char *x, int64_t bat
         scales[b] = scale;
         how[b] = s;
     };
-    const int64_t tasks = pass_tasks(batch * n, batch);
+    const int64_t tasks = q.mode == ActQuant::dynamic ? pass_tasks(batch * n, batch) : 1;
     parallel_tasks(tasks, [&](int64_t t) {
         for (int64_t b = chunk_begin(batch, tasks, t); b < chunk_begin(batch, tasks, t + 1); ++b)
             one(b);
     });
 }
 
-// n elements -> operands.
-void convert(const Isa &isa, OperandKind kind, DType dtype, const SampleQuant &s, const void *x, int64_t n,
+// n elements -> operands. False if they had to be finite and are not.
+bool convert(const Isa &isa, OperandKind kind, DType dtype, const SampleQuant &s, const void *x, int64_t n,
              void *out) {
     if (kind == OperandKind::f32)
         isa.to_f32(x, dtype, n, static_cast<float *>(out));
     else if (!s.blank)
-        isa.quantize(x, dtype, n, s.inv, s.zp, s.lo, s.hi, act_of(kind), out);
+        return isa.quantize(x, dtype, n, s.inv, s.zp, s.lo, s.hi, act_of(kind), out);
     else if (kind == OperandKind::u8)
         std::memset(out, s.zp + 128, static_cast<size_t>(n));
     else
         std::fill_n(static_cast<int16_t *>(out), n, static_cast<int16_t>(s.zp));
+    return true;
 }
 
 // rows [n][ld_in] of elements -> out[j * ld_out + i], both strides in elements.
@@ -225,8 +226,9 @@ Source image_source(const Isa &isa, const ActQuant &q, OperandKind kind, const v
     const int64_t in_size = size_of(q.dtype), sample = g.channels * pixels;
     SampleQuant *how = static_cast<SampleQuant *>(
         scratch(Scratch::pointers, sizeof(SampleQuant) * static_cast<size_t>(g.batch)));
+    float *scales = nullptr;
     if (kind != OperandKind::f32) {
-        float *scales = static_cast<float *>(scratch(Scratch::scales, static_cast<size_t>(4 * g.batch)));
+        scales = static_cast<float *>(scratch(Scratch::scales, static_cast<size_t>(4 * g.batch)));
         sample_scales(isa, q, from, g.batch, sample, scales, how);
         s.scales = scales;
     }
@@ -239,7 +241,9 @@ Source image_source(const Isa &isa, const ActQuant &q, OperandKind kind, const v
     const bool whole = padded == per_group; // no holes between groups: channels of a pixel are adjacent
     const int64_t strips = div_up(pixels, kStrip);
     const int64_t tasks = pass_tasks(g.batch * sample, g.batch * strips);
+    std::atomic<bool> all_finite = true;
     parallel_tasks(tasks, [&](int64_t t) {
+        bool finite = true;
         char *strip = static_cast<char *>(
             channels_last ? nullptr
                           : scratch(Scratch::tile, static_cast<size_t>(g.channels * kStrip * size)));
@@ -252,17 +256,18 @@ Source image_source(const Isa &isa, const ActQuant &q, OperandKind kind, const v
             if (!whole) // the weights there are zero; the value only has to be defined
                 std::memset(out, 0, static_cast<size_t>(n * s.row_stride));
             if (channels_last && whole) {
-                convert(isa, kind, q.dtype, sq, in + p0 * g.channels * in_size, n * g.channels, out);
+                finite &=
+                    convert(isa, kind, q.dtype, sq, in + p0 * g.channels * in_size, n * g.channels, out);
             } else if (channels_last) {
                 for (int64_t p = 0; p < n; ++p)
                     for (int64_t j = 0; j < groups; ++j)
-                        convert(isa, kind, q.dtype, sq,
-                                in + ((p0 + p) * g.channels + j * per_group) * in_size, per_group,
-                                out + p * s.row_stride + j * s.group_stride);
+                        finite &= convert(isa, kind, q.dtype, sq,
+                                          in + ((p0 + p) * g.channels + j * per_group) * in_size, per_group,
+                                          out + p * s.row_stride + j * s.group_stride);
             } else {
                 for (int64_t c = 0; c < g.channels; ++c)
-                    convert(isa, kind, q.dtype, sq, in + (c * pixels + p0) * in_size, n,
-                            strip + c * kStrip * size);
+                    finite &= convert(isa, kind, q.dtype, sq, in + (c * pixels + p0) * in_size, n,
+                                      strip + c * kStrip * size);
                 if (whole)
                     turn(isa, kind, strip, g.channels, n, out, s.row_stride);
                 else
@@ -271,7 +276,19 @@ Source image_source(const Isa &isa, const ActQuant &q, OperandKind kind, const v
                              out + j * s.group_stride, s.row_stride);
             }
         }
+        if (!finite)
+            all_finite.store(false, std::memory_order_relaxed);
     });
+    if (q.mode == ActQuant::fixed && kind != OperandKind::f32 && !all_finite)
+        for (int64_t b = 0; b < g.batch; ++b) { // rare: look which samples it was
+            bool finite = true;
+            isa.amax(from + b * sample * in_size, q.dtype, sample, &finite);
+            if (finite)
+                continue;
+            scales[b] = std::numeric_limits<float>::quiet_NaN();
+            convert(isa, kind, q.dtype, blank, nullptr, pixels * s.row_stride / size,
+                    image + b * pixels * s.row_stride);
+        }
     return s;
 }
 

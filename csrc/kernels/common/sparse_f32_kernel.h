@@ -32,8 +32,9 @@ void sparse_f32_t(const float *x, const uint16_t *segments, int count, const voi
                   float *acc) {
     using V = typename Floats<N>::type;
     constexpr int kShift = GS == 1 ? 7 : 5;
-    // A product takes 4 cycles and two start in each: 8 chains.
-    constexpr int kChains = GS * NV >= 8 ? 1 : GS * NV >= 4 ? 2 : 4;
+    // A product takes 4 cycles and two start in each: 8 chains would do. How many an output has is the same
+    // for every width: a row's sum must not depend on how many rows there are.
+    constexpr int kChains = GS == 1 ? 4 : L == 16 ? 2 : 1;
     for (int first = 0; first < W; first += N * NV) {
         const Index *k = static_cast<const Index *>(index);
         const float *w = values;
@@ -81,7 +82,7 @@ template <int GS, class Index>
 void sparse_f32_of(int w, const float *x, const uint16_t *segments, int count, const void *index,
                    const float *values, float *acc) {
     // Accumulators: 16 of 32 registers with AVX-512, 8 of 16 otherwise.
-    constexpr int kMost = GS == 1 ? 4 : L == 16 ? 4 : 2;
+    constexpr int kMost = GS == 1 && L == 16 ? 4 : 2;
     if (w == 64)
         sparse_f32_t<GS, 64, L, kMost, Index>(x, segments, count, index, values, acc);
     else if (w == 32)
