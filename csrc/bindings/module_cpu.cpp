@@ -2,6 +2,7 @@
 #include "bindings/call.h"
 #include "core/arch.h"
 #include "core/parallel.h"
+#include "kernels/common/sell.h"
 
 #include <array>
 #include <atomic>
@@ -85,6 +86,10 @@ const PackHeader &checked_header(const char *op, const uint8_t *packed, int64_t 
 
 const PackHeader &checked_pack(const char *op, const uint8_t *packed, int64_t bytes) {
     const PackHeader &h = checked_header(op, packed, bytes);
+    if (h.kind == PackKind::sparse_i8 && h.slots > 0 && h.blocks == 0 && !sell_supported(*find_isa(h.isa)))
+        throw py::value_error(std::string(op) +
+                              ": packed weights need AVX512-VBMI, which this CPU lacks; pack "
+                              "the weights again");
     if (!entries_consistent(packed))
         throw py::value_error(std::string(op) +
                               ": packed weights list inputs they do not have; pack the weights again");

@@ -81,7 +81,9 @@ void bind_pack(py::module_ &m) {
           });
     // Entries of a sparse pack: how many, and (addresses given) uint32 start, uint16 index, values.
     m.def("sparse_unpack", [](int64_t packed, int64_t bytes, int64_t start, int64_t index, int64_t values) {
-        const PackHeader &h = checked_pack("unpack", at<const uint8_t>(packed), bytes);
+        const PackHeader &h = checked_header("unpack", at<const uint8_t>(packed), bytes);
+        if (!entries_consistent(at<const uint8_t>(packed)))
+            throw py::value_error("unpack: packed weights list inputs they do not have");
         if (h.kind != PackKind::sparse_i8 && h.kind != PackKind::sparse_f32)
             throw py::value_error("unpack: packed weights are dense");
         py::gil_scoped_release release;

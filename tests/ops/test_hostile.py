@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tautorch import _C, ops
+from tautorch import _C, dispatch, ops
 from tautorch.ops import library as lib
 from tautorch.ops import sparse_entries
 from tautorch.ops.int8_linear import pack, unpack
@@ -303,3 +303,27 @@ def test_tensors_elsewhere_are_refused(name: str) -> None:
     scale, bias = tensors.pop("weight_scale"), tensors.pop("bias")
     with pytest.raises(ValueError, match=f"int8_linear: {name} must be on cpu like x, got meta"):
         ops.int8_linear(torch.ones(2, K), int8_values((N, K), low=-127), scale, bias, **tensors)
+
+
+def test_a_pack_of_another_convolution_is_refused() -> None:
+    """Float packs have no scale whose length would tell."""
+    weight = torch.randn(64, 4, 3, 3)
+    layout = encode(weight, None, "unstructured", 1)
+    packed = sparse_entries.pack(*layout, "unstructured", (64, 4, 3, 3), kernel="scalar", op="test")
+    x = torch.randn(1, 4, 5, 5)
+    with dispatch.force("sparse_conv2d", "scalar"):
+        for shape, groups in (((8, 4, 3, 3), 1), ((128, 4, 3, 3), 1), ((64, 2, 3, 3), 2), ((64, 4, 3, 3), 2)):
+            image = x if shape[1] * groups == 4 else torch.randn(1, shape[1] * groups, 5, 5)
+            with pytest.raises(ValueError, match="must (hold|have)"):
+                ops.sparse_conv2d(
+                    image, packed, None, None, None, pattern="unstructured", weight_shape=shape, groups=groups
+                )
+
+
+def test_strided_packs_are_refused() -> None:
+    packed = PACKS["dense_i8"]("scalar")
+    wide = torch.zeros(packed.numel(), 2, dtype=torch.uint8)
+    wide[:, 0] = packed
+    for broken in (wide[:, 0], packed[:1].expand(packed.numel()), wide):
+        with pytest.raises(ValueError, match="must be contiguous"):
+            lib.pack_info(broken)

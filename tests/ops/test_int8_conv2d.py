@@ -88,9 +88,14 @@ def test_a_value_that_is_not_finite_spoils_its_sample_alone(kernel: str, value: 
         ((3, 8, 40, 41), (8, 8, 3, 3), {"padding": 1}),
         ((3, 40, 40, 41), (40, 1, 3, 3), {"padding": 1, "groups": 40}),
         ((3, 64, 3, 3), (300, 64, 1, 1), {}),
+        # pixels that no filter sees
+        ((3, 8, 8, 8), (8, 8, 1, 1), {"stride": 2}),
+        ((3, 8, 8, 8), (8, 8, 3, 3), {"stride": 2}),
+        ((3, 8, 17, 17), (8, 8, 3, 3), {"stride": 5}),
     ):
         case = conv_case("int8_conv2d", shape, w, mode="static", **arguments)  # type: ignore[arg-type]
-        for channel, row, column in ((0, 0, 0), (shape[1] - 1, shape[2] - 1, shape[3] - 1)):
+        last = (shape[1] - 1, shape[2] - 1, shape[3] - 1)
+        for channel, row, column in ((0, 0, 0), (0, 0, 1), (0, 1, 0), (1, 2, 2), last):
             x = case.x.clone()
             x[1, channel, row, column] = value
             for image in (x, x.contiguous(memory_format=LAST)):

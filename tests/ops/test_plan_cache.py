@@ -16,6 +16,7 @@ from torch import Tensor
 
 from tautorch import _C, dispatch
 from tautorch.ops import library as lib
+from tautorch.ops.lowrank_linear import lowrank_linear
 from tautorch.testing.cases import MODES, OPS, Case, conv_case, linear_case
 
 from .suite import compare, public_of, reference_of
@@ -249,3 +250,14 @@ def test_recall_takes_nothing_else() -> None:
     for wrong in (([],), ([], 1), ([1], []), ([(1, 2, 3)], []), ([], [(weight, (1,))])):
         with pytest.raises(TypeError):
             _C.unchanged(*wrong)
+
+
+def test_a_weight_given_twice_does_not_keep_itself_alive() -> None:
+    factor = torch.randn(8, 8)
+    x = torch.randn(3, 8)
+    y = lowrank_linear(x, factor, factor)
+    torch.testing.assert_close(y, x @ factor.T @ factor.T)
+    alive = weakref.ref(factor)
+    del factor
+    gc.collect()
+    assert alive() is None

@@ -4,6 +4,7 @@
 #include "kernels/common/conv_image.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <limits>
 
@@ -254,11 +255,19 @@ void conv_product(const ConvArgs &a, const Epilogue &e) {
         char *memory = static_cast<char *>(
             scratch(Scratch::scales, (sizeof(SampleQuant) + 1) * static_cast<size_t>(batch)));
         c.how = reinterpret_cast<SampleQuant *>(memory);
-        if (a.quant.mode == ActQuant::dynamic)
+        // A NaN or Inf anywhere makes the whole sample NaN, also where no filter looks.
+        const bool look = watch && !c.reads_all();
+        if (a.quant.mode == ActQuant::dynamic || look)
             dynamic_quant(isa, a.quant, c.x, batch, c.g.channels * c.g.height * c.g.width, c.how);
-        else
-            for (int64_t b = 0; b < batch; ++b)
+        if (a.quant.mode != ActQuant::dynamic)
+            for (int64_t b = 0; b < batch; ++b) {
+                const bool finite = !look || !std::isnan(c.how[b].scale);
                 c.how[b] = quant_of(a.quant, b);
+                if (!finite) {
+                    c.how[b].scale = std::numeric_limits<float>::quiet_NaN();
+                    c.how[b].blank = true;
+                }
+            }
         if (watch) {
             c.bad = reinterpret_cast<uint8_t *>(memory + sizeof(SampleQuant) * static_cast<size_t>(batch));
             std::memset(c.bad, 0, static_cast<size_t>(batch));

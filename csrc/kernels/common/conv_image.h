@@ -37,6 +37,12 @@ struct ConvImage {
     ConvImage(const ConvArgs &a, const Isa &isa, OperandKind kind, bool grouped);
     bool packed() const { return pixel == g.channels * operand_bytes(kind); } // no gap between pixels
     int64_t extent() const { return g.dh * (g.kh - 1) + 1; }                  // kept rows under a filter
+    // Whether some band looks at every pixel of x.
+    bool reads_all() const {
+        return keep_x == 1 && keep_y == 1 && g.sh <= extent() &&
+               (oh - 1) * g.sh - g.ph + extent() >= g.height &&
+               (ow - 1) * g.sw - g.pw + g.dw * (g.kw - 1) + 1 >= g.width;
+    }
 };
 
 // Output rows [y0, y1) of all samples, counted through, and the kept rows under them. Samples do not share

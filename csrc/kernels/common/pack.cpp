@@ -113,7 +113,7 @@ bool header_consistent(const Isa &isa, const PackHeader &h) {
         if (h.kind == PackKind::sparse_i8 && h.blocks != input_blocks(h.taps * h.k) &&
             (h.blocks != 0 || h.entries != 0 || h.slots == 0))
             return false;
-        if (h.slots > 0 && (h.kind != PackKind::sparse_i8 || h.taps != 1 || !sell_supported(isa)))
+        if (h.slots > 0 && (h.kind != PackKind::sparse_i8 || h.taps != 1))
             return false;
         made = sparse_layout(isa, h.kind, h.gs, h.groups, h.n, h.k, h.taps, h.blocks, h.entries, h.slots);
         break;

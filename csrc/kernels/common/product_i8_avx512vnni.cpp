@@ -39,16 +39,17 @@ template <int MR, bool Even> struct Rows {
 inline __mmask16 first(int64_t n) { return static_cast<__mmask16>(n >= 16 ? 0xffff : (1u << n) - 1); }
 
 inline __m256i bf16_of(__m512 y) {
-    // To nearest, ties to even. A NaN here is quiet and has its low bits clear, so that it stays one.
+    // To nearest, ties to even.
     const __m512i b = _mm512_castps_si512(y);
     const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(b, 16), _mm512_set1_epi32(1));
     const __m512i r = _mm512_add_epi32(_mm512_add_epi32(b, _mm512_set1_epi32(0x7fff)), odd);
-    return _mm512_cvtepi32_epi16(_mm512_srli_epi32(r, 16));
+    const __mmask16 nan = _mm512_cmp_ps_mask(y, y, _CMP_UNORD_Q);
+    return _mm512_cvtepi32_epi16(
+        _mm512_mask_mov_epi32(_mm512_srli_epi32(r, 16), nan, _mm512_set1_epi32(0x7fc0)));
 }
 
-// Clamping before rounding is the same, as the bounds are integers; so is clamping at 0 for relu. NaN passes
-// the clamps, which give back their second operand, and then has nothing but zeros in its low byte: it
-// becomes the zero point.
+// Clamping before rounding is the same, as the bounds are integers; so is clamping at 0 for relu. NaN becomes
+// the zero point.
 struct Requantize {
     __m512 inv, lo, hi;
     __m512i zp;
@@ -60,7 +61,8 @@ struct Requantize {
         zp = _mm512_set1_epi32(e.out_zero_point);
     }
     __attribute__((always_inline)) __m128i operator()(__m512 y) const {
-        const __m512 v = _mm512_min_ps(hi, _mm512_max_ps(lo, _mm512_mul_ps(y, inv)));
+        const __mmask16 number = _mm512_cmp_ps_mask(y, y, _CMP_ORD_Q);
+        const __m512 v = _mm512_maskz_min_ps(number, hi, _mm512_max_ps(lo, _mm512_mul_ps(y, inv)));
         const __m512i q = _mm512_castps_si512(_mm512_add_ps(v, _mm512_set1_ps(12582912.0f)));
         return _mm512_cvtepi32_epi8(_mm512_add_epi32(q, zp));
     }

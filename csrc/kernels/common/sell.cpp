@@ -202,7 +202,7 @@ double lists_cost(const PackHeader &h, int64_t m) {
 }
 
 bool sell_preferred(const PackHeader &h, int64_t m) {
-    if (h.kind != PackKind::sparse_i8 || h.slots == 0)
+    if (h.kind != PackKind::sparse_i8 || h.slots == 0 || !sell_supported(*find_isa(h.isa)))
         return false;
     return h.blocks == 0 || sell_cost(h, m) < lists_cost(h, m);
 }

@@ -438,6 +438,8 @@ class PlanCache:
             return call
         entries, token = self.entries, id(weight)
         first = weakref.ref(weight, lambda _: entries.pop(token, None))
+        if any(a is weight for a in arguments[1:]):
+            return call  # the entry would keep its own weight alive
         entry = (dispatch.epoch, *of_x, first, (None, *arguments[1:]), tuple(known), call, aliases)
         others = [
             e for e in entries.get(token, ()) if e[0] == entry[0] and e[3]() is weight and e[5][0] == known[0]
@@ -465,22 +467,31 @@ def dense_pack(
 
 
 def pack_info(packed: Tensor) -> dict[str, int | str]:
-    """Header of packed weights."""
+    """Header of packed weights; raises ValueError where a tensor is none, or no contiguous bytes."""
+    if packed.dim() != 1 or not packed.is_contiguous():
+        raise ValueError(
+            f"packed weights must be contiguous uint8 [bytes], got {list(packed.shape)} with strides "
+            f"{packed.stride()}; clone them"
+        )
     return _C.pack_info(packed.data_ptr(), packed.numel())
 
 
-def check_pack(op: str, name: str, packed: Tensor, outputs: int, weights: int) -> None:
+def check_pack(
+    op: str, name: str, packed: Tensor, outputs: int, weights: int, groups: int | None = None
+) -> None:
     """Raise ValueError where a pack has other outputs, or another number of weights, than its arguments say.
 
     Kernels size their reads and writes by the pack.
     """
     info = pack_info(packed)
-    n, k, taps, groups = (int(info[key]) for key in ("n", "k", "taps", "groups"))
-    if (groups * n, groups * n * k * taps) != (outputs, weights):
+    n, k, taps, held = (int(info[key]) for key in ("n", "k", "taps", "groups"))
+    if (held * n, held * n * k * taps) != (outputs, weights):
         raise ValueError(
-            f"{op}: packed {name} must hold {outputs} outputs and {weights} weights, got {groups * n} and "
-            f"{groups * n * k * taps}; pack it again"
+            f"{op}: packed {name} must hold {outputs} outputs and {weights} weights, got {held * n} and "
+            f"{held * n * k * taps}; pack it again"
         )
+    if groups is not None and held != groups:
+        raise ValueError(f"{op}: packed {name} must have {groups} groups, got {held}; pack it again")
 
 
 # ---- linear operators -----------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -112,6 +113,8 @@ def _prepare(
         return sparse.pack(*layout(), pattern, shape, groups, kernel=kernel, op=OP, as_float=tail.weight_only)
 
     packed = values
+    if values.dtype == torch.uint8:
+        lib.check_pack(OP, "values", values, shape[0], math.prod(shape), groups)
     if tail.weight_only or not conv.packed_for(values, kernel):
         key = (kernel, tail.weight_only, pattern, shape, groups)
         packed = _cache.get(values, key, fresh, (crow_indices, col_indices))
