@@ -314,7 +314,7 @@ def test_a_pack_of_another_convolution_is_refused() -> None:
     with dispatch.force("sparse_conv2d", "scalar"):
         for shape, groups in (((8, 4, 3, 3), 1), ((128, 4, 3, 3), 1), ((64, 2, 3, 3), 2), ((64, 4, 3, 3), 2)):
             image = x if shape[1] * groups == 4 else torch.randn(1, shape[1] * groups, 5, 5)
-            with pytest.raises(ValueError, match="must (hold|have)"):
+            with pytest.raises(ValueError, match=r"must (hold|have)"):
                 ops.sparse_conv2d(
                     image, packed, None, None, None, pattern="unstructured", weight_shape=shape, groups=groups
                 )
