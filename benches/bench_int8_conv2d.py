@@ -131,8 +131,12 @@ def test_int8_conv2d(table: Table, case: Layer, batch: int) -> None:
         chained, keep = _chained(ours, x_int8)
         q = chained()
         assert q is not None
+        least, most = ((bound - OUT_POINT) * OUT_SCALE for bound in (-128, 127))
+        real = (q.float() - OUT_POINT) * OUT_SCALE
+        torch.testing.assert_close(real, expected.clamp(least, most), rtol=0, atol=0.05 + OUT_SCALE)
         levels = (q.int() + 128 - peer(x_quint8).int_repr().int()).abs()
-        assert int(levels.max()) <= 1
+        if case.groups < case.inputs:  # torch.ao's depthwise kernels saturate at 16 bits: up to 19 levels
+            assert int(levels.max()) <= 1
     operations = 2 * expected.numel() * (case.inputs // case.groups) * case.kernel**2
 
     rows: list[tuple[str, Callable[[], object], dict[str, Callable[[], object]]]] = [
