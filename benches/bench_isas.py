@@ -1,0 +1,104 @@
+"""Narrower instruction sets than this CPU's best, forced: int8 and sparse layers on AVX2 and AVX-VNNI."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+
+import pytest
+import torch
+
+from tautorch import _C, dispatch, prune
+from tautorch.nn import Int8Linear, SparseLinear
+from tautorch.testing.bench import Table, verdict
+
+SHAPES = ((384, 384), (384, 1536), (1536, 384), (768, 3072), (1024, 4096), (4096, 4096), (1000, 1003))
+NARROW = ("avx2", "avxvnni")
+Side = tuple[str, str, Callable[[], object]]  # op and kernel to force ("" for none), what to run
+
+
+def medians(sides: dict[str, Side], rounds: int = 5, seconds: float = 0.03) -> dict[str, float]:
+    """Seconds of a call of each side, in turns; packing for a kernel is not timed."""
+    times: dict[str, list[float]] = {name: [] for name in sides}
+    with torch.inference_mode():
+        for _ in range(rounds):
+            for name, (op, kernel, run) in sides.items():
+                with dispatch.force(op, kernel) if op else nullcontext():
+                    run()
+                    assert not op or dispatch.last_used(op) == kernel
+                    end = time.perf_counter() + seconds
+                    while (start := time.perf_counter()) < end:
+                        run()
+                        times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(t) for name, t in times.items()}
+
+
+def needs(*kernels: str) -> None:
+    missing = [kernel for kernel in kernels if not _C.isas().get(kernel, False)]
+    if missing:
+        pytest.skip(f"this CPU has no {', '.join(missing)}")
+
+
+@pytest.mark.parametrize("m", [16, 64, 128])
+@pytest.mark.parametrize("k, n", SHAPES)
+def test_dense(table: Table, k: int, n: int, m: int) -> None:
+    """AVX2 beside torch's fp32 layer; AVX-VNNI beside AVX512-VNNI."""
+    needs(*NARROW, "avx512vnni")
+    linear = torch.nn.Linear(k, n).eval()
+    ours = Int8Linear.from_float(linear)
+    x = torch.randn(m, k)
+    with torch.inference_mode():
+        expected = linear(x)
+        for kernel in (*NARROW, "avx512vnni"):
+            with dispatch.force("int8_linear", kernel):
+                torch.testing.assert_close(ours(x), expected, rtol=0, atol=0.2)
+    if not table.timed:
+        return
+    sides: dict[str, Side] = {
+        kernel: ("int8_linear", kernel, lambda: ours(x)) for kernel in (*NARROW, "avx512vnni")
+    }
+    t = medians({**sides, "fp32": ("", "", lambda: linear(x))})
+    ratio = t["fp32"] / t["avx2"]
+    table.add(
+        "int8_linear", f"avx2 {m}x{k}x{n}", us=round(t["avx2"] * 1e6, 1),
+        **{"vs nn.Linear fp32": round(ratio, 2)}, **verdict(ratio, 1.5, ">= 1.5x nn.Linear fp32"),
+    )  # fmt: skip
+    if m >= 64:
+        ratio = t["avx512vnni"] / t["avxvnni"]
+        table.add(
+            "int8_linear", f"avxvnni {m}x{k}x{n}", us=round(t["avxvnni"] * 1e6, 1),
+            **{"vs avx512vnni": round(ratio, 2)}, **verdict(ratio, 0.45, ">= 0.45x avx512vnni"),
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("pattern", ["4x1", "unstructured"])
+@pytest.mark.parametrize("kernel", NARROW)
+def test_sparse(table: Table, kernel: str, pattern: str) -> None:
+    """80 % zeros beside the same instruction set's dense int8 layer."""
+    needs(kernel)
+    m, k, n = 128, 1024, 4096
+    linear = torch.nn.Linear(k, n).eval()
+    dense = Int8Linear.from_float(linear)
+    mask = prune.make_mask(torch.rand(n, k), pattern, 0.8)
+    with torch.no_grad():
+        linear.weight.mul_(mask)
+    ours = SparseLinear.from_float(linear, pattern=pattern, mask=mask)
+    x = torch.randn(m, k)
+    with torch.inference_mode(), dispatch.force("sparse_linear", kernel):
+        torch.testing.assert_close(ours(x), linear(x), rtol=0, atol=0.2)
+    if not table.timed:
+        return
+    t = medians(
+        {
+            "sparse": ("sparse_linear", kernel, lambda: ours(x)),
+            "dense": ("int8_linear", kernel, lambda: dense(x)),
+        }
+    )
+    ratio = t["dense"] / t["sparse"]
+    table.add(
+        "sparse_linear", f"{kernel} {pattern} 80% int8 {m}x{k}x{n}", us=round(t["sparse"] * 1e6, 1),
+        **{"vs Int8Linear": round(ratio, 2)},
+        **(verdict(ratio, 2.0, "4x1: >= 2x the same kernel's dense layer") if pattern == "4x1" else {}),
+    )  # fmt: skip
