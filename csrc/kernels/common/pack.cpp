@@ -299,7 +299,7 @@ void sparse_pack(const PackHeader &h, const SparseEntries &e, uint8_t *out) {
     int32_t *colsum = reinterpret_cast<int32_t *>(out + h.colsum_off);
     int8_t *data = reinterpret_cast<int8_t *>(out + h.data_off);
     const int8_t *values = static_cast<const int8_t *>(e.values);
-    const int64_t per_group = div_up(h.n, h.gs), length = block_inputs(h);
+    const int64_t per_group = div_up(h.n, h.gs);
     if (h.slots > 0)
         sell_pack(h, e, out);
     for (int64_t s = 0; s < e.sparse_groups; ++s) {
@@ -311,6 +311,7 @@ void sparse_pack(const PackHeader &h, const SparseEntries &e, uint8_t *out) {
     }
     if (h.blocks == 0)
         return;
+    const int64_t length = block_inputs(h);
     uint32_t q = 0; // quads so far
     // Lists go block by block; `at` is where each group's own list has got to.
     std::vector<uint32_t> at(e.start, e.start + e.sparse_groups);
