@@ -134,12 +134,19 @@ def test_notes(layer: PackedModule, note: str) -> None:
     "layer, note",
     [
         (SparseConv2d.from_float(nn.Conv2d(3, 8, 3), pattern="4x1"), "not yet fast with 3 input channels"),
-        (SparseLinear.from_float(nn.Linear(8, 8), pattern="4x1"), "not yet fast below 16 rows"),
         (LowRankConv2d.from_float(nn.Conv2d(8, 8, 3), rank=2), "not yet faster than two float"),
     ],
 )
 def test_what_is_not_yet_fast_is_said(layer: nn.Module, note: str) -> None:
     assert note in tautorch.explain(layer)
+
+
+def test_a_weight_in_lists_alone_is_not_fast_with_few_rows() -> None:
+    layer = SparseLinear.from_float(nn.Linear(8, 8), pattern="4x1")
+    with dispatch.force("sparse_linear", "scalar"):
+        assert "not yet fast below 16 rows" in tautorch.explain(layer)
+    with dispatch.force("sparse_linear", "reference"):
+        assert "not yet fast" not in tautorch.explain(layer)
 
 
 def test_no_note_without_cause() -> None:

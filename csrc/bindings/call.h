@@ -45,12 +45,10 @@ class Args {
     Py_ssize_t n_, i_ = 0;
 };
 
-// Wraps void f(Args &) as a METH_FASTCALL function.
-template <void (*F)(Args &)> PyObject *fastcall(PyObject *, PyObject *const *args, Py_ssize_t n) {
+// What f gives back; an exception becomes Python's.
+template <class F> PyObject *guarded(const F &f) {
     try {
-        Args a(args, n);
-        F(a);
-        Py_RETURN_NONE;
+        return f();
     } catch (py::error_already_set &e) {
         e.restore();
     } catch (const py::builtin_exception &e) {
@@ -61,6 +59,20 @@ template <void (*F)(Args &)> PyObject *fastcall(PyObject *, PyObject *const *arg
         PyErr_SetString(PyExc_RuntimeError, e.what());
     }
     return nullptr;
+}
+
+// As PyMethodDef takes a METH_FASTCALL function.
+template <class F> PyCFunction as_function(F *f) {
+    return reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(f));
+}
+
+// Wraps void f(Args &) as a METH_FASTCALL function.
+template <void (*F)(Args &)> PyObject *fastcall(PyObject *, PyObject *const *args, Py_ssize_t n) {
+    return guarded([&]() -> PyObject * {
+        Args a(args, n);
+        F(a);
+        Py_RETURN_NONE;
+    });
 }
 
 template <class T> py::bytes as_plan(const T &t) {

@@ -215,27 +215,16 @@ int64_t run(Args &in) {
 }
 
 PyObject *run_call(PyObject *, PyObject *const *args, Py_ssize_t n) {
-    try {
+    return guarded([&] {
         Args a(args, n);
         return PyLong_FromLongLong(run(a));
-    } catch (py::error_already_set &e) {
-        e.restore();
-    } catch (const py::builtin_exception &e) {
-        e.set_error();
-    } catch (const std::exception &e) {
-        PyErr_SetString(PyExc_RuntimeError, e.what());
-    }
-    return nullptr;
+    });
 }
 
-template <class F> PyCFunction as_c(F *f) {
-    return reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(f));
-}
-
-PyMethodDef kRun = {"int8_linear_run", as_c(&run_call), METH_FASTCALL,
+PyMethodDef kRun = {"int8_linear_run", as_function(&run_call), METH_FASTCALL,
                     "int8_linear_run(plan, kernel, x, x_dtype, m, stride_m, stride_k, y, ldy, y_dtype, "
                     "workspace, device, stream) -> kernel"};
-PyMethodDef kQuantizeRows = {"quantize_rows", as_c(&fastcall<quantize_rows>), METH_FASTCALL,
+PyMethodDef kQuantizeRows = {"quantize_rows", as_function(&fastcall<quantize_rows>), METH_FASTCALL,
                              "quantize_rows(x, dtype, stride_m, stride_k, m, k, x_scale, zero_point, q, ldq, "
                              "scale, device, stream)"};
 

@@ -70,19 +70,6 @@ bool holds(PyObject *tensor, PyObject *stamp) {
            std::memcmp(at, PyBytes_AS_STRING(content), static_cast<size_t>(PyBytes_GET_SIZE(content))) == 0;
 }
 
-template <class F> PyObject *guarded(const F &f) {
-    try {
-        return f();
-    } catch (py::error_already_set &e) {
-        e.restore();
-    } catch (const py::builtin_exception &e) {
-        e.set_error();
-    } catch (const std::exception &e) {
-        PyErr_SetString(PyExc_RuntimeError, e.what());
-    }
-    return nullptr;
-}
-
 // unchanged([(dict, key, value), ...], [(tensor, stamp), ...]): whether each dict still holds that very
 // object under the key, and each stamp still holds.
 PyObject *unchanged(PyObject *, PyObject *const *args, Py_ssize_t n) {
@@ -186,10 +173,6 @@ PyObject *recall(PyObject *, PyObject *const *args, Py_ssize_t n) {
         }
         Py_RETURN_NONE;
     });
-}
-
-template <class F> PyCFunction as_function(F *f) {
-    return reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(f));
 }
 
 PyMethodDef kUnchanged = {"unchanged", as_function(unchanged), METH_FASTCALL, "unchanged(seen, stamps)"};

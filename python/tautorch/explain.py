@@ -15,6 +15,7 @@ from tautorch import dispatch
 from tautorch._batches import Batch, call_model, training_modes_kept
 from tautorch.nn.eager import plain
 from tautorch.nn.packed import PackedModule
+from tautorch.ops.library import SPARSE_I8, pack_info
 from tautorch.ops.sparse_entries import MAX_INPUTS, packs_dense
 
 
@@ -189,10 +190,8 @@ def _notes(layer: PackedModule, kernel: str) -> Iterator[str]:
         yield "weight-only: fp32 multiply-adds; int8 saves memory, not arithmetic"
     elif getattr(layer, "weight_dtype", torch.int8) == torch.float32:
         yield "float32 values: fp32 multiply-adds, no quantisation"
-    if layer.op == "sparse_linear" and not packs_dense(str(pattern), _shape(layer)):
+    if layer.op == "sparse_linear" and _only_lists(layer):
         yield "not yet fast below 16 rows: a panel of 16 costs the same with one row used"
-    if pattern is not None and kernel in ("avx2", "avxvnni") and not packs_dense(pattern, _shape(layer)):
-        yield f"not yet fast on {kernel}: sparse products run through generic vectors"
     if layer.op == "lowrank_conv2d" and layer.weight_dtype == torch.float32:
         yield "not yet faster than two float convolutions everywhere; int8 factors are, in the bench"
     if layer.op.endswith("conv2d"):
@@ -208,6 +207,14 @@ def _notes(layer: PackedModule, kernel: str) -> Iterator[str]:
         yield "scalar: portable C++ for CPUs without a vector kernel; far slower than those"
     if kernel == "reference":
         yield "reference: plain torch in float64, for comparison alone"
+
+
+def _only_lists(layer: PackedModule) -> bool:
+    """Whether the packed weight is sparse int8 and has no form that runs a few rows by themselves."""
+    if layer.kernel() == "reference" or not _on_cpu(layer):
+        return False
+    info = pack_info(layer._buffers["packed"])
+    return info["kind"] == SPARSE_I8 and info["entries"] != 0 and info["slots"] == 0
 
 
 def _shape(layer: Any) -> tuple[int, ...]:

@@ -46,6 +46,22 @@ def public_of(op: str) -> Callable[..., Tensor]:
     return getattr(ops, op)  # type: ignore[no-any-return]
 
 
+def gradients_agree(case: Case, op: str) -> None:
+    """Gradients with respect to bias and, where it is float, x, against float64."""
+    bias = case.args[-1].requires_grad_()
+    wants = [bias] if case.mode == "int8" else [case.x.requires_grad_(), bias]
+    y = case(public_of(op))
+    grad = torch.randn(y.shape)
+    actual = torch.autograd.grad(y, wants, grad)
+    with torch.no_grad():
+        plain = case.with_x(case.x.detach())
+    expected = gradients(plain, reference_of(op), grad)[-len(wants) :]
+    for got, truth in zip(actual, expected, strict=True):
+        assert got.dtype == torch.float32 and got.shape == truth.shape
+        size = float(truth.abs().max()) + 1e-6
+        torch.testing.assert_close(got.double(), truth, rtol=1e-4, atol=2e-5 * size)
+
+
 class Recorder(TorchDispatchMode):
     """Remembers the calls of tautorch's torch ops."""
 
@@ -330,20 +346,7 @@ class OperatorSuite:
     def test_gradients(self, mode: str, activation: str) -> None:
         for variant in self.variants():
             case = self.small(mode=mode, activation=activation, **variant)
-            bias = case.args[-1].requires_grad_()
-            wants = [bias]
-            if mode != "int8":
-                wants.insert(0, case.x.requires_grad_())
-            y = case(public_of(self.op))
-            grad = torch.randn(y.shape)
-            actual = torch.autograd.grad(y, wants, grad)
-            with torch.no_grad():
-                plain = case.with_x(case.x.detach())
-            expected = gradients(plain, reference_of(self.op), grad)[-len(wants) :]
-            for got, truth in zip(actual, expected, strict=True):
-                assert got.dtype == torch.float32 and got.shape == truth.shape
-                size = float(truth.abs().max()) + 1e-6
-                torch.testing.assert_close(got.double(), truth, rtol=1e-4, atol=2e-5 * size)
+            gradients_agree(case, self.op)
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
     def test_gradients_keep_the_dtype(self, dtype: torch.dtype) -> None:

@@ -16,8 +16,7 @@ from tautorch.reference.quantizer import quantize_weight
 from tautorch.testing.cases import Case, linear_case
 from tautorch.testing.values import float_values, sparse_mask
 
-from ..straight_through import gradients
-from .suite import LinearSuite, Recorder, agree, public_of, reference_of
+from .suite import LinearSuite, Recorder, agree, gradients_agree, public_of, reference_of
 
 # around tiles of rows (6, 12, 48) and panels (64), one block of rows and more of them
 SIZES = [
@@ -132,18 +131,7 @@ class TestLowRankLinear(LinearSuite):
 
     def test_gradients_with_a_residual(self, mode: str) -> None:
         for kind in kinds(mode):
-            case = with_residual((5, 37, 70, 9), mode, *kind, activation="gelu")
-            bias = case.args[-1].requires_grad_()
-            wants = [bias] if mode == "int8" else [case.x.requires_grad_(), bias]
-            y = case(public_of(self.op))
-            grad = torch.randn(y.shape)
-            actual = torch.autograd.grad(y, wants, grad)
-            with torch.no_grad():
-                plain = case.with_x(case.x.detach())
-            expected = gradients(plain, reference_of(self.op), grad)[-len(wants) :]
-            for got, truth in zip(actual, expected, strict=True):
-                size = float(truth.abs().max()) + 1e-6
-                torch.testing.assert_close(got.double(), truth, rtol=1e-4, atol=2e-5 * size)
+            gradients_agree(with_residual((5, 37, 70, 9), mode, *kind, activation="gelu"), self.op)
 
     @pytest.mark.parametrize("pattern", [None, "4x1", "2:4"])
     def test_opcheck_with_a_residual(self, pattern: str | None) -> None:

@@ -11,7 +11,6 @@
 namespace tautorch {
 namespace {
 
-constexpr float kTiny = 0x1p-100f; // below, a sample counts as zero: 127 / amax would overflow
 
 // Bytes of a band, so that it stays in the second-level cache beside the weights.
 constexpr int64_t kBandBytes = 192 * 1024;

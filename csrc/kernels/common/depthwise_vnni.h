@@ -3,15 +3,14 @@
 // depthwise_madd(acc, x, w) on ymm.
 #pragma once
 
-#include <immintrin.h>
+#include "kernels/common/interleave.h"
 
 #include <cstdint>
 
 namespace tautorch {
 namespace {
 
-// Unpacking works within 128-bit parts: result j has channels 16 l + 4 j + 0 .. 3 in part l. Weights are
-// brought to that order once, the sums back once per pixel.
+// Weights are brought to the order of interleave_bytes once, the sums back once per pixel.
 struct Ymm {
     static constexpr int kChannels = 32;
     using V = __m256i;
@@ -20,14 +19,6 @@ struct Ymm {
     static V zero() { return _mm256_setzero_si256(); }
     static V add(V a, V b) { return _mm256_add_epi32(a, b); }
     static V madd(V acc, V x, V w) { return depthwise_madd(acc, x, w); }
-    static void interleave(V r0, V r1, V r2, V r3, V *t) {
-        const V l01 = _mm256_unpacklo_epi8(r0, r1), h01 = _mm256_unpackhi_epi8(r0, r1);
-        const V l23 = _mm256_unpacklo_epi8(r2, r3), h23 = _mm256_unpackhi_epi8(r2, r3);
-        t[0] = _mm256_unpacklo_epi16(l01, l23);
-        t[1] = _mm256_unpackhi_epi16(l01, l23);
-        t[2] = _mm256_unpacklo_epi16(h01, h23);
-        t[3] = _mm256_unpackhi_epi16(h01, h23);
-    }
     // Four registers between that order and the channels' own.
     static void to_order(const V *t, V *o) {
         o[0] = _mm256_permute2x128_si256(t[0], t[1], 0x20);
@@ -52,14 +43,6 @@ struct Zmm {
     static V zero() { return _mm512_setzero_si512(); }
     static V add(V a, V b) { return _mm512_add_epi32(a, b); }
     static V madd(V acc, V x, V w) { return _mm512_dpbusd_epi32(acc, x, w); }
-    static void interleave(V r0, V r1, V r2, V r3, V *t) {
-        const V l01 = _mm512_unpacklo_epi8(r0, r1), h01 = _mm512_unpackhi_epi8(r0, r1);
-        const V l23 = _mm512_unpacklo_epi8(r2, r3), h23 = _mm512_unpackhi_epi8(r2, r3);
-        t[0] = _mm512_unpacklo_epi16(l01, l23);
-        t[1] = _mm512_unpackhi_epi16(l01, l23);
-        t[2] = _mm512_unpacklo_epi16(h01, h23);
-        t[3] = _mm512_unpackhi_epi16(h01, h23);
-    }
     // A 4 x 4 transposition of 128-bit parts: its own inverse.
     static void to_order(const V *t, V *o) {
         const V a = _mm512_shuffle_i32x4(t[0], t[1], 0x44), b = _mm512_shuffle_i32x4(t[0], t[1], 0xEE);
@@ -93,7 +76,7 @@ void depthwise_pass(const uint8_t *x, const int64_t *taps, int64_t step, int pix
             s[j] = S::zero();
 #pragma GCC unroll 8
         for (int q = 0; q < Q; ++q) {
-            S::interleave(S::load(x + at[4 * q]), S::load(x + at[4 * q + 1]), S::load(x + at[4 * q + 2]),
+            interleave_bytes(S::load(x + at[4 * q]), S::load(x + at[4 * q + 1]), S::load(x + at[4 * q + 2]),
                           S::load(x + at[4 * q + 3]), t);
             for (int j = 0; j < 4; ++j)
                 s[j] = S::madd(s[j], t[j], v[q][j]);

@@ -12,7 +12,6 @@ namespace tautorch {
 void quantize_rows(const Isa &isa, const ActQuant &q, ActKind act, const void *x, int64_t stride, int64_t m0,
                    int64_t rows, int64_t n, int64_t n_padded, uint8_t *out, int64_t out_stride,
                    float *row_scale) {
-    constexpr float kTiny = 0x1p-100f; // below, a row counts as zero: 127 / amax would overflow
     const int64_t width = act_bytes(act);
     const char *base = static_cast<const char *>(x);
     constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();

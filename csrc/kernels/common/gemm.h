@@ -18,6 +18,9 @@ struct ActQuant {
     DType dtype = DType::f32;
 };
 
+// A row or tensor whose largest magnitude is less counts as zero: 127 / amax would overflow.
+constexpr float kTiny = 0x1p-100f;
+
 // Quantises `rows` rows of n elements at x (stride in elements) to out (stride out_stride bytes, padded to
 // whole kr groups) and writes each row's scale. act is the operand form. A row with NaN or Inf gets scale
 // NaN and zero q.

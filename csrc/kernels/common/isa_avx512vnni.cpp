@@ -177,7 +177,7 @@ const Isa isa_avx512vnni = {
     to_f32,
     epilogue,
     transpose_u8,
-    transpose_32_wide,
+    transpose_32,
     sparse_i8_avx512vnni,
     sparse_f32,
     kSparseOrderAvx512.at,

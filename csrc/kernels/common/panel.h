@@ -39,7 +39,6 @@ void transpose_u8(const uint8_t *const *rows, int w, int64_t n, uint8_t *out, in
         strip_u8(rows + i, n, out + i, ld);
 }
 
-#if TT_LANES < 16 // AVX-512 has its own: sparse_avx512vnni.cpp
 #if defined(__SSE2__)
 // Four columns of N rows (4, or a whole register's) at a time. Rows r, r + 4, .. lie side by side in the
 // 128-bit lanes of one register; transposing 4 x 4 within lanes then gives N adjacent rows of each column.
@@ -54,7 +53,7 @@ template <> struct Columns<4> {
     static V low_pairs(V a, V b) { return _mm_movelh_ps(a, b); }
     static V high_pairs(V a, V b) { return _mm_movehl_ps(b, a); }
 };
-#if TT_LANES >= 8
+#if TT_LANES == 8
 template <> struct Columns<8> {
     typedef __m256 V;
     static V gather(const uint32_t *const *rows, int64_t k) {
@@ -89,6 +88,50 @@ template <int N> void strip_32(const uint32_t *const *rows, int64_t n, uint32_t 
             out[i] = rows[i][k];
 }
 
+#if TT_LANES == 16
+// out[k * ld + i] = rows[i][k], 16 x 16.
+inline __attribute__((always_inline)) void turn16(const uint32_t *const *rows, int64_t k, uint32_t *out,
+                                                  int64_t ld) {
+    __m512i a[16], b[16];
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; ++i)
+        a[i] = _mm512_loadu_si512(rows[i] + k);
+#pragma GCC unroll 8
+    for (int i = 0; i < 16; i += 2) {
+        b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
+        b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
+    }
+    // a[4 g + c]: column 4 l + c of rows 4 g .. 4 g + 3 in lane l
+#pragma GCC unroll 4
+    for (int g = 0; g < 16; g += 4) {
+        a[g] = _mm512_unpacklo_epi64(b[g], b[g + 2]);
+        a[g + 1] = _mm512_unpackhi_epi64(b[g], b[g + 2]);
+        a[g + 2] = _mm512_unpacklo_epi64(b[g + 1], b[g + 3]);
+        a[g + 3] = _mm512_unpackhi_epi64(b[g + 1], b[g + 3]);
+    }
+#pragma GCC unroll 4
+    for (int c = 0; c < 4; ++c) {
+        const __m512i l01 = _mm512_shuffle_i32x4(a[c], a[4 + c], 0x44),
+                      h01 = _mm512_shuffle_i32x4(a[c], a[4 + c], 0xee);
+        const __m512i l23 = _mm512_shuffle_i32x4(a[8 + c], a[12 + c], 0x44),
+                      h23 = _mm512_shuffle_i32x4(a[8 + c], a[12 + c], 0xee);
+        _mm512_storeu_si512(out + c * ld, _mm512_shuffle_i32x4(l01, l23, 0x88));
+        _mm512_storeu_si512(out + (4 + c) * ld, _mm512_shuffle_i32x4(l01, l23, 0xdd));
+        _mm512_storeu_si512(out + (8 + c) * ld, _mm512_shuffle_i32x4(h01, h23, 0x88));
+        _mm512_storeu_si512(out + (12 + c) * ld, _mm512_shuffle_i32x4(h01, h23, 0xdd));
+    }
+}
+
+template <> void strip_32<16>(const uint32_t *const *rows, int64_t n, uint32_t *out, int64_t ld) {
+    int64_t k = 0;
+    for (; k + 16 <= n; k += 16)
+        turn16(rows, k, out + k * ld, ld);
+    for (; k < n; ++k)
+        for (int i = 0; i < 16; ++i)
+            out[k * ld + i] = rows[i][k];
+}
+#endif
+
 void transpose_32(const uint32_t *const *rows, int w, int64_t n, uint32_t *out, int64_t ld) {
     int i = 0;
 #if defined(__SSE2__)
@@ -98,7 +141,6 @@ void transpose_32(const uint32_t *const *rows, int w, int64_t n, uint32_t *out, 
     for (; i < w; i += 4)
         strip_32<4>(rows + i, n, out + i, ld);
 }
-#endif
 
 } // namespace
 } // namespace tautorch

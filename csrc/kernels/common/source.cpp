@@ -27,7 +27,6 @@ struct SampleQuant {
 // for dynamic scales, and with fixed ones when it is quantised: one pass over it instead of two.
 void sample_scales(const Isa &isa, const ActQuant &q, const char *x, int64_t batch, int64_t n, float *scales,
                    SampleQuant *how) {
-    constexpr float kTiny = 0x1p-100f;
     const auto one = [&](int64_t b) {
         SampleQuant s = {0.0f, q.zero_point, -128, 127, false};
         float scale = q.scale;

@@ -6,7 +6,7 @@
 // per 256).
 #include "kernels/common/sparse_avx512vnni.h"
 
-#include <immintrin.h>
+#include "kernels/common/interleave.h"
 
 namespace tautorch {
 namespace {
@@ -24,12 +24,7 @@ inline __attribute__((always_inline)) void interleave64(const uint8_t *x, const 
                                                         __m512i (&t)[4]) {
     const __m512i r0 = load512(x + i[0]), r1 = load512(x + i[1]);
     const __m512i r2 = load512(x + i[2]), r3 = load512(x + i[3]);
-    const __m512i l01 = _mm512_unpacklo_epi8(r0, r1), h01 = _mm512_unpackhi_epi8(r0, r1);
-    const __m512i l23 = _mm512_unpacklo_epi8(r2, r3), h23 = _mm512_unpackhi_epi8(r2, r3);
-    t[0] = _mm512_unpacklo_epi16(l01, l23);
-    t[1] = _mm512_unpackhi_epi16(l01, l23);
-    t[2] = _mm512_unpacklo_epi16(h01, h23);
-    t[3] = _mm512_unpackhi_epi16(h01, h23);
+    interleave_bytes(r0, r1, r2, r3, t);
 }
 
 // In assembly, because GCC 12 copies second accumulators around at every turn of the loop.
@@ -122,39 +117,6 @@ void panel16(const uint8_t *x, const uint32_t *start, const uint16_t *idx, const
     }
 }
 
-// out[k * ld + i] = rows[i][k], 16 x 16.
-inline __attribute__((always_inline)) void turn16(const uint32_t *const *rows, int64_t k, uint32_t *out,
-                                                  int64_t ld) {
-    __m512i a[16], b[16];
-#pragma GCC unroll 16
-    for (int i = 0; i < 16; ++i)
-        a[i] = load512(rows[i] + k);
-#pragma GCC unroll 8
-    for (int i = 0; i < 16; i += 2) {
-        b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
-        b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
-    }
-    // a[4 g + c]: column 4 l + c of rows 4 g .. 4 g + 3 in lane l
-#pragma GCC unroll 4
-    for (int g = 0; g < 16; g += 4) {
-        a[g] = _mm512_unpacklo_epi64(b[g], b[g + 2]);
-        a[g + 1] = _mm512_unpackhi_epi64(b[g], b[g + 2]);
-        a[g + 2] = _mm512_unpacklo_epi64(b[g + 1], b[g + 3]);
-        a[g + 3] = _mm512_unpackhi_epi64(b[g + 1], b[g + 3]);
-    }
-#pragma GCC unroll 4
-    for (int c = 0; c < 4; ++c) {
-        const __m512i l01 = _mm512_shuffle_i32x4(a[c], a[4 + c], 0x44),
-                      h01 = _mm512_shuffle_i32x4(a[c], a[4 + c], 0xee);
-        const __m512i l23 = _mm512_shuffle_i32x4(a[8 + c], a[12 + c], 0x44),
-                      h23 = _mm512_shuffle_i32x4(a[8 + c], a[12 + c], 0xee);
-        _mm512_storeu_si512(out + c * ld, _mm512_shuffle_i32x4(l01, l23, 0x88));
-        _mm512_storeu_si512(out + (4 + c) * ld, _mm512_shuffle_i32x4(l01, l23, 0xdd));
-        _mm512_storeu_si512(out + (8 + c) * ld, _mm512_shuffle_i32x4(h01, h23, 0x88));
-        _mm512_storeu_si512(out + (12 + c) * ld, _mm512_shuffle_i32x4(h01, h23, 0xdd));
-    }
-}
-
 } // namespace
 
 void sparse_i8_avx512vnni(int gs, int w, const uint8_t *x, const uint32_t *start, const uint16_t *idx,
@@ -163,36 +125,6 @@ void sparse_i8_avx512vnni(int gs, int w, const uint8_t *x, const uint32_t *start
         (gs == 4 ? panel64<4> : panel64<1>)(x, start, idx, values, g0, g1, add, acc);
     else
         (gs == 4 ? panel16<4> : panel16<1>)(x, start, idx, values, g0, g1, add, acc);
-}
-
-void transpose_32_wide(const uint32_t *const *rows, int w, int64_t n, uint32_t *out, int64_t ld) {
-    int i = 0;
-    for (; i + 16 <= w; i += 16) {
-        int64_t k = 0;
-        for (; k + 16 <= n; k += 16)
-            turn16(rows + i, k, out + k * ld + i, ld);
-        for (; k < n; ++k)
-            for (int j = 0; j < 16; ++j)
-                out[k * ld + i + j] = rows[i + j][k];
-    }
-    for (; i < w; i += 4) {
-        int64_t k = 0;
-        for (; k + 4 <= n; k += 4) {
-            __m128 a = _mm_loadu_ps(reinterpret_cast<const float *>(rows[i] + k));
-            __m128 b = _mm_loadu_ps(reinterpret_cast<const float *>(rows[i + 1] + k));
-            __m128 c = _mm_loadu_ps(reinterpret_cast<const float *>(rows[i + 2] + k));
-            __m128 d = _mm_loadu_ps(reinterpret_cast<const float *>(rows[i + 3] + k));
-            _MM_TRANSPOSE4_PS(a, b, c, d);
-            float *o = reinterpret_cast<float *>(out + k * ld + i);
-            _mm_storeu_ps(o, a);
-            _mm_storeu_ps(o + ld, b);
-            _mm_storeu_ps(o + 2 * ld, c);
-            _mm_storeu_ps(o + 3 * ld, d);
-        }
-        for (; k < n; ++k)
-            for (int j = 0; j < 4; ++j)
-                out[k * ld + i + j] = rows[i + j][k];
-    }
 }
 
 } // namespace tautorch

@@ -1,4 +1,4 @@
-// Sparse int8 primitives and transposition for AVX-512; see isa.h for their contracts.
+// Sparse int8 primitives for AVX-512; see isa.h for their contracts.
 #pragma once
 
 #include "kernels/common/isa.h"
@@ -20,6 +20,5 @@ constexpr SparseOrder kSparseOrderAvx512 = sparse_order_avx512();
 
 void sparse_i8_avx512vnni(int gs, int w, const uint8_t *x, const uint32_t *start, const uint16_t *idx,
                           const int8_t *values, int64_t g0, int64_t g1, bool add, int32_t *acc);
-void transpose_32_wide(const uint32_t *const *rows, int w, int64_t n, uint32_t *out, int64_t ld);
 
 } // namespace tautorch

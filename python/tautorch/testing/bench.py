@@ -113,13 +113,17 @@ def _text(value: Any) -> str:
 
 
 def machine() -> str:
-    """Model of this CPU and the number of threads used."""
+    """Model of this CPU, its best kernel and the number of threads used.
+
+    Virtual machines give many processors one name ("AMD EPYC"): family and model tell a Zen 4 (25) from a Zen 5 (26).
+    """
     name = platform.processor() or platform.machine()
     with contextlib.suppress(OSError):
-        for line in pathlib.Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                name = line.split(":", 1)[1].strip()
-                break
+        first = pathlib.Path("/proc/cpuinfo").read_text().split("\n\n", 1)[0]
+        facts = {k.strip(): v.strip() for k, _, v in (line.partition(":") for line in first.splitlines())}
+        name = facts.get("model name", name)
+        if "cpu family" in facts:
+            name += f" family {facts['cpu family']} model {facts['model']}"
     best = next(isa for isa, available in _C.isas().items() if available)
     return f"{name} {best} {torch.get_num_threads()} threads"
 
