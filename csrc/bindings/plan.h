@@ -93,9 +93,7 @@ template <class T> py::bytes finish_plan(const char *op, Plan<T> &p, const PackH
 
 #define TAUTORCH_FASTCALL(module, name, function)                                                            \
     do {                                                                                                     \
-        static PyMethodDef def = {                                                                           \
-            name, as_function(&fastcall<function>),          \
-            METH_FASTCALL, nullptr};                                                                         \
+        static PyMethodDef def = {name, as_function(&fastcall<function>), METH_FASTCALL, nullptr};           \
         PyModule_AddObject((module).ptr(), def.ml_name, PyCFunction_New(&def, nullptr));                     \
     } while (0)
 

@@ -190,7 +190,7 @@ def _notes(layer: PackedModule, kernel: str) -> Iterator[str]:
         yield "weight-only: fp32 multiply-adds; int8 saves memory, not arithmetic"
     elif getattr(layer, "weight_dtype", torch.int8) == torch.float32:
         yield "float32 values: fp32 multiply-adds, no quantisation"
-    if layer.op == "sparse_linear" and _only_lists(layer):
+    if layer.op == "sparse_linear" and kernel != "reference" and _only_lists(layer):
         yield "not yet fast below 16 rows: a panel of 16 costs the same with one row used"
     if layer.op == "lowrank_conv2d" and layer.weight_dtype == torch.float32:
         yield "not yet faster than two float convolutions everywhere; int8 factors are, in the bench"
@@ -211,9 +211,10 @@ def _notes(layer: PackedModule, kernel: str) -> Iterator[str]:
 
 def _only_lists(layer: PackedModule) -> bool:
     """Whether the packed weight is sparse int8 and has no form that runs a few rows by themselves."""
-    if layer.kernel() == "reference" or not _on_cpu(layer):
+    packed = layer._buffers["packed"]
+    if packed is None or not _on_cpu(layer):
         return False
-    info = pack_info(layer._buffers["packed"])
+    info = pack_info(packed)
     return info["kind"] == SPARSE_I8 and info["entries"] != 0 and info["slots"] == 0
 
 

@@ -11,7 +11,6 @@
 namespace tautorch {
 namespace {
 
-
 // Bytes of a band, so that it stays in the second-level cache beside the weights.
 constexpr int64_t kBandBytes = 192 * 1024;
 

@@ -77,7 +77,7 @@ void depthwise_pass(const uint8_t *x, const int64_t *taps, int64_t step, int pix
 #pragma GCC unroll 8
         for (int q = 0; q < Q; ++q) {
             interleave_bytes(S::load(x + at[4 * q]), S::load(x + at[4 * q + 1]), S::load(x + at[4 * q + 2]),
-                          S::load(x + at[4 * q + 3]), t);
+                             S::load(x + at[4 * q + 3]), t);
             for (int j = 0; j < 4; ++j)
                 s[j] = S::madd(s[j], t[j], v[q][j]);
         }

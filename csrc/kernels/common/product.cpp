@@ -17,7 +17,6 @@ struct Pointers {
               scratch(Scratch::panel, static_cast<size_t>(count) * sizeof(void *)))) {}
 };
 
-
 // A panel of `w` rows of x, input-major. Rows past the end repeat the last one.
 void build_panel(const Isa &isa, const PackHeader &h, const Source &x, int64_t group, int64_t m0, int rows,
                  int w, const void **pointers, void *panel) {
