@@ -94,6 +94,15 @@ int64_t row_step(const void *const *rows, int count) {
     return step;
 }
 
+// Whether a tile had better take all panels before the next rows begin: what an output costs then weighs as
+// much as its inputs, and the weights, read once for every six rows, stay in L2.
+bool row_by_row(const ProductI8 &p, const Output &out, int64_t outputs) {
+    const Epilogue &e = out.epilogue;
+    return p.even() && p.kq <= 64 && p.kq * 4 * outputs <= 512 * 1024 && !out.along_m && !e.addend &&
+           e.out_dtype == DType::f32 &&
+           (e.activation == Activation::none || e.activation == Activation::relu);
+}
+
 // One panel times a block of rows through product_i8: straight to the output where that runs along rows and
 // the activation is done in registers, otherwise a tile at a time through memory.
 void fused_panel(const Isa &isa, ProductI8 p, const Output &out, int64_t m0, int64_t n0) {
@@ -147,6 +156,15 @@ void gemm_block_taps(const Isa &isa, const uint8_t *packed, int64_t group, const
         task.taps = taps;
         task.kq = kq;
         task.row_scale = row_scale;
+        task.panels = 1;
+    }
+    const int64_t whole = std::min(p1, h.n / h.nr) - p0;
+    if (fused && whole > 1 && row_by_row(task, out, whole * h.nr)) {
+        ProductI8 many = task;
+        many.panels = whole;
+        many.panel = reinterpret_cast<const int8_t *>(panel_data(packed, group, p0));
+        fused_panel(isa, many, out, m0, group * h.n + p0 * h.nr);
+        p0 += whole;
     }
     alignas(64) int32_t acc[kTileRows * kTileN];
     for (int64_t p = p0; p < p1; ++p) {

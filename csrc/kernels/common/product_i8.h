@@ -23,9 +23,13 @@ struct ProductI8 {
     char *out;
     int64_t row_bytes;
 
+    // More than 1: whole panels of 64 outputs that follow each other, for even rows and float output.
+    int64_t panels;
+
     bool even() const { return taps == 1 && (row_step != 0 || count == 1); }
 };
 
 void product_i8_avx512vnni(const ProductI8 &p);
+void product_i8_rows_avx512vnni(const ProductI8 &p);
 
 } // namespace tautorch

@@ -242,6 +242,8 @@ void strip(const ProductI8 &p, const Tile *tiles, int most, int i) {
 } // namespace
 
 void product_i8_avx512vnni(const ProductI8 &p) {
+    if (p.panels > 1)
+        return product_i8_rows_avx512vnni(p);
     const bool even = p.even();
     int i = 0;
     // 12 x 32 reads 128 bytes of weights in 12 cycles, 6 x 64 twice as many, and the 32 columns of a panel
