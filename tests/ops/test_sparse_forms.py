@@ -59,7 +59,19 @@ def run(x: Tensor, packed: Tensor, pattern: str, n: int) -> Tensor:
 @pytest.mark.parametrize("density", [0.0, 0.02, 0.2, 0.5, 1.0])
 @pytest.mark.parametrize("pattern", ["unstructured", "4x1", "16x16"])
 @pytest.mark.parametrize(
-    ("n", "k"), [(1, 1), (3, 63), (16, 64), (17, 65), (64, 96), (65, 97), (130, 512), (129, 513), (200, 1031)]
+    ("n", "k"),
+    [
+        (1, 1),
+        (3, 63),
+        (16, 64),
+        (17, 65),
+        (64, 96),
+        (65, 97),
+        (130, 512),
+        (129, 513),
+        (200, 1031),
+        (19, 8209),
+    ],
 )
 def test_forms_agree(n: int, k: int, pattern: str, density: float) -> None:
     w, mask = weight(n, k, pattern, density)

@@ -6,6 +6,16 @@
 
 namespace tautorch {
 
+// What sparse_i8_scaled makes of its sums: (sum + correction * colsum) * rows * outputs + bias. Pointers
+// start at the first output; but for rows they may be null, for 0 (colsum, bias) or 1 (outputs).
+struct SparseScales {
+    const float *rows; // [64]
+    const float *outputs, *bias;
+    const int32_t *colsum;
+    int32_t correction;
+    int64_t count; // outputs left; a last group of 4 may have fewer
+};
+
 struct Isa {
     const char *name;
     int32_t id;  // stored in packed weights
@@ -46,7 +56,7 @@ struct Isa {
     void (*transpose_32)(const uint32_t *const *rows, int w, int64_t k, uint32_t *out, int64_t ld);
 
     // Sparse, over a panel x[k][w] (w = 16 or 64). Group g covers `gs` (1 or 4) outputs that share the
-    // inputs whose 64-fold is idx[4 * start[g] .. 4 * start[g + 1]); weights are [quad][gs][4]. acc is [(g1 -
+    // inputs whose 8-fold is idx[4 * start[g] .. 4 * start[g + 1]); weights are [quad][gs][4]. acc is [(g1 -
     // g0) * gs][w], written, or added to where `add`.
     void (*sparse_i8)(int gs, int w, const uint8_t *x, const uint32_t *start, const uint16_t *idx,
                       const int8_t *values, int64_t g0, int64_t g1, bool add, int32_t *acc);
@@ -70,6 +80,12 @@ struct Isa {
 
     // A panel of dot_i8 times a whole block of rows, with the epilogue. Null where there is none.
     void (*product_i8)(const ProductI8 &) = nullptr;
+
+    // sparse_i8 on a panel of w = 64 whose sums are complete with it, scaled: acc is float. Null where there
+    // is none.
+    void (*sparse_i8_scaled)(int gs, const uint8_t *x, const uint32_t *start, const uint16_t *idx,
+                             const int8_t *values, int64_t g0, int64_t g1, bool add, int32_t *acc,
+                             const SparseScales &scales) = nullptr;
 };
 
 extern const Isa isa_scalar;

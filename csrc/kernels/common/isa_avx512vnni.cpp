@@ -184,6 +184,7 @@ const Isa isa_avx512vnni = {
     peak_i8,
     depthwise,
     product_i8_avx512vnni,
+    sparse_i8_scaled_avx512vnni,
 };
 
 } // namespace tautorch

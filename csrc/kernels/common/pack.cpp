@@ -1,5 +1,6 @@
 #include "kernels/common/pack.h"
 
+#include "core/arch.h"
 #include "core/memory.h"
 #include "kernels/common/sell.h"
 #include "kernels/common/sparse_f32.h"
@@ -54,17 +55,25 @@ template <class F> void each_weight(const PackHeader &h, const F &f) {
 }
 
 int64_t sparse_groups_of(const PackHeader &h) { return h.groups * div_up(h.n, h.gs); }
-// sparse_i8 keeps the 64-fold of an input's place in its block: where its row of a panel of 64 starts.
+// sparse_i8 keeps the 8-fold of an input's place in its block: addresses of rows of 64 and of 16 bytes are 8
+// and 2 times that, which costs no instruction.
+static_assert(kWideBlockInputs * 8 <= 65536);
 uint16_t stored_input(const PackHeader &h, int64_t block, int64_t input) {
-    return static_cast<uint16_t>((input - block * block_inputs(h)) * 64);
+    return static_cast<uint16_t>((input - block * block_inputs(h)) * 8);
 }
 int64_t input_of(const PackHeader &h, int64_t block, uint16_t stored) {
-    return block * block_inputs(h) + stored / 64;
+    return block * block_inputs(h) + stored / 8;
 }
 
-// Parts of the inputs: a panel of 64 rows by 512 inputs takes 32 KB, so that it stays in L1 while the outputs
-// run over it.
-int64_t input_blocks(int64_t inputs) { return std::max<int64_t>(1, div_up(inputs, kBlockInputs)); }
+int64_t input_blocks(int64_t inputs, int64_t length) { return std::max<int64_t>(1, div_up(inputs, length)); }
+
+// Inputs of a block of lists that keep this share of them. Every list costs its start and its sums' way to
+// memory and back, and fills a quad; the products of dense lists would rather have their panel in L1. Where
+// 512 bits take two halves, the panel in L2 is fast enough for groups of 4.
+int64_t list_inputs(int gs, double kept) {
+    const double most = gs == 1 ? 0.07 : cpu_features().halves_512 ? 1.0 : 0.2;
+    return kept <= most ? kWideBlockInputs : kBlockInputs;
+}
 
 // Header of a sparse pack with so many quads or entries in so many blocks, and so many slots.
 PackHeader sparse_layout(const Isa &isa, PackKind kind, int gs, int64_t groups, int64_t n, int64_t k,
@@ -110,7 +119,8 @@ bool header_consistent(const Isa &isa, const PackHeader &h) {
         if ((h.gs != 1 && h.gs != 4) || h.taps * h.k > kMaxSparseInputs || h.entries < 0 ||
             h.entries > int64_t{1} << 32 || h.slots < 0 || h.slots > int64_t{1} << 32)
             return false;
-        if (h.kind == PackKind::sparse_i8 && h.blocks != input_blocks(h.taps * h.k) &&
+        if (h.kind == PackKind::sparse_i8 && h.blocks != input_blocks(h.taps * h.k, kBlockInputs) &&
+            h.blocks != input_blocks(h.taps * h.k, kWideBlockInputs) &&
             (h.blocks != 0 || h.entries != 0 || h.slots == 0))
             return false;
         if (h.slots > 0 && (h.kind != PackKind::sparse_i8 || h.taps != 1))
@@ -156,7 +166,7 @@ bool entries_consistent(const uint8_t *packed) {
             largest = index[i] > largest ? index[i] : largest;
             bits |= index[i];
         }
-        if (bits % 64 != 0)
+        if (bits % 8 != 0)
             return false;
         if (last > first && input_of(h, b, largest) >= std::min(inputs, (b + 1) * block_inputs(h)))
             return false;
@@ -258,7 +268,9 @@ PackHeader sparse_header(const Isa &isa, PackKind kind, int gs, int64_t groups, 
                          int64_t taps, const SparseEntries &e, SparseForm form) {
     if (kind == PackKind::sparse_f32)
         return sparse_layout(isa, kind, gs, groups, n, k, taps, 0, e.start[e.sparse_groups], 0);
-    const int64_t blocks = input_blocks(taps * k);
+    const double kept = static_cast<double>(e.start[e.sparse_groups]) /
+                        static_cast<double>(std::max<int64_t>(1, e.sparse_groups * taps * k));
+    const int64_t blocks = input_blocks(taps * k, list_inputs(gs, kept));
     const int64_t length = block_inputs(sparse_layout(isa, kind, gs, groups, n, k, taps, blocks, 0, 0));
     int64_t entries = 0;
     for (int64_t s = 0; s < e.sparse_groups; ++s)

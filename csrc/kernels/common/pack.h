@@ -36,7 +36,7 @@ struct PackHeader {
 };
 static_assert(sizeof(PackHeader) == 8 * 4 + 13 * 8, "no padding: headers are compared as bytes");
 constexpr uint32_t kPackMagic = 0x4b505454; // "TTPK"
-constexpr int32_t kPackVersion = 2;
+constexpr int32_t kPackVersion = 3;
 
 inline const PackHeader &header_of(const uint8_t *packed) {
     return *reinterpret_cast<const PackHeader *>(packed);
@@ -45,7 +45,9 @@ inline const PackHeader &header_of(const uint8_t *packed) {
 // Inputs of one block of a sparse pack; the last may have fewer.
 inline int64_t block_inputs(const PackHeader &h) { return div_up(h.taps * h.k, h.blocks); }
 
-constexpr int64_t kBlockInputs = 512;       // of a sparse int8 pack
+// Of a sparse int8 pack's lists: a panel of 64 rows by 512 inputs (32 KB) stays in L1 while outputs run over
+// it, one by 4096 (256 KB) in L2, and lists are longer.
+constexpr int64_t kBlockInputs = 512, kWideBlockInputs = 4096;
 constexpr int64_t kMaxSparseInputs = 65536; // taps * k of a sparse pack, whose indices have 16 bits
 
 // Whether these sizes are ones that offsets into a pack can be computed from without overflow.

@@ -17,18 +17,22 @@ struct Pointers {
               scratch(Scratch::panel, static_cast<size_t>(count) * sizeof(void *)))) {}
 };
 
-// A panel of `w` rows of x, input-major. Rows past the end repeat the last one.
+// A panel of `w` rows of x, input-major, or part of `parts` of its inputs. Rows past the end repeat the last
+// one.
 void build_panel(const Isa &isa, const PackHeader &h, const Source &x, int64_t group, int64_t m0, int rows,
-                 int w, const void **pointers, void *panel) {
+                 int w, const void **pointers, void *panel, int64_t part = 0, int64_t parts = 1) {
+    // Parts of the inputs begin where the transposition's steps of 16 do.
+    const int64_t steps = div_up(h.k, 16);
+    const int64_t k0 = 16 * chunk_begin(steps, parts, part);
+    const int64_t k1 = std::min(h.k, 16 * chunk_begin(steps, parts, part + 1));
     x.fill(group, m0, rows, pointers, kTileN);
-    const void *ordered[kTileN];
+    const uint8_t *ordered[kTileN];
     for (int64_t t = 0; t < h.taps; ++t) {
         for (int r = 0; r < w; ++r) {
             const int at = w == kTileN ? isa.panel_order[r] : r;
-            ordered[at] = pointers[t * kTileN + std::min(r, rows - 1)];
+            ordered[at] = static_cast<const uint8_t *>(pointers[t * kTileN + std::min(r, rows - 1)]) + k0;
         }
-        isa.transpose_u8(reinterpret_cast<const uint8_t *const *>(ordered), w, h.k,
-                         static_cast<uint8_t *>(panel) + t * h.k * w, w);
+        isa.transpose_u8(ordered, w, k1 - k0, static_cast<uint8_t *>(panel) + (t * h.k + k0) * w, w);
     }
 }
 
@@ -41,15 +45,34 @@ void run_panel(const Isa &isa, const uint8_t *packed, int64_t group, const void 
     const uint16_t *index = reinterpret_cast<const uint16_t *>(packed + h.index_off);
     const uint8_t *data = packed + h.data_off;
     alignas(64) int32_t acc[kTileOutputs * kTileN];
-    const PanelStore store(isa, out, acc, w);
+    // The kernel scales its sums while they are in registers, lanes being rows; what is left to the epilogue
+    // then is to turn, add, activate and convert.
+    const Epilogue &e = out.epilogue;
+    const bool scaled = w == kTileN && scale && isa.sparse_i8_scaled && e.out_dtype != DType::i32;
+    Output rest = out;
+    if (scaled) {
+        rest.epilogue.acc_float = true;
+        rest.epilogue.w_scale = nullptr;
+        if (!e.addend)
+            rest.epilogue.bias = nullptr;
+    }
+    const PanelStore store(isa, rest, acc, w);
     const int64_t step = kTileOutputs / h.gs;
     for (int64_t s = s0; s < s1; s += step) {
-        const int64_t e = std::min(s1, s + step);
-        for (int64_t b = 0; b < h.blocks; ++b)
-            isa.sparse_i8(h.gs, w, static_cast<const uint8_t *>(panel) + b * block_inputs(h) * w,
-                          start + b * lists, index, reinterpret_cast<const int8_t *>(data), s, e, b > 0, acc);
-        const int cols = static_cast<int>(std::min((e - s) * h.gs, h.n - s * h.gs));
-        store(m0, rows, group * h.n + s * h.gs, cols, scale);
+        const int64_t end = std::min(s1, s + step), n0 = group * h.n + s * h.gs;
+        const int cols = static_cast<int>(std::min((end - s) * h.gs, h.n - s * h.gs));
+        for (int64_t b = 0; b < h.blocks; ++b) {
+            const uint8_t *x = static_cast<const uint8_t *>(panel) + b * block_inputs(h) * w;
+            const int8_t *values = reinterpret_cast<const int8_t *>(data);
+            if (scaled && b + 1 == h.blocks)
+                isa.sparse_i8_scaled(h.gs, x, start + b * lists, index, values, s, end, b > 0, acc,
+                                     {scale, e.w_scale ? e.w_scale + n0 : nullptr,
+                                      e.bias && !e.addend ? e.bias + n0 : nullptr,
+                                      e.correction ? e.colsum + n0 : nullptr, e.correction, cols});
+            else
+                isa.sparse_i8(h.gs, w, x, start + b * lists, index, values, s, end, b > 0, acc);
+        }
+        store(m0, rows, n0, cols, scaled ? nullptr : scale);
     }
 }
 
@@ -128,7 +151,7 @@ void sparse_product(const Isa &isa, const uint8_t *packed, const Source &x, cons
         build_panel(isa, h, x, g, blocks.begin(i), blocks.rows(i), blocks.width(i), pointers, panel);
     };
     const auto run = [&](int64_t i, int64_t g, const void *panel, int64_t s0, int64_t s1) {
-        float scales[kTileN];
+        float scales[kTileN] = {};
         const float *scale = x.row_scales(blocks.begin(i), blocks.rows(i), scales) ? scales : nullptr;
         run_panel(isa, packed, g, panel, blocks.width(i), s0, s1, out, blocks.begin(i), blocks.rows(i),
                   scale);
@@ -150,9 +173,12 @@ void sparse_product(const Isa &isa, const uint8_t *packed, const Source &x, cons
     const int64_t parts = div_up(threads, count);
     char *all = static_cast<char *>(scratch(Scratch::inner, static_cast<size_t>(panel_bytes * count)));
     for (int64_t g = 0; g < h.groups; ++g) {
-        const Pointers pointers(h.taps * kTileN);
-        for (int64_t i = 0; i < count; ++i)
-            block(i, g, pointers.at, all + i * panel_bytes);
+        parallel_tasks(count * parts, [&](int64_t t) {
+            const int64_t i = t / parts;
+            const Pointers pointers(h.taps * kTileN);
+            build_panel(isa, h, x, g, blocks.begin(i), blocks.rows(i), blocks.width(i), pointers.at,
+                        all + i * panel_bytes, t % parts, parts);
+        });
         const uint32_t *from = start + g * sparse_groups;
         parallel_tasks(count * parts, [&](int64_t t) {
             const int64_t i = t / parts, p = t % parts;

@@ -17,6 +17,9 @@ int64_t pass_tasks(int64_t elements, int64_t most) {
     return elements < 65'536 ? 1 : std::max<int64_t>(1, std::min(max_threads(), most));
 }
 
+// An odd number of cache lines: at a multiple of 4 KB all rows of a tile would share one set of L1.
+int64_t spread_stride(int64_t bytes) { return round_up(bytes, 64) | 64; }
+
 struct SampleQuant {
     float inv;
     int32_t zp, lo, hi;
@@ -150,7 +153,7 @@ Source matrix_source(const Isa &isa, const ActQuant &q, OperandKind kind, const 
         return s;
     }
     const int64_t padded = round_up(k, kr);
-    s.row_stride = round_up(padded * operand_bytes(kind), 64);
+    s.row_stride = spread_stride(padded * operand_bytes(kind));
     uint8_t *out = static_cast<uint8_t *>(scratch(Scratch::rows, static_cast<size_t>(m * s.row_stride + 64)));
     s.data = reinterpret_cast<const char *>(out);
     float *scale = nullptr;
@@ -184,8 +187,7 @@ Source block_source(const Isa &isa, const ActQuant &q, OperandKind kind, const v
         return s;
     }
     const int64_t padded = round_up(k, kr);
-    // An odd number of cache lines: at a multiple of 4 KB all rows of a tile would share one set of L1.
-    s.row_stride = round_up(padded * operand_bytes(kind), 64) | 64;
+    s.row_stride = spread_stride(padded * operand_bytes(kind));
     uint8_t *out = static_cast<uint8_t *>(scratch(operands, static_cast<size_t>(rows * s.row_stride + 64)));
     s.data = reinterpret_cast<const char *>(out);
     if (kind != OperandKind::f32) {

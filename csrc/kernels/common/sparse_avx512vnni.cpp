@@ -18,12 +18,12 @@ inline __m512i broadcast4(const void *p) {
     return _mm512_set1_epi32(v);
 }
 
-// 64 rows of x for four inputs, whose bytes start at i[0..3]: t[j] holds rows 16 j .. 16 j + 15, four bytes
+// 64 rows of x for four inputs, whose bytes start at 8 i[0..3]: t[j] holds rows 16 j .. 16 j + 15, four bytes
 // each.
 inline __attribute__((always_inline)) void interleave64(const uint8_t *x, const uint16_t *i,
                                                         __m512i (&t)[4]) {
-    const __m512i r0 = load512(x + i[0]), r1 = load512(x + i[1]);
-    const __m512i r2 = load512(x + i[2]), r3 = load512(x + i[3]);
+    const auto row = [x](uint16_t at) { return load512(x + int64_t{at} * 8); };
+    const __m512i r0 = row(i[0]), r1 = row(i[1]), r2 = row(i[2]), r3 = row(i[3]);
     interleave_bytes(r0, r1, r2, r3, t);
 }
 
@@ -32,9 +32,26 @@ inline __attribute__((always_inline)) void dot(__m512i &acc, __m512i x, __m512i 
     asm("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(x), "v"(w));
 }
 
-template <int GS>
+// Scales of GS outputs, those past the last one 0.
+template <int GS> struct GroupScales {
+    float w[GS], b[GS];
+    int32_t from[GS]; // what the sums start from
+    GroupScales(const SparseScales &s, int64_t n) {
+        for (int r = 0; r < GS; ++r) {
+            const bool real = n + r < s.count;
+            w[r] = !real ? 0.0f : s.outputs ? s.outputs[n + r] : 1.0f;
+            b[r] = real && s.bias ? s.bias[n + r] : 0.0f;
+            // Unsigned: the product may pass 2^31, the corrected sum does not.
+            from[r] = real && s.colsum ? static_cast<int32_t>(static_cast<uint32_t>(s.colsum[n + r]) *
+                                                              static_cast<uint32_t>(s.correction))
+                                       : 0;
+        }
+    }
+};
+// Scaled: the sums leave as floats; otherwise `scales` is null.
+template <int GS, bool Scaled>
 void panel64(const uint8_t *x, const uint32_t *start, const uint16_t *idx, const int8_t *values, int64_t g0,
-             int64_t g1, bool add, int32_t *out) {
+             int64_t g1, bool add, int32_t *out, const SparseScales *scales) {
     // One output has 4 chains of products, too few for their latency of 4 to 5 cycles: two sets of them.
     constexpr int U = GS == 1 ? 2 : 1;
     for (int64_t g = g0; g < g1; ++g, out += GS * 64) {
@@ -64,13 +81,27 @@ void panel64(const uint8_t *x, const uint32_t *start, const uint16_t *idx, const
                 step(u, c[u]);
         if (U == 2 && i < end)
             step(0, c[0]);
-        for (int r = 0; r < GS; ++r)
-            for (int j = 0; j < 4; ++j) {
-                __m512i s = c[0][r][j];
-                if constexpr (U == 2)
-                    s = _mm512_add_epi32(s, c[1][r][j]);
-                _mm512_storeu_si512(out + r * 64 + 16 * j, s);
+        if constexpr (U == 2)
+            for (int j = 0; j < 4; ++j)
+                c[0][0][j] = _mm512_add_epi32(c[0][0][j], c[1][0][j]);
+        if constexpr (Scaled) {
+            const GroupScales<GS> s(*scales, (g - g0) * GS);
+            for (int r = 0; r < GS; ++r) {
+                const __m512 w = _mm512_set1_ps(s.w[r]), b = _mm512_set1_ps(s.b[r]);
+                const __m512i from = _mm512_set1_epi32(s.from[r]);
+                for (int j = 0; j < 4; ++j) {
+                    const __m512 y = _mm512_cvtepi32_ps(_mm512_add_epi32(c[0][r][j], from));
+                    const __m512 scaled =
+                        _mm512_mul_ps(_mm512_mul_ps(y, _mm512_loadu_ps(scales->rows + 16 * j)), w);
+                    _mm512_storeu_ps(reinterpret_cast<float *>(out + r * 64 + 16 * j),
+                                     _mm512_add_ps(scaled, b));
+                }
             }
+        } else {
+            for (int r = 0; r < GS; ++r)
+                for (int j = 0; j < 4; ++j)
+                    _mm512_storeu_si512(out + r * 64 + 16 * j, c[0][r][j]);
+        }
     }
 }
 
@@ -83,7 +114,7 @@ void panel16(const uint8_t *x, const uint32_t *start, const uint16_t *idx, const
     const __m512i bytes =
         _mm512_broadcast_i32x4(_mm_set_epi8(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0));
     const auto row = [x](uint16_t i) {
-        return _mm_loadu_si128(reinterpret_cast<const __m128i *>(x + i / 4));
+        return _mm_loadu_si128(reinterpret_cast<const __m128i *>(x + i * 2));
     };
     const auto interleave = [&](const uint16_t *i) __attribute__((always_inline)) {
         __m512i v = _mm512_castsi128_si512(row(i[0]));
@@ -122,9 +153,15 @@ void panel16(const uint8_t *x, const uint32_t *start, const uint16_t *idx, const
 void sparse_i8_avx512vnni(int gs, int w, const uint8_t *x, const uint32_t *start, const uint16_t *idx,
                           const int8_t *values, int64_t g0, int64_t g1, bool add, int32_t *acc) {
     if (w == 64)
-        (gs == 4 ? panel64<4> : panel64<1>)(x, start, idx, values, g0, g1, add, acc);
+        (gs == 4 ? panel64<4, false> : panel64<1, false>)(x, start, idx, values, g0, g1, add, acc, nullptr);
     else
         (gs == 4 ? panel16<4> : panel16<1>)(x, start, idx, values, g0, g1, add, acc);
+}
+
+void sparse_i8_scaled_avx512vnni(int gs, const uint8_t *x, const uint32_t *start, const uint16_t *idx,
+                                 const int8_t *values, int64_t g0, int64_t g1, bool add, int32_t *acc,
+                                 const SparseScales &scales) {
+    (gs == 4 ? panel64<4, true> : panel64<1, true>)(x, start, idx, values, g0, g1, add, acc, &scales);
 }
 
 } // namespace tautorch

@@ -23,7 +23,7 @@ constexpr uint8_t kPlainOrder[64] = {
             for (int r = 0; r < gs; ++r)
                 for (int j = 0; j < 4; ++j) {
                     const int32_t v = values[(q * gs + r) * 4 + j];
-                    const uint8_t *xk = x + idx[4 * q + j] * w / 64;
+                    const uint8_t *xk = x + idx[4 * q + j] * w / 8;
                     for (int i = 0; i < w; ++i)
                         acc[r * w + i] += v * xk[i];
                 }

@@ -16,8 +16,8 @@ struct Quad {
     __m256i lo, hi;
 };
 inline Quad quad_of(const uint8_t *x, const uint16_t *i, int w) {
-    const __m128i a = row16(x + i[0] * w / 64), b = row16(x + i[1] * w / 64);
-    const __m128i c = row16(x + i[2] * w / 64), d = row16(x + i[3] * w / 64);
+    const __m128i a = row16(x + i[0] * w / 8), b = row16(x + i[1] * w / 8);
+    const __m128i c = row16(x + i[2] * w / 8), d = row16(x + i[3] * w / 8);
     const __m256i ab = _mm256_set_m128i(_mm_unpackhi_epi8(a, b), _mm_unpacklo_epi8(a, b));
     const __m256i cd = _mm256_set_m128i(_mm_unpackhi_epi8(c, d), _mm_unpacklo_epi8(c, d));
     return {_mm256_unpacklo_epi16(ab, cd), _mm256_unpackhi_epi16(ab, cd)};
@@ -37,10 +37,10 @@ struct Quad {
     __m256i lo[2], hi[2]; // [pair of inputs]
 };
 inline Quad quad_of(const uint8_t *x, const uint16_t *i, int w) {
-    const __m256i a = _mm256_cvtepu8_epi16(row16(x + i[0] * w / 64));
-    const __m256i b = _mm256_cvtepu8_epi16(row16(x + i[1] * w / 64));
-    const __m256i c = _mm256_cvtepu8_epi16(row16(x + i[2] * w / 64));
-    const __m256i d = _mm256_cvtepu8_epi16(row16(x + i[3] * w / 64));
+    const __m256i a = _mm256_cvtepu8_epi16(row16(x + i[0] * w / 8));
+    const __m256i b = _mm256_cvtepu8_epi16(row16(x + i[1] * w / 8));
+    const __m256i c = _mm256_cvtepu8_epi16(row16(x + i[2] * w / 8));
+    const __m256i d = _mm256_cvtepu8_epi16(row16(x + i[3] * w / 8));
     return {{_mm256_unpacklo_epi16(a, b), _mm256_unpacklo_epi16(c, d)},
             {_mm256_unpackhi_epi16(a, b), _mm256_unpackhi_epi16(c, d)}};
 }
