@@ -262,14 +262,28 @@ def _triton_supports(problem: Problem) -> str | None:
         return "no CUDA device is visible"
     if gpu[0] < 80:
         return f"it needs compute capability 8.0, this device has {gpu[0] // 10}.{gpu[0] % 10}"
-    if gpu[0] == 103 and not problem.details.get("weight_only"):
+    d = problem.details
+    floating = d.get("weight_only") or (d.get("weight_dtype") == "float32" and "residual" not in d)
+    if gpu[0] == 103 and not floating:
         return "compute capability 10.3 has almost no int8 throughput; keep the layer in bf16"
+    return None
+
+
+def _triton_row(op: str, refuse: Callable[[Problem], str | None]) -> Kernel:
+    return Kernel(op, "triton", "cuda", lambda problem: refuse(problem) or _triton_supports(problem))
+
+
+def _refuse_lowrank(problem: Problem) -> str | None:
+    residual = problem.details.get("residual")
+    if residual not in (None, "int8"):
+        return f"a {residual} residual has no GPU kernel; use residual='int8' or none"
     return None
 
 
 # "cuda" picks a tile by shape; forcing picks one of the tiles that follow. Nothing else in the table does.
 register(_cuda_row("cuda", chosen_by_shape=True))
 register(Kernel("int8_linear", "triton", "cuda", _triton_supports))
+register(_triton_row("lowrank_linear", _refuse_lowrank))
 for _name in cuda.int8_linear_kernels() if cuda is not None else ():
     register(_cuda_row(_name, chosen_by_shape=False))
 

@@ -7,26 +7,15 @@ is imported, and the compile tests need it unset. The name keeps pytest from col
 from __future__ import annotations
 
 import itertools
-from typing import Any
 
 import pytest
 import torch
+from tests.triton_kernels import interpreting
 from torch import Tensor
-from triton.runtime import interpreter
 
 from tautorch.triton_kernels import int8_linear as tk
 
-_patch_lang_tensor = interpreter._patch_lang_tensor
-
-
-def _patch_with_index(tensor: Any, scope: Any) -> None:
-    """Triton 3.6 holds scalars as one-element arrays, which numpy 2.4 no longer turns into an int."""
-    _patch_lang_tensor(tensor, scope)
-    scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
-
-
-interpreter._patch_lang_tensor = _patch_with_index
-
+interpreting.let_scalars_be_indices()
 # exp and huge inputs overflow on purpose.
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
 SMALL = tk.Config(16, 32, 32, 4, 2, group_m=2)

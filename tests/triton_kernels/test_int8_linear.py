@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
 import re
 import subprocess
 import sys
@@ -15,70 +14,24 @@ import pytest
 triton = pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
 torch = pytest.importorskip("torch")
 
-from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.compiler import ASTSource  # noqa: E402
+from tests.triton_kernels.compiling import (  # noqa: E402
+    CAPABILITIES,
+    POINTER,
+    check_resources,
+    compile_kernel,
+    run_in_the_interpreter,
+)
 
 from tautorch.triton_kernels import int8_linear as tk  # noqa: E402
 
-HERE = Path(__file__).parent
-CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-# Bytes of shared memory one block may have, by compute capability (CUDA C++ Programming Guide).
-SHARED_LIMIT = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024}
-POINTER = {"float32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16", "int8": "*i8", "int32": "*i32"}
-CAPABILITIES = sorted(SHARED_LIMIT)
-
 
 def test_kernels_in_the_interpreter() -> None:
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    file = str(HERE / "interpreted_int8_linear.py")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", file]
-    done = subprocess.run(
-        command,
-        check=False,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=600,
-        cwd=HERE.parents[1],
-    )
-    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
-    passed = re.search(r"(\d+) passed", done.stdout)
-    assert passed and int(passed.group(1)) >= 100, done.stdout[-2000:]
+    run_in_the_interpreter("interpreted_int8_linear.py", 100)
 
 
 def test_importing_tautorch_does_not_import_triton() -> None:
     code = "import sys, torch, tautorch; assert 'tautorch.triton_kernels.int8_linear' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
-
-
-def compile_kernel(
-    kernel: Any, capability: int, types: dict[str, str], values: dict[str, Any], **options: Any
-) -> Any:
-    """Compile with pointers and strides multiples of 16; what is in ``values`` is a compile-time constant."""
-    signature = {name: "constexpr" if name in values else types[name] for name in kernel.arg_names}
-    aligned = [i for i, name in enumerate(kernel.arg_names) if name not in values]
-    source = ASTSource(
-        kernel,
-        signature,
-        constexprs={(kernel.arg_names.index(name),): value for name, value in values.items()},
-        attrs={(i,): [["tt.divisibility", 16]] for i in aligned},
-    )
-    target = GPUTarget("cuda", capability, 32)
-    return triton.compile(source, target=target, options={"enable_fp_fusion": False, **options})
-
-
-def check_resources(compiled: Any, capability: int, tmp_path: Path) -> None:
-    """Shared memory within the device's limit and no register spilled to local memory."""
-    assert compiled.metadata.shared <= SHARED_LIMIT[capability]
-    cubin = tmp_path / "kernel.cubin"
-    cubin.write_bytes(compiled.asm["cubin"])
-    usage = subprocess.run(
-        [CUOBJDUMP, "-res-usage", cubin], capture_output=True, text=True, check=True
-    ).stdout
-    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)
-    assert found, usage
-    registers, stack, local = (int(v) for v in found.groups())
-    assert registers <= 255 and stack == 0 and local == 0, usage
 
 
 def types_of(kernel: Any, **pointers: str) -> dict[str, str]:

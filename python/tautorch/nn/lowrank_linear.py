@@ -269,7 +269,9 @@ class LowRankLinear(LowRankModule, LinearModule):
 
     def _problem(self) -> dispatch.Problem:
         dtype = str(self.weight_dtype).removeprefix("torch.")
-        return problem(self.out_features, self.in_features, self.rank, dtype, self.weight_device().type)
+        residual = None if self.residual is None else getattr(self.residual, "pattern", "int8")
+        device = self.weight_device().type
+        return problem(self.out_features, self.in_features, self.rank, dtype, device, residual)
 
     def _pack_factor(self, factor: Tensor, kernel: str) -> Tensor:
         return pack(factor, kernel=kernel)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 
 import torch
@@ -13,17 +12,13 @@ from tautorch.dispatch import Problem
 from tautorch.reference import int8_linear as reference
 
 from . import library as lib
+from ._gpu import facts as _facts
+from ._gpu import once as _once
 from .library import Tail
 
 OP = "int8_linear"
 _packs = lib.PackCache()
 _sums = lib.PackCache()
-
-
-@functools.lru_cache(maxsize=64)
-def _facts(index: int) -> tuple[int, int]:
-    p = torch.cuda.get_device_properties(index)
-    return p.major * 10 + p.minor, p.multi_processor_count
 
 
 def problem(index: int, rows: int, n: int, k: int, weight_only: bool) -> Problem:
@@ -64,6 +59,8 @@ def run(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, ta
     dispatch.note_used(OP, kernel)
     function = reference.int8_linear if kernel == "reference" else _triton()
     with torch.cuda.device(x.device):
+        bias, x_scale = (None if t is None else t.contiguous() for t in (bias, tail.x_scale))
+        tail = tail._replace(x_scale=x_scale)
         return function(x, weight, weight_scale.contiguous(), bias, **tail._asdict())
 
 
@@ -140,20 +137,3 @@ def _operand(weight: Tensor, with_sums: bool, index: int, stream: int) -> tuple[
     packed = _once(_packs, weight, make_pack)
     base = packed.data_ptr()
     return base + layout["weight_off"], layout["ldw"], base + layout["sums_off"], [weight, packed]
-
-
-def _once(cache: lib.PackCache, weight: Tensor, make: Callable[[], Tensor]) -> Tensor:
-    """What ``make`` makes of ``weight``, remembered, and safe to read from any stream."""
-    if torch.cuda.is_current_stream_capturing():
-        # What a graph makes exists only after its replay, so it is not remembered.
-        found = cache.peek(weight, "cuda")
-        return make() if found is None else found
-
-    def finished() -> Tensor:
-        made = make()
-        torch.cuda.current_stream(weight.device).synchronize()
-        return made
-
-    found = cache.get(weight, "cuda", finished)
-    found.record_stream(torch.cuda.current_stream(weight.device))
-    return found

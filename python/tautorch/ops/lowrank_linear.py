@@ -12,6 +12,7 @@ from tautorch.dispatch import Problem
 from tautorch.reference import lowrank_linear as reference
 from tautorch.reference.layouts import block_shape
 
+from . import _lowrank_linear_gpu as gpu
 from . import library as lib
 from . import sparse_entries as entries
 from .int8_linear import pack, unpack
@@ -21,9 +22,17 @@ OP = "lowrank_linear"
 _cache = lib.PackCache()
 
 
-def problem(n: int, k: int, rank: int, weight_dtype: str, device: str = "cpu") -> Problem:
-    """What a pair of factors asks of a kernel; ``weight_dtype`` is "int8" or "float32"."""
-    return Problem(OP, device, n, k, {"rank": rank, "weight_dtype": weight_dtype})
+def problem(
+    n: int, k: int, rank: int, weight_dtype: str, device: str = "cpu", residual: str | None = None
+) -> Problem:
+    """What a pair of factors asks of a kernel.
+
+    ``weight_dtype`` is "int8" or "float32", ``residual`` None, "int8" (dense) or its sparse pattern.
+    """
+    details: dict[str, object] = {"rank": rank, "weight_dtype": weight_dtype}
+    if residual is not None:
+        details["residual"] = residual
+    return Problem(OP, device, n, k, details)
 
 
 def plan(
@@ -276,6 +285,23 @@ def _packed(factor: Tensor, kernel: str) -> Tensor:
     return _cache.get(factor, kernel, lambda: pack(unpack(factor), kernel=kernel))
 
 
+def _cuda(
+    x: Tensor,
+    down: Tensor,
+    up: Tensor,
+    bias: Tensor | None = None,
+    down_scale: Tensor | None = None,
+    up_scale: Tensor | None = None,
+    out_features: int | None = None,
+    rank: int | None = None,
+    *rest: Any,
+) -> Tensor:
+    residual, tail = Residual(*rest[:5]), Tail(*rest[5:])
+    sizes = _sizes(down, up, out_features, rank)
+    _check(x, down, up, bias, down_scale, up_scale, sizes, residual, tail)
+    return gpu.run(x, down, up, bias, (down_scale, up_scale), residual, tail)
+
+
 def _fake(
     x: Tensor,
     down: Tensor,
@@ -340,6 +366,7 @@ lib.define(
     _fake,
     _setup,
     _backward,
+    _cuda,
 )
 
 
@@ -367,8 +394,9 @@ def lowrank_linear(
 
     With a residual: ``y = act(up @ (down @ x) + residual @ x + bias)``.
 
-    The intermediate ``[..., r]`` stays in the kernel, in fp32; with int8 factors it is quantised per row, as
-    x is (dynamically, or by ``x_scale`` and ``x_zero_point``).
+    The intermediate ``[..., r]`` stays in the kernel, in fp32; with int8 factors it is quantised per row.
+    On CUDA, bfloat16 and float16 x multiply float factors rounded to x's dtype, which the intermediate has
+    too; sums are fp32.
 
     Args:
         x: ``[..., K]`` float32, bfloat16, float16; with int8 factors also int8 (of scale ``x_scale``).

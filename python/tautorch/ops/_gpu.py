@@ -1,0 +1,60 @@
+"""What the operators' CUDA paths share: facts of the device, and what is made of a weight once."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from . import library as lib
+
+
+@functools.lru_cache(maxsize=64)
+def facts(index: int) -> tuple[int, int]:
+    """Compute capability (90 for 9.0) and multiprocessors of a device."""
+    p = torch.cuda.get_device_properties(index)
+    return p.major * 10 + p.minor, p.multi_processor_count
+
+
+def details(index: int, **more: object) -> dict[str, object]:
+    """Of a problem: the facts of its device, and ``more``."""
+    capability, multiprocessors = facts(index)
+    return {"capability": capability, "multiprocessors": multiprocessors, **more}
+
+
+def check_devices(op: str, x: Tensor, **others: Tensor | None) -> None:
+    """The kernels read all of these on x's device, where their values cannot be checked."""
+    for name, t in others.items():
+        if t is not None and t.device != x.device:
+            raise ValueError(f"{op}: {name} must be on {x.device} like x, got {t.device}; move it there")
+
+
+def refuse_pack(op: str, name: str, t: Tensor | None) -> None:
+    """ValueError for a CPU pack."""
+    if t is not None and t.dtype == torch.uint8:
+        raise ValueError(f"{op}: {name} must be canonical on CUDA, got a pack; CPU packs do not run there")
+
+
+def once(
+    cache: lib.PackCache,
+    weight: Tensor,
+    make: Callable[[], Tensor],
+    key: object = "cuda",
+    also: Sequence[Tensor | None] = (),
+) -> Tensor:
+    """What ``make`` makes of ``weight`` (and ``also``), remembered, and safe to read from any stream."""
+    if torch.cuda.is_current_stream_capturing():
+        # What a graph makes exists only after its replay, so it is not remembered.
+        found = cache.peek(weight, key, also)
+        return make() if found is None else found
+
+    def finished() -> Tensor:
+        made = make()
+        torch.cuda.current_stream(weight.device).synchronize()
+        return made
+
+    found = cache.get(weight, key, finished, also)
+    found.record_stream(torch.cuda.current_stream(weight.device))
+    return found

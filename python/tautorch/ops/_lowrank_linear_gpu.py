@@ -1,0 +1,88 @@
+"""lowrank_linear on CUDA tensors: by Triton, as the kernel table says."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tautorch import dispatch
+from tautorch.dispatch import Problem
+from tautorch.reference import lowrank_linear as reference
+
+from . import _gpu
+from . import library as lib
+
+OP = "lowrank_linear"
+_operands = lib.PackCache()
+_sums = lib.PackCache()
+
+
+def run(
+    x: Tensor,
+    down: Tensor,
+    up: Tensor,
+    bias: Tensor | None,
+    scales: tuple[Tensor | None, Tensor | None],
+    residual: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, str | None],
+    tail: lib.Tail,
+) -> Tensor:
+    """The operator for arguments that have passed its checks; x is on a CUDA device.
+
+    ``scales`` are those of down and up, ``residual`` its values, indices, scale and pattern.
+    """
+    values, crow, col, residual_scale, pattern = residual
+    for name, t in (("down", down), ("up", up), ("residual", values)):
+        _gpu.refuse_pack(OP, name, t)
+    _gpu.check_devices(OP, x, up_scale=scales[1])
+    (r, k), n = down.shape, up.shape[0]
+    more: dict[str, object] = {"rank": r, "weight_dtype": "float32" if scales[0] is None else "int8"}
+    if values is not None:
+        more["residual"] = pattern or "int8"
+    index = x.get_device()
+    kernel = dispatch.choose(Problem(OP, "cuda", n, k, _gpu.details(index, rows=lib.row_count(x), **more)))
+    dispatch.note_used(OP, kernel)
+    arguments = tail._asdict()
+    del arguments["weight_only"]
+    if kernel == "reference":
+        return reference.lowrank_linear(
+            x, down, up, bias, down_scale=scales[0], up_scale=scales[1], residual=values,
+            residual_crow_indices=crow, residual_col_indices=col, residual_scale=residual_scale,
+            residual_pattern=pattern, **arguments,
+        )  # fmt: skip
+    from tautorch.triton_kernels import lowrank_linear as kernels  # imports Triton: optional, and slow
+
+    with torch.cuda.device(x.device):
+        dtype = torch.int8 if scales[0] is not None else x.dtype
+        zero_point = tail.x_zero_point is not None
+        arguments["x_scale"] = contiguous(tail.x_scale)
+        return kernels.lowrank_linear(
+            x,
+            operand(down, dtype),
+            operand(up, dtype),
+            contiguous(bias),
+            down_scale=contiguous(scales[0]),
+            up_scale=contiguous(scales[1]),
+            residual=None if values is None else operand(values, torch.int8),
+            residual_scale=contiguous(residual_scale),
+            down_sums=row_sums(down) if zero_point else None,
+            residual_sums=row_sums(values) if zero_point and values is not None else None,
+            **arguments,
+        )
+
+
+def operand(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """A weight as the kernels read it: of ``dtype``, elements of a row adjacent. Converted once."""
+    weight_is_good = weight.dtype == dtype and (weight.shape[1] <= 1 or weight.stride(1) == 1)
+    if weight_is_good:
+        return weight.detach()
+    return _gpu.once(_operands, weight, lambda: weight.detach().to(dtype).contiguous(), dtype)
+
+
+def row_sums(weight: Tensor) -> Tensor:
+    """int32 sums of an int8 weight's rows, for the zero point. Made once."""
+    return _gpu.once(_sums, weight, lambda: weight.sum(1, dtype=torch.int32))
+
+
+def contiguous(t: Tensor | None) -> Tensor | None:
+    """A vector with adjacent elements."""
+    return None if t is None else t.detach().contiguous()

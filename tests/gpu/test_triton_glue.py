@@ -1,0 +1,150 @@
+"""From the operators' CUDA paths to the Triton kernels' arguments, with stand-ins on the CPU's memory."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tautorch import dispatch
+from tautorch.dispatch import Problem
+from tautorch.ops import _gpu
+from tautorch.ops import _lowrank_linear_gpu as lowrank
+from tautorch.ops import library as lib
+from tautorch.reference.lowrank_linear import lowrank_linear as lowrank_reference
+from tautorch.reference.quantizer import quantize_weight
+from tautorch.testing.cases import Case, linear_case
+
+FACTS = {"capability": 90, "multiprocessors": 132}
+
+
+class Device:
+    """What the glue asked torch.cuda for."""
+
+    def __init__(self) -> None:
+        self.waits, self.capturing = 0, False
+
+
+@pytest.fixture
+def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[Device]:
+    pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
+    d = Device()
+
+    def wait() -> None:
+        assert not d.capturing, "a graph may not wait"
+        d.waits += 1
+
+    stream = SimpleNamespace(cuda_stream=7, synchronize=wait)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: stream)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: d.capturing)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda self, s: None)
+    monkeypatch.setattr(_gpu, "facts", lambda index: (90, 132))
+    yield d
+    for op in ("lowrank_linear", "sparse_linear"):
+        dispatch._last_python.pop(op, None)
+
+
+# ---- lowrank_linear ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def seen(device: Device, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """The reference in the kernels' place, and what it was given."""
+    from tautorch.triton_kernels import lowrank_linear as kernels
+
+    given: dict[str, Any] = {}
+
+    def stand_in(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None, **rest: Any) -> Tensor:
+        given.clear()
+        given.update(rest, down=down, up=up, bias=bias)
+        for t in (down, up, rest["residual"]):
+            assert t is None or (t.dtype in (x.dtype, torch.int8) and t.stride(1) == 1)
+        for name, factor in (("down_sums", down), ("residual_sums", rest["residual"])):
+            sums = rest.pop(name)
+            assert sums is None or torch.equal(sums, factor.sum(1, dtype=torch.int32))
+        return lowrank_reference(x, down, up, bias, **rest)
+
+    monkeypatch.setattr(kernels, "lowrank_linear", stand_in)
+    return given
+
+
+def run_lowrank(case: Case) -> Tensor:
+    x, down, up, bias = case.args
+    rest = dict(case.kwargs)
+    scales = rest.pop("down_scale", None), rest.pop("up_scale", None)
+    residual = rest.pop("residual", None), None, None, rest.pop("residual_scale", None), None
+    return lowrank.run(x, down, up, bias, scales, residual, lib.Tail(**rest))
+
+
+@pytest.mark.parametrize("mode", ["float", "dynamic", "static", "int8"])
+@pytest.mark.parametrize("residual", [False, True])
+def test_lowrank_arguments(seen: dict[str, Any], mode: str, residual: bool) -> None:
+    case = linear_case("lowrank_linear", 5, 17, 33, mode=mode, rank=7)
+    if residual:
+        values, scale = quantize_weight(torch.randn(17, 33))
+        case = case.but(residual=values, residual_scale=scale)
+    assert torch.equal(run_lowrank(case), case(lowrank_reference))
+    assert dispatch.last_used("lowrank_linear") == "triton"
+    with_sums = mode in ("static", "int8")
+    assert (seen["down_sums"] is not None) == with_sums
+    assert (seen["residual_sums"] is not None) == (with_sums and residual)
+    wide = torch.randn(34)[::2]
+    assert torch.equal(run_lowrank(_with_bias(case, wide)), _with_bias(case, wide)(lowrank_reference))
+    assert seen["bias"].is_contiguous()
+
+
+def _with_bias(case: Case, bias: Tensor) -> Case:
+    return Case(case.op, case.mode, case.label, case.k, (*case.args[:-1], bias), case.kwargs)
+
+
+def test_lowrank_factors_take_the_dtype_of_x_once(seen: dict[str, Any], device: Device) -> None:
+    case = linear_case("lowrank_linear", 5, 17, 33, mode="float", rank=7, x_dtype=torch.bfloat16)
+    run_lowrank(case)
+    first = seen["down"], seen["up"]
+    assert first[0].dtype == first[1].dtype == torch.bfloat16 and device.waits == 2
+    run_lowrank(case)
+    assert seen["down"] is first[0] and seen["up"] is first[1] and device.waits == 2
+    case.args[1].mul_(2)
+    run_lowrank(case)
+    assert torch.equal(seen["down"], first[0] * 2) and device.waits == 3
+
+
+def test_nothing_is_remembered_in_a_capture(seen: dict[str, Any], device: Device) -> None:
+    case = linear_case("lowrank_linear", 5, 17, 33, mode="static", rank=7)
+    device.capturing = True
+    run_lowrank(case)
+    first = seen["down_sums"]
+    run_lowrank(case)
+    assert seen["down_sums"] is not first
+
+
+def test_lowrank_refusals(seen: dict[str, Any]) -> None:
+    case = linear_case("lowrank_linear", 5, 17, 33, mode="float", rank=7)
+    x, down, up, bias = case.args
+    none = (None,) * 5
+    with pytest.raises(ValueError, match=r"down must be canonical on CUDA, got a pack"):
+        lowrank.run(x, torch.zeros(9, dtype=torch.uint8), up, bias, (None, None), none, lib.Tail())
+    sparse = torch.ones(3), torch.ones(3), torch.ones(3), None, "4x1"
+    with pytest.raises(ValueError, match="triton: a 4x1 residual has no GPU kernel"):
+        lowrank.run(x, down, up, bias, (None, None), sparse, lib.Tail())
+
+
+def test_lowrank_row() -> None:
+    row = next(k for k in dispatch.kernels("lowrank_linear") if k.name == "triton")
+
+    def reason(capability: int, **details: object) -> str | None:
+        facts = {"capability": capability, "multiprocessors": 132}
+        return row.supports(Problem("lowrank_linear", "cuda", 8, 8, {**facts, **details}))
+
+    pytest.importorskip("triton")
+    assert reason(80, weight_dtype="int8") is None
+    assert reason(103, weight_dtype="float32") is None
+    assert "almost no int8" in str(reason(103, weight_dtype="int8"))
+    assert "almost no int8" in str(reason(103, weight_dtype="float32", residual="int8"))
+    assert "7.5" in str(reason(75))
