@@ -87,3 +87,24 @@ def test_rows_without_a_scale(dtype: torch.dtype, kernel: str) -> None:
                     x, weight, w_scale, bias, x_scale=scale, x_zero_point=point, out_scale=out_scale
                 )
                 assert torch.equal(actual, requantize(y, out_scale))
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_ties_and_nan_payloads(kernel: str) -> None:
+    """Sums of whole numbers: bf16 meets every tie. A NaN of all ones in the bias, which no carry may turn."""
+    for m, n in ((5, 33), (13, 64)):
+        x = torch.randint(-128, 128, (m, 9), dtype=torch.int8)
+        weight = torch.randint(-127, 128, (n, 9), dtype=torch.int8)
+        bias = torch.zeros(n)
+        bias[[1, 32]] = torch.tensor([0x7FFFFFFF, -1], dtype=torch.int32).view(torch.float32)
+        y = product(x, weight).float() + bias
+        with dispatch.force("int8_linear", kernel):
+            for dtype in (torch.float32, torch.bfloat16, torch.float16):
+                actual = ops.int8_linear(
+                    x, weight, torch.ones(n), bias, x_scale=torch.ones(1), out_dtype=dtype
+                )
+                torch.testing.assert_close(actual, y.to(dtype), rtol=0, atol=0, equal_nan=True)
+            actual = ops.int8_linear(
+                x, weight, torch.ones(n), bias, x_scale=torch.ones(1), out_scale=torch.tensor([256.0])
+            )
+            assert torch.equal(actual, (y / 256).nan_to_num(0).round().clamp(-128, 127).to(torch.int8))
