@@ -280,10 +280,20 @@ def _refuse_lowrank(problem: Problem) -> str | None:
     return None
 
 
+def _refuse_sparse(problem: Problem) -> str | None:
+    pattern = problem.details.get("pattern")
+    if pattern in ("16x16", "32x32", "64x64"):
+        return None
+    if pattern == "2:4":
+        return "Triton has no instruction for 2:4"
+    return f"{pattern} weights have no GPU kernel; prune in blocks of 16x16, 32x32 or 64x64"
+
+
 # "cuda" picks a tile by shape; forcing picks one of the tiles that follow. Nothing else in the table does.
 register(_cuda_row("cuda", chosen_by_shape=True))
 register(Kernel("int8_linear", "triton", "cuda", _triton_supports))
 register(_triton_row("lowrank_linear", _refuse_lowrank))
+register(_triton_row("sparse_linear", _refuse_sparse))
 for _name in cuda.int8_linear_kernels() if cuda is not None else ():
     register(_cuda_row(_name, chosen_by_shape=False))
 

@@ -269,5 +269,5 @@ def test_triton_declines_what_it_cannot_do(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_an_operator_without_gpu_kernels_says_so() -> None:
-    with pytest.raises(ValueError, match="sparse_linear: no kernel for cuda: none is built for it"):
-        dispatch.choose(Problem("sparse_linear", "cuda", 64, 64))
+    with pytest.raises(ValueError, match="sparse_conv2d: no kernel for cuda: none is built for it"):
+        dispatch.choose(Problem("sparse_conv2d", "cuda", 64, 64))

@@ -15,12 +15,13 @@ from tautorch import dispatch
 from tautorch.dispatch import Problem
 from tautorch.ops import _gpu
 from tautorch.ops import _lowrank_linear_gpu as lowrank
+from tautorch.ops import _sparse_linear_gpu as sparse
 from tautorch.ops import library as lib
+from tautorch.reference.layouts import decode
 from tautorch.reference.lowrank_linear import lowrank_linear as lowrank_reference
 from tautorch.reference.quantizer import quantize_weight
+from tautorch.reference.sparse_linear import sparse_linear as sparse_reference
 from tautorch.testing.cases import Case, linear_case
-
-FACTS = {"capability": 90, "multiprocessors": 132}
 
 
 class Device:
@@ -148,3 +149,75 @@ def test_lowrank_row() -> None:
     assert "almost no int8" in str(reason(103, weight_dtype="int8"))
     assert "almost no int8" in str(reason(103, weight_dtype="float32", residual="int8"))
     assert "7.5" in str(reason(75))
+
+
+# ---- sparse_linear ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def given(device: Device, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """The reference in the kernel's place, and what it was given."""
+    from tautorch.triton_kernels import sparse_linear as kernels
+
+    kept: dict[str, Any] = {}
+
+    def stand_in(x: Tensor, values: Tensor, crow: Tensor, col: Tensor, *rest: Any, **options: Any) -> Tensor:
+        kept.update(options, values=values)
+        assert values.is_contiguous() and crow.is_contiguous() and col.is_contiguous()
+        sums = options.pop("row_sums")
+        if values.dtype == torch.int8:
+            weight = decode(values, crow, col, options["pattern"], (options["out_features"], x.shape[-1]))
+            assert torch.equal(sums, weight.sum(1, dtype=torch.int32))
+        else:
+            assert values.dtype == x.dtype
+        return sparse_reference(x, values, crow, col, *rest, **options)
+
+    monkeypatch.setattr(kernels, "sparse_linear", stand_in)
+    return kept
+
+
+def run_sparse(case: Case) -> Tensor:
+    x, values, crow, col, scale, bias = case.args
+    rest = dict(case.kwargs)
+    pattern, n = rest.pop("pattern"), rest.pop("out_features")
+    return sparse.run(x, (values, crow, col), scale, bias, pattern, n, lib.Tail(**rest))
+
+
+@pytest.mark.parametrize("mode", ["float", "dynamic", "static", "int8", "weight_only"])
+@pytest.mark.parametrize("pattern", ["16x16", "32x32", "64x64"])
+def test_sparse_arguments(given: dict[str, Any], mode: str, pattern: str) -> None:
+    case = linear_case("sparse_linear", 5, 70, 131, mode=mode, pattern=pattern)
+    assert torch.equal(run_sparse(case), case(sparse_reference))
+    assert dispatch.last_used("sparse_linear") == "triton"
+
+
+def test_a_layout_is_checked_once_and_never_in_a_capture(given: dict[str, Any], device: Device) -> None:
+    case = linear_case("sparse_linear", 5, 70, 131, pattern="32x32")
+    device.capturing = True
+    with pytest.raises(ValueError, match="call the layer once before capturing"):
+        run_sparse(case)
+    device.capturing = False
+    run_sparse(case)
+    assert device.waits == 1
+    device.capturing = True
+    run_sparse(case)
+    device.capturing = False
+    case.args[3][0] = 99  # a block column that does not exist
+    with pytest.raises(ValueError, match="col_indices"):
+        run_sparse(case)
+
+
+def test_sparse_values_take_the_dtype_of_x_once(given: dict[str, Any]) -> None:
+    case = linear_case("sparse_linear", 5, 70, 131, mode="float", pattern="32x32", x_dtype=torch.bfloat16)
+    run_sparse(case)
+    first = given["values"]
+    run_sparse(case)
+    assert first.dtype == torch.bfloat16 and given["values"] is first
+
+
+@pytest.mark.parametrize("pattern", ["4x1", "unstructured", "2:4"])
+def test_sparse_patterns_without_a_kernel(given: dict[str, Any], pattern: str) -> None:
+    case = linear_case("sparse_linear", 5, 64, 64, pattern=pattern)
+    reason = "no instruction for 2:4" if pattern == "2:4" else f"{pattern} weights have no GPU kernel"
+    with pytest.raises(ValueError, match=reason):
+        run_sparse(case)

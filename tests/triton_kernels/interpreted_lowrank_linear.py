@@ -1,4 +1,4 @@
-"""lowrank_linear's Triton kernels in Triton's interpreter, against the reference. Run by test_lowrank_linear.py."""
+"""lowrank_linear in Triton's interpreter, against the reference. Run by test_lowrank_linear.py."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.triton_kernels import interpreting
 from torch import Tensor
 
 from tautorch.reference.lowrank_linear import lowrank_linear as reference
@@ -14,7 +15,6 @@ from tautorch.testing.cases import Case, linear_case
 from tautorch.testing.tolerances import assert_close
 from tautorch.triton_kernels import lowrank_linear as tk
 from tautorch.triton_kernels.int8_linear import ACTIVATIONS
-from tests.triton_kernels import interpreting
 
 interpreting.let_scalars_be_indices()
 

@@ -1,4 +1,4 @@
-"""lowrank_linear's Triton kernels without a GPU: right in the interpreter, and compiled for sm_80, 89 and 90."""
+"""lowrank_linear's Triton kernels without a GPU: right in the interpreter, compiled for sm_80, 89 and 90."""
 
 from __future__ import annotations
 
@@ -11,8 +11,6 @@ import pytest
 pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
 torch = pytest.importorskip("torch")
 
-from tautorch.triton_kernels import lowrank_linear as tk  # noqa: E402
-from tautorch.triton_kernels.int8_linear import ACTIVATIONS  # noqa: E402
 from tests.triton_kernels.compiling import (  # noqa: E402
     CAPABILITIES,
     POINTER,
@@ -20,6 +18,9 @@ from tests.triton_kernels.compiling import (  # noqa: E402
     compile_kernel,
     run_in_the_interpreter,
 )
+
+from tautorch.triton_kernels import lowrank_linear as tk  # noqa: E402
+from tautorch.triton_kernels.int8_linear import ACTIVATIONS  # noqa: E402
 
 SIZE = {"int8": 1, "bfloat16": 2, "float16": 2, "float32": 4}
 # (M, N, K, r): few and many rows, ranks from one step to beyond a tile, small and large factors.
@@ -177,7 +178,7 @@ def test_the_quantiser_is_ieee(capability: int, kernel: str) -> None:
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_parts_are_counted_behind_a_barrier(capability: int) -> None:
-    """Between the stores of a part and the count of its program all threads meet, and the count is ordered."""
+    """Between the stores of a part and its program's count all threads meet, and the count is ordered."""
     compiled = compile_stage(capability, "bfloat16", "_down", tk.Stage(64, 64, 64, 4, 3, 4), 64)
     ptx = compiled.asm["ptx"]
     count = re.search(r"atom\.global\.gpu\.acq_rel\.add\.u32|atom\.acq_rel\.gpu\.global\.add\.u32", ptx)
@@ -185,10 +186,8 @@ def test_parts_are_counted_behind_a_barrier(capability: int) -> None:
     before = ptx[: count.start()]
     assert before.rfind("bar.sync") > before.rfind("st.global"), "a part may be counted before it is stored"
     after = ptx[count.end() :]
-    first_part = re.search(r"ld\.global\.cg|ld\.relaxed|ld\.global", after)
-    assert first_part and 0 <= after.find("bar.sync") < first_part.start(), (
-        "parts read before the count is known"
-    )
+    first = re.search(r"ld\.global\.cg|ld\.relaxed|ld\.global", after)
+    assert first and 0 <= after.find("bar.sync") < first.start(), "read before the count is known"
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])

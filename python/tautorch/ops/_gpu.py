@@ -37,6 +37,16 @@ def refuse_pack(op: str, name: str, t: Tensor | None) -> None:
         raise ValueError(f"{op}: {name} must be canonical on CUDA, got a pack; CPU packs do not run there")
 
 
+def adjacent(t: Tensor) -> Tensor:
+    """A vector with adjacent elements."""
+    return t.detach().contiguous()
+
+
+def contiguous(t: Tensor | None) -> Tensor | None:
+    """The same, or None."""
+    return None if t is None else adjacent(t)
+
+
 def once(
     cache: lib.PackCache,
     weight: Tensor,

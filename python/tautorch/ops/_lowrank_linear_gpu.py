@@ -54,16 +54,16 @@ def run(
     with torch.cuda.device(x.device):
         dtype = torch.int8 if scales[0] is not None else x.dtype
         zero_point = tail.x_zero_point is not None
-        arguments["x_scale"] = contiguous(tail.x_scale)
+        arguments["x_scale"] = _gpu.contiguous(tail.x_scale)
         return kernels.lowrank_linear(
             x,
             operand(down, dtype),
             operand(up, dtype),
-            contiguous(bias),
-            down_scale=contiguous(scales[0]),
-            up_scale=contiguous(scales[1]),
+            _gpu.contiguous(bias),
+            down_scale=_gpu.contiguous(scales[0]),
+            up_scale=_gpu.contiguous(scales[1]),
             residual=None if values is None else operand(values, torch.int8),
-            residual_scale=contiguous(residual_scale),
+            residual_scale=_gpu.contiguous(residual_scale),
             down_sums=row_sums(down) if zero_point else None,
             residual_sums=row_sums(values) if zero_point and values is not None else None,
             **arguments,
@@ -81,8 +81,3 @@ def operand(weight: Tensor, dtype: torch.dtype) -> Tensor:
 def row_sums(weight: Tensor) -> Tensor:
     """int32 sums of an int8 weight's rows, for the zero point. Made once."""
     return _gpu.once(_sums, weight, lambda: weight.sum(1, dtype=torch.int32))
-
-
-def contiguous(t: Tensor | None) -> Tensor | None:
-    """A vector with adjacent elements."""
-    return None if t is None else t.detach().contiguous()

@@ -371,4 +371,5 @@ def _to_dense_fake(
 
 
 lib.LIB.impl("sparse_to_dense", _to_dense, "CPU")
+lib.LIB.impl("sparse_to_dense", _to_dense, "CUDA")  # canonical alone: no pack gets there
 torch.library.register_fake("tautorch::sparse_to_dense", _to_dense_fake, lib=lib.LIB)

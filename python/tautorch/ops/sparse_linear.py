@@ -12,6 +12,7 @@ from tautorch.dispatch import Problem
 from tautorch.reference import sparse_linear as reference
 from tautorch.reference.layouts import block_shape
 
+from . import _sparse_linear_gpu as gpu
 from . import library as lib
 from . import sparse_entries as entries
 from .library import Prepared, Tail
@@ -126,6 +127,23 @@ def _run(call: tuple[Any, ...], x: Tensor) -> Tensor | None:
     return lib.run_linear(_C.sparse_linear_run, call, x)
 
 
+def _cuda(
+    x: Tensor,
+    values: Tensor,
+    crow_indices: Tensor | None,
+    col_indices: Tensor | None,
+    weight_scale: Tensor | None,
+    bias: Tensor | None,
+    pattern: str,
+    out_features: int,
+    *rest: Any,
+) -> Tensor:
+    tail = Tail(*rest)
+    _check(x, values, crow_indices, col_indices, weight_scale, bias, pattern, out_features, tail)
+    layout = values, crow_indices, col_indices
+    return gpu.run(x, layout, weight_scale, bias, pattern, out_features, tail)
+
+
 def _fake(
     x: Tensor,
     values: Tensor,
@@ -178,6 +196,7 @@ lib.define(
     _fake,
     _setup,
     _backward,
+    _cuda,
 )
 
 

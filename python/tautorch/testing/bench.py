@@ -115,7 +115,7 @@ def _text(value: Any) -> str:
 def machine() -> str:
     """Model of this CPU, its best kernel and the number of threads used.
 
-    Virtual machines give many processors one name ("AMD EPYC"): the family tells a Zen 4 (25) from a Zen 5 (26).
+    Virtual machines give many processors one name ("AMD EPYC"): the family tells Zen 4 (25) from Zen 5 (26).
     """
     name = platform.processor() or platform.machine()
     with contextlib.suppress(OSError):

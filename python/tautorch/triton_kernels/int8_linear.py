@@ -23,6 +23,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tautorch import tuning
+
 ACTIVATIONS = {"none": 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4}
 MAX_K = 66311
 """Largest K for which 255 * 127 * K fits in int32."""
@@ -309,6 +311,16 @@ def choose_weight_only(m: int, element_size: int) -> Config:
     return Config(64, 128, 64, 4, 3)
 
 
+def candidates(m: int) -> list[Config]:
+    """What measuring tries beside the rule's choice: what suits the rows, wider and narrower."""
+    if m <= 16:
+        return [Config(16, 32, 256, 4, 4), Config(16, 64, 128, 4, 5), Config(16, 128, 128, 4, 4)]
+    if m <= 64:
+        return [Config(32, 64, 128, 4, 4), Config(64, 32, 256, 4, 3), Config(64, 128, 128, 4, 4)]
+    found = [Config(64, 128, 128, 4, 4), Config(64, 256, 128, 8, 3), Config(128, 128, 128, 8, 4)]
+    return [*found, Config(128, 128, 64, 4, 4), Config(128, 256, 64, 8, 4), Config(128, 256, 128, 8, 3)]
+
+
 def _capability(t: Tensor) -> tuple[int, int]:
     return torch.cuda.get_device_capability(t.device) if t.is_cuda else (8, 0)
 
@@ -396,39 +408,51 @@ def matmul(
         return y
     if x_zero_point is not None and column_sums is None:
         column_sums = weight.sum(dim=1, dtype=torch.int32)
-    c = config or choose(m, n, k, _capability(q))
-    _int8_linear[(triton.cdiv(m, c.block_m) * triton.cdiv(n, c.block_n),)](
-        q,
-        weight,
-        x_scale,
-        weight_scale,
-        bias,
-        x_zero_point,
-        column_sums,
-        out_scale,
-        out_zero_point,
-        y,
-        m,
-        n,
-        k,
-        q.stride(0),
-        weight.stride(0),
-        y.stride(0),
-        SCALE_PER_ROW=x_scale.numel() != 1,
-        HAS_BIAS=bias is not None,
-        HAS_ZERO_POINT=x_zero_point is not None,
-        HAS_OUT_ZERO_POINT=out_zero_point is not None,
-        ACTIVATION=ACTIVATIONS[activation],
-        RAW=out_dtype == torch.int32,
-        REQUANTIZE=out_scale is not None,
-        BLOCK_M=c.block_m,
-        BLOCK_N=c.block_n,
-        BLOCK_K=c.block_k,
-        GROUP_M=c.group_m,
-        num_warps=c.num_warps,
-        num_stages=c.num_stages,
-        enable_fp_fusion=False,
-    )
+
+    def launch(c: Config) -> None:
+        _int8_linear[(triton.cdiv(m, c.block_m) * triton.cdiv(n, c.block_n),)](
+            q,
+            weight,
+            x_scale,
+            weight_scale,
+            bias,
+            x_zero_point,
+            column_sums,
+            out_scale,
+            out_zero_point,
+            y,
+            m,
+            n,
+            k,
+            q.stride(0),
+            weight.stride(0),
+            y.stride(0),
+            SCALE_PER_ROW=x_scale.numel() != 1,
+            HAS_BIAS=bias is not None,
+            HAS_ZERO_POINT=x_zero_point is not None,
+            HAS_OUT_ZERO_POINT=out_zero_point is not None,
+            ACTIVATION=ACTIVATIONS[activation],
+            RAW=out_dtype == torch.int32,
+            REQUANTIZE=out_scale is not None,
+            BLOCK_M=c.block_m,
+            BLOCK_N=c.block_n,
+            BLOCK_K=c.block_k,
+            GROUP_M=c.group_m,
+            num_warps=c.num_warps,
+            num_stages=c.num_stages,
+            enable_fp_fusion=False,
+        )
+
+    if config is None:
+        config = tuning.choose(
+            q,
+            ("int8_linear", tuning.rows_of(m), n, k),
+            lambda: choose(m, n, k, _capability(q)),
+            lambda: candidates(m),
+            lambda found: tuning.tile(Config, found),
+            launch,
+        )
+    launch(config)
     return y
 
 
@@ -458,33 +482,45 @@ def weight_only_matmul(
     y = torch.empty((m, n), dtype=dtype, device=x.device)
     if m == 0 or n == 0:
         return y
-    c = config or choose_weight_only(m, x.element_size())
-    _weight_only_linear[(triton.cdiv(m, c.block_m) * triton.cdiv(n, c.block_n),)](
-        x,
-        weight,
-        weight_scale,
-        bias,
-        out_scale,
-        out_zero_point,
-        y,
-        m,
-        n,
-        k,
-        x.stride(0),
-        weight.stride(0),
-        y.stride(0),
-        HAS_BIAS=bias is not None,
-        HAS_OUT_ZERO_POINT=out_zero_point is not None,
-        ACTIVATION=ACTIVATIONS[activation],
-        REQUANTIZE=out_scale is not None,
-        BLOCK_M=c.block_m,
-        BLOCK_N=c.block_n,
-        BLOCK_K=c.block_k,
-        GROUP_M=c.group_m,
-        num_warps=c.num_warps,
-        num_stages=c.num_stages,
-        enable_fp_fusion=False,
-    )
+
+    def launch(c: Config) -> None:
+        _weight_only_linear[(triton.cdiv(m, c.block_m) * triton.cdiv(n, c.block_n),)](
+            x,
+            weight,
+            weight_scale,
+            bias,
+            out_scale,
+            out_zero_point,
+            y,
+            m,
+            n,
+            k,
+            x.stride(0),
+            weight.stride(0),
+            y.stride(0),
+            HAS_BIAS=bias is not None,
+            HAS_OUT_ZERO_POINT=out_zero_point is not None,
+            ACTIVATION=ACTIVATIONS[activation],
+            REQUANTIZE=out_scale is not None,
+            BLOCK_M=c.block_m,
+            BLOCK_N=c.block_n,
+            BLOCK_K=c.block_k,
+            GROUP_M=c.group_m,
+            num_warps=c.num_warps,
+            num_stages=c.num_stages,
+            enable_fp_fusion=False,
+        )
+
+    if config is None:
+        config = tuning.choose(
+            x,
+            ("weight_only", tuning.rows_of(m), n, k, x.dtype),
+            lambda: choose_weight_only(m, x.element_size()),
+            lambda: candidates(m) if x.element_size() < 4 else [],
+            lambda found: tuning.tile(Config, found),
+            launch,
+        )
+    launch(config)
     return y
 
 

@@ -24,6 +24,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tautorch import tuning
+
 from . import int8_linear as dense
 from .int8_linear import ACTIVATIONS, _activate, _rint, _store, _tile, quantize_rows
 
@@ -417,11 +419,36 @@ def two_launches(
     return Config(replace(down, splits=max(1, splits)), up)
 
 
+def candidates(
+    m: int, n: int, k: int, r: int, element_size: int, residual: bool, multiprocessors: int
+) -> list[Config]:
+    """What measuring tries beside the rule's choice: the other way, other splits, other tiles of ``_up``."""
+    two = two_launches(m, n, k, r, element_size, residual, multiprocessors)
+    assert two.down is not None
+    found = [two]
+    for splits in {max(1, two.down.splits // 2), min(2 * two.down.splits, max(1, k // two.down.block_k))}:
+        found.append(Config(replace(two.down, splits=splits), two.up))
+    if element_size < 4:
+        for up in (Stage(64, 128, two.up.block_k, 4, 3), Stage(64, 64, two.up.block_k, 4, 3)):
+            found.append(Config(two.down, up))
+    if not residual and fits_one_tile(r, element_size):
+        one = one_launch(m, n, k, r, element_size, multiprocessors)
+        found += [one, Config(None, replace(one.up, splits=max(1, one.up.splits // 2)))]
+        found.append(Config(None, replace(one.up, block_m=64, num_warps=8, splits=one.up.splits)))
+    return found
+
+
+def parse(values: Any) -> Config:
+    """A choice from a table of ``tuning``."""
+    down, up = values
+    return Config(None if down is None else tuning.tile(Stage, down), tuning.tile(Stage, up))
+
+
 _zeros: dict[tuple[int, int], Tensor] = {}
 
 
 def _counters(count: int, device: torch.device) -> Tensor:
-    """int32 zeros, which ``_down`` leaves as zeros. One per stream: launches that use it follow each other."""
+    """int32 zeros, which ``_down`` leaves as zeros. One per stream: its launches follow each other."""
     if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
         # A graph has its own, cleared at every replay.
         return torch.zeros(count, dtype=torch.int32, device=device)
@@ -546,7 +573,28 @@ def lowrank_linear(
         return y.reshape(*x.shape[:-1], n)
     int8 = down.dtype == torch.int8
     if config is None:
-        config = choose(m, n, k, r, down.element_size(), residual is not None, _multiprocessors(x))
+        size, added, processors = down.element_size(), residual is not None, _multiprocessors(x)
+
+        def launch(c: Config) -> Tensor:
+            return lowrank_linear(
+                x, down, up, bias, down_scale=down_scale, up_scale=up_scale, x_scale=x_scale,
+                x_zero_point=x_zero_point, residual=residual, residual_scale=residual_scale,
+                down_sums=down_sums, residual_sums=residual_sums, activation=activation, out_scale=out_scale,
+                out_zero_point=out_zero_point, out_dtype=out_dtype, config=c,
+            )  # fmt: skip
+
+        config = tuning.choose(
+            x,
+            ("lowrank_linear", tuning.rows_of(m), n, k, r, down.dtype, added),
+            lambda: choose(m, n, k, r, size, added, processors),
+            lambda: candidates(m, n, k, r, size, added, processors),
+            parse,
+            launch,
+        )
+    if config.down is None and (residual is not None or tile_rank(r, 2) > MAX_TILE_RANK):
+        raise ValueError(
+            f"lowrank_linear: one launch takes no residual and r <= 256, got r={r}; delete the cache"
+        )
     q, q_scale = rows, x_scale
     if rows.is_floating_point() and (int8 or residual is not None):
         q, q_scale = quantize_rows(rows, x_scale, x_zero_point)
