@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tautorch import dispatch
+from tautorch import dispatch, tuning
 from tautorch._batches import Batch, call_model, training_modes_kept
 from tautorch.nn.eager import plain
 from tautorch.nn.packed import PackedModule
@@ -67,6 +67,9 @@ def explain(module: nn.Module, x: Batch | None = None) -> str:
 def warmup(model: nn.Module, x: Batch) -> nn.Module:
     """Pack and plan every tautorch layer by one inference call, so that no later call pays for it.
 
+    On CUDA it compiles the Triton kernels that x meets too, and measures which of their tiles is fastest for
+    each shape, once a device: ``tautorch.tuning`` keeps the choices in a file.
+
     Args:
         model: any module; its training flags are as before afterwards.
         x: a tensor, a tuple of positional or a dict of keyword arguments, of the shapes to come.
@@ -80,7 +83,7 @@ def warmup(model: nn.Module, x: Batch) -> nn.Module:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"warmup: model must be an nn.Module, got {type(model).__name__}")
-    with training_modes_kept(model), torch.no_grad():
+    with training_modes_kept(model), torch.no_grad(), tuning.measuring():
         model.eval()
         call_model("warmup", model, x)
     for layer in _layers(model).values():  # those that x does not reach, or reaches under autocast
