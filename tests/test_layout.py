@@ -63,7 +63,8 @@ MODULES = {"nn", "ops", "dispatch"} | HELPERS
 CONVERT = {"convert", "fuse"} | MODULES
 ARROWS: dict[str, set[str]] = {
     "reference": set(),
-    "triton_kernels": set(),
+    "tuning": set(),
+    "triton_kernels": {"tuning"},
     "_version": set(),
     "_batches": set(),
     "_layers": set(),
@@ -81,7 +82,7 @@ ARROWS: dict[str, set[str]] = {
     },  # forward calls the binding in plain eager inference
     "fuse": MODULES,
     "convert": MODULES,
-    "explain": MODULES,
+    "explain": MODULES | {"tuning"},
     **dict.fromkeys(METHODS, MODULES | METHODS),
     "storage": CONVERT | METHODS | {"reference"},
     "compress": CONVERT | METHODS | {"storage"},

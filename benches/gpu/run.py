@@ -32,6 +32,10 @@ SANITIZER_TOOLS = ("memcheck", "racecheck")
 SANITIZED = (
     "(test_sizes and (1-1-1 or 17-65-129 or 129-257-384)) or test_any_strides or test_int8_rows_off_16_bytes"
 )
+TRITON_OPS = "lowrank-and-sparse"
+SANITIZED_TRITON = (
+    "(test_lowrank_sizes and rule or test_sparse_sizes) and (1-1-1 or 17-65-129) or test_lowrank_residual"
+)
 
 
 class Cannot(Exception):
@@ -194,13 +198,16 @@ def sanitize(state: State, deadline: float, only: str) -> str:
     from tautorch import dispatch
 
     rows = [k.name for k in dispatch.kernels("int8_linear") if k.device == "cuda"]
+    rows.append(TRITON_OPS)
     done = state.done("sanitize")
     for check in SANITIZER_TOOLS:
         for row in [r for r in rows if r not in ("reference", "cuda") and only in r]:
             key = f"{check} {row}"
             if done.get(key) == "clean":
                 continue
-            select = f"(({SANITIZED}) and {row}) or test_pack_block"
+            file, select = "test_int8_linear_gpu.py", f"(({SANITIZED}) and {row}) or test_pack_block"
+            if row == TRITON_OPS:
+                file, select = "test_triton_ops_gpu.py", SANITIZED_TRITON
             command = [
                 program,
                 "--tool",
@@ -218,7 +225,7 @@ def sanitize(state: State, deadline: float, only: str) -> str:
                 "no:cacheprovider",
                 "-k",
                 select,
-                str(ROOT / "tests/gpu/test_int8_linear_gpu.py"),
+                str(ROOT / "tests/gpu" / file),
             ]
             # With torch's own allocator, an access past a tensor would still be inside its pool.
             env = {**environment(), "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}

@@ -1,0 +1,123 @@
+"""Timings of lowrank_linear and block-sparse sparse_linear, tiles measured first as ``tautorch.warmup`` does.
+
+Peers, in the same run: lowrank_linear beside two bf16 linears and the dense bf16 one; int8 with a low-rank
+correction beside plain int8; block-sparse beside our dense int8 and bf16.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from statistics import median
+from typing import Any
+
+import torch
+from benches.gpu import measure
+
+from tautorch import dispatch, tuning
+from tautorch.nn import Int8Linear, LowRankLinear, SparseLinear
+from tautorch.prune.patterns import make_mask
+
+Calls = dict[str, Callable[[], object]]
+ROWS = (16, 512, 1024, 4096)
+
+
+def _input(m: int, k: int) -> torch.Tensor:
+    return torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
+
+
+def lowrank(m: int, n: int, k: int, r: int, dtype: torch.dtype) -> tuple[Calls, float, float]:
+    """Calls, ours first; bytes that must move, and operations."""
+    down = torch.nn.Linear(k, r, bias=False, device="cuda")
+    up = torch.nn.Linear(r, n, device="cuda")
+    ours = LowRankLinear.from_factors(down, up, weight_dtype=dtype).eval()
+    dense = torch.nn.Linear(k, n, device="cuda", dtype=torch.bfloat16)
+    x = _input(m, k)
+    with torch.no_grad():
+        want = up(down(x.float()))
+        error = ((ours(x).float() - want).norm() / want.norm()).item()
+    if not error < 0.03:
+        raise RuntimeError(f"lowrank_linear {m}x{n}x{k} r={r} {dtype}: {error} away from float")
+    down, up = down.bfloat16(), up.bfloat16()
+    calls: Calls = {"ours": lambda: ours(x), "two bf16": lambda: up(down(x)), "bf16": lambda: dense(x)}
+    return calls, 2 * m * (n + k) + r * (n + k) * (1 if dtype == torch.int8 else 2), 2 * m * r * (n + k)
+
+
+def corrected(m: int, n: int, k: int, r: int) -> tuple[Calls, float, float]:
+    """int8 plus a rank-r correction, beside int8 alone."""
+    linear = torch.nn.Linear(k, n, device="cuda")
+    ours, plain = (
+        LowRankLinear.from_float(linear, rank=r, residual="int8").eval(),
+        Int8Linear.from_float(linear),
+    )
+    linear, x = linear.bfloat16(), _input(m, k)
+    with torch.no_grad():
+        want = linear(x).float()
+        error = ((ours(x).float() - want).norm() / want.norm()).item()
+    if not error < 0.03:
+        raise RuntimeError(f"corrected {m}x{n}x{k} r={r}: {error} away from bf16")
+    calls: Calls = {"ours": lambda: ours(x), "int8": lambda: plain(x), "bf16": lambda: linear(x)}
+    return calls, 2 * m * (n + k) + n * k + 2 * r * (n + k), 2 * m * (n * k + r * (n + k))
+
+
+def sparse(
+    m: int, n: int, k: int, block: int, dtype: torch.dtype, share: float
+) -> tuple[Calls, float, float]:
+    """Block-sparse beside dense; ``share`` of the blocks is removed."""
+    linear, pattern = torch.nn.Linear(k, n, device="cuda"), f"{block}x{block}"
+    mask = make_mask(torch.rand(n, k, device="cuda"), pattern, share)
+    with torch.no_grad():
+        linear.weight.mul_(mask)
+    ours = SparseLinear.from_float(linear, pattern=pattern, mask=mask, weight_dtype=dtype).eval()
+    plain, x = Int8Linear.from_float(linear), _input(m, k)
+    linear = linear.bfloat16()
+    with torch.no_grad():
+        want = linear(x).float()
+        error = ((ours(x).float() - want).norm() / want.norm()).item()
+    if not error < 0.03:
+        raise RuntimeError(f"sparse_linear {m}x{n}x{k} {pattern} {dtype}: {error} away from bf16")
+    calls: Calls = {"ours": lambda: ours(x), "int8": lambda: plain(x), "bf16": lambda: linear(x)}
+    kept = (1 - share) * n * k
+    return calls, 2 * m * (n + k) + kept * (1 if dtype == torch.int8 else 2), 2 * m * kept
+
+
+def cases() -> Iterator[tuple[str, Callable[[], tuple[Calls, float, float]]]]:
+    """Names, and what makes each."""
+    for m in ROWS:
+        for dtype in (torch.float32, torch.int8):
+            kind = "int8" if dtype == torch.int8 else "bf16"
+            for n, k, r in ((4096, 4096, 128), (1024, 1024, 32)):
+                name = f"lowrank_linear {kind} {m}x{n}x{k} r{r}"
+                yield name, lambda m=m, n=n, k=k, r=r, dtype=dtype: lowrank(m, n, k, r, dtype)  # type: ignore[misc]
+            for block in (64, 32, 16):
+                for share in (0.8, 0.9):
+                    name = f"sparse_linear {kind} {m}x4096x4096 {block}x{block} {share:.0%}"
+                    yield (
+                        name,
+                        lambda m=m, b=block, s=share, dtype=dtype: sparse(m, 4096, 4096, b, dtype, s),  # type: ignore[misc]
+                    )
+        yield f"lowrank_linear int8+r32 {m}x4096x4096", lambda m=m: corrected(m, 4096, 4096, 32)  # type: ignore[misc]
+
+
+def run(results: measure.Results, flush: torch.Tensor, deadline: float, only: str) -> int:
+    """How many cases are left at the deadline."""
+    todo = [(name, make) for name, make in cases() if only in name and not results.has(name)]
+    copy = results.data["rows"]["ceilings"]["copy_tb_s"]
+    for i, (name, make) in enumerate(todo):
+        if time.monotonic() > deadline - 40:  # measuring tiles compiles several
+            return len(todo) - i
+        with torch.no_grad(), tuning.measuring():
+            calls, moved, operations = make()
+            calls["ours"]()
+        kernel = dispatch.last_used(name.split()[0])
+        with torch.no_grad():
+            times = measure.time_in_turn({who: measure.graph_of(fn) for who, fn in calls.items()}, flush)
+        ours = median(times["ours"])
+        figures: dict[str, Any] = {
+            "us": round(ours, 2),
+            "tops": round(operations / ours / 1e6, 1),
+            "copy_share": round(moved / ours / 1e6 / copy, 3),
+        }
+        figures |= {f"vs {who}": round(median(t) / ours, 2) for who, t in times.items() if who != "ours"}
+        results.add(name, **figures, kernel=kernel)
+    return 0
