@@ -1,6 +1,7 @@
 #include "kernels/int8_linear/int8_linear.h"
 
 #include "core/parallel.h"
+#include "kernels/common/product_w8.h"
 
 #include <algorithm>
 
@@ -36,8 +37,52 @@ Operand prepare(const Isa &isa, const LinearArgs &a, const PackHeader &h, int64_
     return {reinterpret_cast<char *>(buffer), 4 * h.k};
 }
 
+#if defined(__x86_64__)
+// Rows of floats that are multiplied by digits. From more rows on, float products take as long.
+constexpr int64_t kDigitRows = 4;
+
+bool by_digits(const PackHeader &h, const Isa &isa, int64_t rows) {
+    return h.kind == PackKind::dense_w8 && &isa == &isa_avx512vnni && rows <= kDigitRows && h.k >= 64 &&
+           h.k <= kMostDigitInputs;
+}
+
+// The same as `multiply`, for few float rows by int8 weights.
+void multiply_digits(const Isa &isa, const LinearArgs &a, const Output &out, Operand x, int64_t m0,
+                     int64_t rows, int64_t p0, int64_t p1) {
+    const PackHeader &h = header_of(a.packed);
+    const int64_t bytes = digit_bytes(h.k), row_bytes = bytes + round_up(4 * most_smalls(h.k), 64);
+    int8_t *buffer = static_cast<int8_t *>(scratch(Scratch::inner, static_cast<size_t>(rows * row_bytes)));
+    DigitRow row[kDigitRows];
+    bool ready[kDigitRows];
+    for (int64_t r = 0; r < rows; ++r) {
+        int8_t *at = buffer + r * row_bytes;
+        ready[r] = digit_row_avx512vnni(reinterpret_cast<const float *>(x.data + r * x.stride), h.k, at,
+                                        reinterpret_cast<int32_t *>(at + bytes), row[r]);
+    }
+    for (int64_t p = p0; p < p1; ++p) {
+        const bool wide = panel_width(h, p) == kTileN;
+        for (int64_t r = 0; r < rows; ++r) {
+            if (!wide || !ready[r]) {
+                const void *pointer = x.data + r * x.stride;
+                gemm_block(isa, a.packed, 0, &pointer, 1, 1, p, p + 1, out, m0 + r, nullptr);
+                continue;
+            }
+            alignas(64) float y[kTileN];
+            digit_product_avx512vnni(row[r], h.k,
+                                     reinterpret_cast<const int8_t *>(panel_data(a.packed, 0, p)), y);
+            const int cols = static_cast<int>(std::min<int64_t>(kTileN, h.n - p * h.nr));
+            store_tile(isa, out, y, kTileN, false, m0 + r, 1, p * h.nr, cols, nullptr);
+        }
+    }
+}
+#endif
+
 void multiply(const Isa &isa, const LinearArgs &a, const Output &out, Operand x, int64_t m0, int64_t rows,
               int64_t p0, int64_t p1, const float *row_scale) {
+#if defined(__x86_64__)
+    if (by_digits(header_of(a.packed), isa, a.m))
+        return multiply_digits(isa, a, out, x, m0, rows, p0, p1);
+#endif
     const void *pointers[kBlockRows];
     const int64_t step = block_rows(rows);
     for (int64_t b = 0; b < rows; b += step) {
