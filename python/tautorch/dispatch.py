@@ -289,11 +289,20 @@ def _refuse_sparse(problem: Problem) -> str | None:
     return f"{pattern} weights have no GPU kernel; prune in blocks of 16x16, 32x32 or 64x64"
 
 
+def _refuse_conv(problem: Problem) -> str | None:
+    if problem.details.get("weight_only"):
+        return "it quantises its input, which a weight-only layer must not"
+    if problem.details.get("groups", 1) != 1:
+        return "groups have no GPU kernel yet; keep the float layer"
+    return None
+
+
 # "cuda" picks a tile by shape; forcing picks one of the tiles that follow. Nothing else in the table does.
 register(_cuda_row("cuda", chosen_by_shape=True))
 register(Kernel("int8_linear", "triton", "cuda", _triton_supports))
 register(_triton_row("lowrank_linear", _refuse_lowrank))
 register(_triton_row("sparse_linear", _refuse_sparse))
+register(_triton_row("int8_conv2d", _refuse_conv))
 for _name in cuda.int8_linear_kernels() if cuda is not None else ():
     register(_cuda_row(_name, chosen_by_shape=False))
 

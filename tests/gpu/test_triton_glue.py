@@ -14,14 +14,17 @@ from torch import Tensor
 from tautorch import dispatch
 from tautorch.dispatch import Problem
 from tautorch.ops import _gpu
+from tautorch.ops import _int8_conv2d_gpu as conv
 from tautorch.ops import _lowrank_linear_gpu as lowrank
 from tautorch.ops import _sparse_linear_gpu as sparse
 from tautorch.ops import library as lib
+from tautorch.ops.geometry import geometry_of
+from tautorch.reference.int8_conv2d import int8_conv2d as conv_reference
 from tautorch.reference.layouts import decode
 from tautorch.reference.lowrank_linear import lowrank_linear as lowrank_reference
 from tautorch.reference.quantizer import quantize_weight
 from tautorch.reference.sparse_linear import sparse_linear as sparse_reference
-from tautorch.testing.cases import Case, linear_case
+from tautorch.testing.cases import Case, conv_case, linear_case
 
 
 class Device:
@@ -47,7 +50,7 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[Device]:
     monkeypatch.setattr(torch.Tensor, "record_stream", lambda self, s: None)
     monkeypatch.setattr(_gpu, "facts", lambda index: (90, 132))
     yield d
-    for op in ("lowrank_linear", "sparse_linear"):
+    for op in ("lowrank_linear", "sparse_linear", "int8_conv2d"):
         dispatch._last_python.pop(op, None)
 
 
@@ -221,3 +224,47 @@ def test_sparse_patterns_without_a_kernel(given: dict[str, Any], pattern: str) -
     reason = "no instruction for 2:4" if pattern == "2:4" else f"{pattern} weights have no GPU kernel"
     with pytest.raises(ValueError, match=reason):
         run_sparse(case)
+
+
+# ---- int8_conv2d ------------------------------------------------------------------------------------------
+
+
+def run_conv(case: Case) -> Tensor:
+    x, weight, scale, bias = case.args
+    rest = dict(case.kwargs)
+    where = [rest.pop(name, default) for name, default in (("stride", 1), ("padding", 0), ("dilation", 1))]
+    geometry = geometry_of("int8_conv2d", weight.shape, *where, rest.pop("groups"))
+    return conv.run(x, weight, scale, bias, geometry, lib.Tail(**rest))
+
+
+@pytest.fixture
+def by_reference(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tautorch.triton_kernels import int8_conv2d as kernels
+
+    def stand_in(x: Tensor, weight: Tensor, *rest: Any, **options: Any) -> Tensor:
+        assert x.dim() == 4 and weight.is_contiguous()
+        sums = options.pop("row_sums")
+        assert sums is None or torch.equal(sums, weight.sum((1, 2, 3), dtype=torch.int32))
+        assert (sums is None) == (options["x_zero_point"] is None)
+        y = conv_reference(x, weight.permute(0, 3, 1, 2), *rest, **options)
+        return y.contiguous(memory_format=torch.channels_last)
+
+    monkeypatch.setattr(kernels, "int8_conv2d", stand_in)
+
+
+@pytest.mark.parametrize("mode", ["dynamic", "static", "int8"])
+@pytest.mark.parametrize("shape", [(2, 3, 7, 5), (3, 7, 5)])
+def test_conv_arguments(by_reference: None, mode: str, shape: tuple[int, ...]) -> None:
+    case = conv_case("int8_conv2d", shape, (5, 3, 3, 3), mode=mode, stride=(2, 1), padding=1)
+    y = run_conv(case)
+    assert torch.equal(y, case(conv_reference)) and y.is_contiguous()
+    if len(shape) == 4:
+        x = case.x.contiguous(memory_format=torch.channels_last)
+        assert run_conv(case.with_x(x)).is_contiguous(memory_format=torch.channels_last)
+
+
+def test_conv_refusals(by_reference: None) -> None:
+    with pytest.raises(ValueError, match="groups have no GPU kernel yet"):
+        run_conv(conv_case("int8_conv2d", (2, 4, 7, 5), (6, 2, 3, 3), groups=2))
+    with pytest.raises(ValueError, match="weight-only layer must not"):
+        run_conv(conv_case("int8_conv2d", (2, 3, 7, 5), (6, 3, 3, 3), mode="weight_only"))

@@ -1,4 +1,4 @@
-"""lowrank_linear and block-sparse sparse_linear on a GPU, by Triton, against the reference on the CPU."""
+"""lowrank_linear, block-sparse sparse_linear and int8_conv2d on a GPU, by Triton, against the reference."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from torch import Tensor
 import tautorch
 from tautorch import dispatch, ops, tuning
 from tautorch.nn import LowRankLinear, SparseLinear
+from tautorch.reference.int8_conv2d import int8_conv2d as conv_reference
 from tautorch.reference.lowrank_linear import lowrank_linear as lowrank_reference
 from tautorch.reference.quantizer import quantize_weight
 from tautorch.reference.sparse_linear import sparse_linear as sparse_reference
-from tautorch.testing.cases import Case, linear_case
+from tautorch.testing.cases import Case, conv_case, linear_case
 from tautorch.testing.tolerances import assert_close
 
 pytestmark = [
@@ -119,6 +120,28 @@ def test_lowrank_ranks_beyond_a_tile(r: int) -> None:
 def test_sparse_sizes(mode: str, pattern: str, m: int, n: int, k: int) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         agree(linear_case("sparse_linear", m, n, k, mode=mode, pattern=pattern, x_dtype=dtype))
+
+
+@pytest.mark.parametrize("mode", ["dynamic", "static", "int8"])
+@pytest.mark.parametrize(
+    "x,w,stride,padding,dilation",
+    [
+        ((1, 1, 1, 1), (1, 1, 1, 1), 1, 0, 1),
+        ((2, 3, 33, 31), (64, 3, 7, 7), 2, 3, 1),
+        ((3, 65, 14, 15), (130, 65, 3, 3), 1, 1, 1),
+        ((2, 128, 9, 8), (64, 128, 1, 1), 2, 0, 1),
+        ((1, 40, 20, 17), (33, 40, 3, 2), 1, 2, 2),
+    ],
+)
+def test_conv(mode: str, x: Any, w: Any, stride: int, padding: int, dilation: int) -> None:
+    case = conv_case("int8_conv2d", x, w, mode=mode, stride=stride, padding=padding, dilation=dilation)
+    with dispatch.force("int8_conv2d", "triton"):
+        for memory in (torch.contiguous_format, torch.channels_last):
+            here = case.with_x(case.x.contiguous(memory_format=memory))
+            actual, expected = on_gpu(here)(ops.int8_conv2d).cpu(), here(conv_reference)
+            assert_close(actual, expected, magnitude=here.magnitude(conv_reference))
+            assert torch.equal(on_gpu(here.raw())(ops.int8_conv2d).cpu(), here.raw()(conv_reference))
+            assert actual.is_contiguous(memory_format=memory)
 
 
 @pytest.mark.parametrize("activation", ["none", "relu", "gelu", "gelu_tanh", "silu"])

@@ -12,6 +12,7 @@ from tautorch import _C, dispatch
 from tautorch.dispatch import Problem
 from tautorch.reference import int8_conv2d as reference
 
+from . import _int8_conv2d_gpu as gpu
 from . import geometry as conv
 from . import library as lib
 from .geometry import Geometry, Pair
@@ -98,6 +99,23 @@ def _run(call: tuple[Any, ...], x: Tensor) -> Tensor | None:
     return conv.run_conv(_C.int8_conv2d_run, call, x)
 
 
+def _cuda(
+    x: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None = None,
+    weight_shape: Sequence[int] | None = None,
+    stride: Pair = 1,
+    padding: Pair = 0,
+    dilation: Pair = 1,
+    groups: int = 1,
+    *rest: Any,
+) -> Tensor:
+    tail = Tail(*rest)
+    geometry = _check(x, weight, weight_scale, bias, weight_shape, stride, padding, dilation, groups, tail)
+    return gpu.run(x, weight, weight_scale, bias, geometry, tail)
+
+
 def _fake(
     x: Tensor,
     weight: Tensor,
@@ -151,6 +169,7 @@ lib.define(
     _fake,
     _setup,
     _backward,
+    _cuda,
 )
 
 

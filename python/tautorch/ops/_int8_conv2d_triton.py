@@ -1,0 +1,48 @@
+"""int8_conv2d on CUDA tensors by Triton: from tensors to the kernel's arguments and back."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import _gpu
+from . import geometry as conv
+from . import library as lib
+
+_weights = lib.PackCache()
+_sums = lib.PackCache()
+
+
+def run(
+    x: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    geometry: conv.Geometry,
+    tail: lib.Tail,
+) -> Tensor:
+    """The operator for one group; the output in x's memory format."""
+    from tautorch.triton_kernels import int8_conv2d as kernels  # imports Triton: optional, and slow
+
+    arguments = tail._asdict()
+    del arguments["weight_only"]
+    arguments["x_scale"] = _gpu.contiguous(tail.x_scale)
+    images = x if x.dim() == 4 else x.unsqueeze(0)
+    with torch.cuda.device(x.device):
+        sums = None
+        if tail.x_zero_point is not None:
+            sums = _gpu.once(_sums, weight, lambda: weight.sum((1, 2, 3), dtype=torch.int32))
+        y = kernels.int8_conv2d(
+            images,
+            _gpu.once(_weights, weight, lambda: weight.detach().permute(0, 2, 3, 1).contiguous()),
+            _gpu.adjacent(weight_scale),
+            _gpu.contiguous(bias),
+            stride=geometry.stride,
+            padding=geometry.padding,
+            dilation=geometry.dilation,
+            row_sums=sums,
+            **arguments,
+        )
+        memory = torch.channels_last if conv.channels_last(images) else torch.contiguous_format
+        y = y.contiguous(memory_format=memory)
+    return y if x.dim() == 4 else y.squeeze(0)
