@@ -1,7 +1,8 @@
 #include "kernels/common/conv.h"
 
 #include "core/parallel.h"
-#include "kernels/common/conv_image.h"
+#include "kernels/common/conv_grouped.h"
+#include "kernels/common/conv_runs.h"
 
 #include <algorithm>
 #include <cmath>
@@ -66,19 +67,14 @@ void dynamic_quant(const Isa &isa, const ActQuant &q, const char *x, int64_t bat
     }
 }
 
-// Pixels of a block, and the taps that they see.
-struct Run {
-    int first, rows;
-    int64_t tap0, tap1;
-};
-
 struct Job {
     const ConvArgs &a;
     const PackHeader &h;
     const Isa &isa;
     const ConvImage &c;
     Output out;
-    bool depthwise;
+    bool depthwise, fused;
+    const GroupedWeights *grouped; // null where its kernel does not run
 
     int64_t groups() const { return depthwise ? 1 : h.groups; }
     int64_t panel_count() const { return depthwise ? div_up(h.groups, kTileN) : panels(h); }
@@ -90,22 +86,10 @@ struct Job {
     }
     int64_t padded_taps() const { return depthwise ? round_up(h.taps, 4) : h.taps; }
 
-    Run run_of(int64_t oy, int first, int rows) const;
     void run(const ConvBand &band, int64_t m0, int64_t m1, int64_t p0, int64_t p1) const;
     void run_depthwise(const ConvBand &band, int64_t m0, int rows, int64_t p0, int64_t p1,
                        const int64_t *taps, const float *scale) const;
 };
-
-Run Job::run_of(int64_t oy, int first, int rows) const {
-    const Geometry &g = c.g;
-    const Run all = {first, rows, 0, h.taps};
-    if (c.pad != 0 || c.kind == OperandKind::f32)
-        return all;
-    const int64_t top = oy * g.sh - g.ph, per_row = h.taps / g.kh;
-    const int64_t i0 = top < 0 ? div_up(-top, g.dh) : 0;
-    const int64_t i1 = top < g.height ? std::min(g.kh, (g.height - 1 - top) / g.dh + 1) : 0;
-    return i0 < i1 ? Run{first, rows, i0 * per_row, i1 * per_row} : all;
-}
 
 void Job::run_depthwise(const ConvBand &band, int64_t m0, int rows, int64_t p0, int64_t p1,
                         const int64_t *taps, const float *scale) const {
@@ -137,7 +121,7 @@ void Job::run(const ConvBand &band, int64_t m0, int64_t m1, int64_t p0, int64_t 
     int64_t *offset = reinterpret_cast<int64_t *>(pointers + taps * kBlockRows);
     for (int64_t t = 0; t < taps; ++t)
         offset[t] = t < h.taps ? tap(t) : 0; // what pads a quad of taps has weight 0
-    const char *pixel[kBlockRows];
+    BlockPixels block;
     float scales[kBlockRows];
     const float *scale = c.kind == OperandKind::f32 ? nullptr : scales;
     const int64_t step = block_rows(m1 - m0), group = h.k * operand_bytes(c.kind), pixels = c.oh * c.ow;
@@ -154,38 +138,34 @@ void Job::run(const ConvBand &band, int64_t m0, int64_t m1, int64_t p0, int64_t 
             run_depthwise(band, m, rows, p0, p1, offset, scale);
             continue;
         }
-        // Runs of pixels that see the same taps: where what lies outside the image is 0, taps of a filter row
-        // that is outside are left out (a tenth of a 3 x 3 filter's work on 7 x 7 pixels).
-        Run runs[kBlockRows];
-        int count = 0;
-        for (int r = 0; r < rows;) { // one output row at a time
-            const int64_t at = (m + r) % c.ow;
-            const int n = static_cast<int>(std::min<int64_t>(rows - r, c.ow - at));
-            const char *first = band.pixel(m + r);
-            for (int i = 0; i < n; ++i)
-                pixel[r + i] = first + i * c.dx * c.pixel;
-            const Run run = run_of((m + r) / c.ow % c.oh, r, n);
-            if (count > 0 && runs[count - 1].tap0 == run.tap0 && runs[count - 1].tap1 == run.tap1)
-                runs[count - 1].rows += n;
-            else
-                runs[count++] = run;
-            r += n;
+        if (grouped) {
+            grouped->run(band, m, rows, offset, scale, out);
+            continue;
+        }
+        block.fill(band, h, m, rows, fused && direct_output(out));
+        if (block.sorted && scale) {
+            float in_order[kBlockRows];
+            std::copy_n(scales, rows, in_order);
+            for (int r = 0; r < rows; ++r)
+                scales[r] = in_order[block.index[r]];
         }
         // Groups lie beside each other in a pixel. What is read past the end of a group has weight 0.
         for (int64_t g = 0; g < groups(); ++g) {
             for (int64_t t = 0; t < taps; ++t) {
                 const int64_t shift = offset[t] + g * group;
                 for (int r = 0; r < rows; ++r)
-                    pointers[t * kBlockRows + r] = pixel[r] + shift;
+                    pointers[t * kBlockRows + r] = block.at[r] + shift;
             }
             // Each panel serves all runs while it is in the cache.
-            const int64_t together = count == 1 ? p1 - p0 : 1;
+            const int64_t together = block.count == 1 ? p1 - p0 : 1;
             for (int64_t p = p0; p < p1; p += together)
-                for (int i = 0; i < count; ++i) {
-                    const Run &run = runs[i];
-                    gemm_block_taps(isa, a.packed, g, pointers + run.tap0 * kBlockRows + run.first,
-                                    kBlockRows, run.rows, run.tap0, run.tap1, p, p + together, out,
-                                    m + run.first, scale ? scale + run.first : nullptr);
+                for (int i = 0; i < block.count; ++i) {
+                    const Run &run = block.runs[i];
+                    const int at = block.sorted ? 0 : run.first;
+                    gemm_block_taps(isa, a.packed, g, pointers + run.taps.tap0 * kBlockRows + run.first,
+                                    kBlockRows, run.rows, run.taps, p, p + together, out, m + at,
+                                    scale ? scale + run.first : nullptr,
+                                    {c.in_place, block.sorted ? block.index + run.first : nullptr});
                 }
         }
     }
@@ -199,6 +179,18 @@ void run_rows(const Job &job, int64_t y0, int64_t y1) {
     const int64_t macs = rows * c.ow * h.n * h.k * h.taps * h.groups * (job.depthwise ? 8 : 1);
     const int64_t in = rows * c.dy * c.row;
     const int64_t threads = macs < 2'000'000 && h.total < 384 * 1024 && in < 65'536 ? 1 : max_threads();
+    const int64_t m0 = y0 * c.ow, m = rows * c.ow;
+    const auto share = [&](const ConvBand &band, bool by_output) {
+        const int64_t tasks = by_output ? threads : std::min(threads, m);
+        parallel_tasks(tasks, [&](int64_t t) {
+            if (by_output)
+                job.run(band, m0, m0 + m, chunk_begin(count, tasks, t), chunk_begin(count, tasks, t + 1));
+            else
+                job.run(band, m0 + chunk_begin(m, tasks, t), m0 + chunk_begin(m, tasks, t + 1), 0, count);
+        });
+    };
+    if (c.in_place) // few pixels: weights weigh more than they do
+        return share({c, 0, y1, const_cast<char *>(c.x)}, m < 2 * kTileRows && count >= 2 * threads);
     // Threads take bands of whole output rows where these come out even.
     if (div_up(rows, threads) * threads * 25 <= rows * 26) {
         const int64_t least = div_up(kBlockRows, c.ow);
@@ -224,14 +216,7 @@ void run_rows(const Job &job, int64_t y0, int64_t y1) {
     parallel_tasks(parts, [&](int64_t t) {
         band.prepare(chunk_begin(kept, parts, t), chunk_begin(kept, parts, t + 1));
     });
-    const bool by_output = count >= 2 * threads;
-    const int64_t m0 = y0 * c.ow, m = rows * c.ow, tasks = by_output ? threads : std::min(threads, m);
-    parallel_tasks(tasks, [&](int64_t t) {
-        if (by_output)
-            job.run(band, m0, m0 + m, chunk_begin(count, tasks, t), chunk_begin(count, tasks, t + 1));
-        else
-            job.run(band, m0 + chunk_begin(m, tasks, t), m0 + chunk_begin(m, tasks, t + 1), 0, count);
-    });
+    share(band, count >= 2 * threads);
 }
 
 } // namespace
@@ -271,12 +256,19 @@ void conv_product(const ConvArgs &a, const Epilogue &e) {
             std::memset(c.bad, 0, static_cast<size_t>(batch));
         }
     }
+    const bool fused = isa.product_i8 && h.kind == PackKind::dense_i8;
+    c.in_place = fused && h.groups == 1 && h.taps == 1 && h.k % h.kr == 0 &&
+                 a.quant.mode == ActQuant::given && c.stored();
+    GroupedWeights grouped;
+    const bool small_groups = grouped.prepare(isa, a.packed);
     const Job job = {a,
                      h,
                      isa,
                      c,
                      image_output(e, a.out, a.out_channels_last, a.geometry, a.outputs),
-                     h.kind == PackKind::depthwise_i8};
+                     h.kind == PackKind::depthwise_i8,
+                     fused,
+                     small_groups ? &grouped : nullptr};
     run_rows(job, 0, batch * c.oh);
     // Samples with NaN or Inf were only found out on the way: they are blank, and run again.
     for (int64_t b = 0; watch && b < batch; ++b)

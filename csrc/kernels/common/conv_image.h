@@ -33,10 +33,15 @@ struct ConvImage {
     // Kept pixels in a row; bytes of a pixel and of a row. Between groups' pixels at a multiple of 512 bytes
     // lies a cache line: all pixels of a tile would share a few sets of the first-level cache.
     int64_t cols, pixel, row;
+    bool in_place = false; // x itself is the band of all samples: int8, and stored()
 
     ConvImage(const ConvArgs &a, const Isa &isa, OperandKind kind, bool grouped);
     bool packed() const { return pixel == g.channels * operand_bytes(kind); } // no gap between pixels
     int64_t extent() const { return g.dh * (g.kh - 1) + 1; }                  // kept rows under a filter
+    // Whether x has just the kept pixels, one after another.
+    bool stored() const {
+        return channels_last && g.kh == 1 && g.kw == 1 && g.sh == 1 && g.sw == 1 && g.ph == 0 && g.pw == 0;
+    }
     // Whether some band looks at every pixel of x.
     bool reads_all() const {
         return keep_x == 1 && keep_y == 1 && g.sh <= extent() &&

@@ -98,8 +98,8 @@ int64_t row_step(const void *const *rows, int count) {
 // much as its inputs, and the weights, read once for every six rows, stay in L2.
 bool row_by_row(const ProductI8 &p, const Output &out, int64_t outputs) {
     const Epilogue &e = out.epilogue;
-    return p.even() && p.kq <= 64 && p.kq * 4 * outputs <= 512 * 1024 && !out.along_m && !e.addend &&
-           e.out_dtype == DType::f32 &&
+    return p.even() && !p.flip && !p.out_row && p.kq <= 64 && p.kq * 4 * outputs <= 512 * 1024 &&
+           !out.along_m && !e.addend && e.out_dtype == DType::f32 &&
            (e.activation == Activation::none || e.activation == Activation::relu);
 }
 
@@ -107,7 +107,7 @@ bool row_by_row(const ProductI8 &p, const Output &out, int64_t outputs) {
 // the activation is done in registers, otherwise a tile at a time through memory.
 void fused_panel(const Isa &isa, ProductI8 p, const Output &out, int64_t m0, int64_t n0) {
     const Epilogue &e = out.epilogue;
-    if (!out.along_m && (e.activation == Activation::none || e.activation == Activation::relu)) {
+    if (direct_output(out)) {
         p.row_bytes = out.row_stride * size_of(e.out_dtype);
         p.out = static_cast<char *>(out.data) + m0 * p.row_bytes + n0 * size_of(e.out_dtype);
         p.epilogue = &e;
@@ -135,31 +135,34 @@ void fused_panel(const Isa &isa, ProductI8 p, const Output &out, int64_t m0, int
 
 void gemm_block(const Isa &isa, const uint8_t *packed, int64_t group, const void *const *pointers, int64_t ld,
                 int rows, int64_t p0, int64_t p1, const Output &out, int64_t m0, const float *row_scale) {
-    gemm_block_taps(isa, packed, group, pointers, ld, rows, 0, header_of(packed).taps, p0, p1, out, m0,
-                    row_scale);
+    const PackHeader &h = header_of(packed);
+    gemm_block_taps(isa, packed, group, pointers, ld, rows, {0, h.taps, 0, h.k}, p0, p1, out, m0, row_scale,
+                    {});
 }
 
 void gemm_block_taps(const Isa &isa, const uint8_t *packed, int64_t group, const void *const *pointers,
-                     int64_t ld, int rows, int64_t tap0, int64_t tap1, int64_t p0, int64_t p1,
-                     const Output &out, int64_t m0, const float *row_scale) {
+                     int64_t ld, int rows, const Taps &part, int64_t p0, int64_t p1, const Output &out,
+                     int64_t m0, const float *row_scale, const RowForm &form) {
     const PackHeader &h = header_of(packed);
-    const int64_t taps = tap1 - tap0,
-                  skipped = tap0 * round_up(h.k, h.kr) * (h.kind == PackKind::dense_f32 ? 4 : 1);
-    const int64_t kq = div_up(h.k, h.kr);
+    const int64_t taps = part.tap1 - part.tap0, k = part.k1 - part.k0, kq = div_up(k, h.kr);
+    const int64_t skipped =
+        (part.tap0 * round_up(h.k, h.kr) + part.k0) * (h.kind == PackKind::dense_f32 ? 4 : 1);
     const bool fused = isa.product_i8 && h.kind == PackKind::dense_i8;
     ProductI8 task = {};
     if (fused) {
         task.rows = pointers;
+        task.flip = form.flip;
         task.ld = ld;
         task.row_step = taps == 1 ? row_step(pointers, rows) : 0;
         task.count = rows;
         task.taps = taps;
         task.kq = kq;
         task.row_scale = row_scale;
+        task.out_row = form.out_row;
         task.panels = 1;
     }
     const int64_t whole = std::min(p1, h.n / h.nr) - p0;
-    if (fused && whole > 1 && row_by_row(task, out, whole * h.nr)) {
+    if (fused && whole > 1 && k == h.k && row_by_row(task, out, whole * h.nr)) {
         ProductI8 many = task;
         many.panels = whole;
         many.panel = reinterpret_cast<const int8_t *>(panel_data(packed, group, p0));
@@ -174,6 +177,7 @@ void gemm_block_taps(const Isa &isa, const uint8_t *packed, int64_t group, const
         if (fused) {
             task.panel = reinterpret_cast<const int8_t *>(data);
             task.width = width;
+            task.gap = (div_up(h.k, h.kr) - kq) * h.kr * width;
             task.next = p + 1 < p1 ? task.panel + kq * 4 * width : task.panel;
             task.cols = cols;
             fused_panel(isa, task, out, m0, group * h.n + p * h.nr);
@@ -191,7 +195,7 @@ void gemm_block_taps(const Isa &isa, const uint8_t *packed, int64_t group, const
                     isa.dot_i8(at, ld, mr, taps, kq, reinterpret_cast<const int8_t *>(data), width,
                                acc + r0 * kTileN);
                 else
-                    isa.dot_f32(at, ld, mr, taps, h.k, data, h.kind == PackKind::dense_w8, width,
+                    isa.dot_f32(at, ld, mr, taps, k, data, h.kind == PackKind::dense_w8, width,
                                 reinterpret_cast<float *>(acc) + r0 * kTileN);
             }
             store_tile(isa, out, acc, kTileN, false, m0 + t0, tile, group * h.n + p * h.nr, cols,

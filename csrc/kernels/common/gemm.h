@@ -45,10 +45,27 @@ void store_tile(const Isa &isa, const Output &out, const void *acc, int64_t ld, 
 // y[m0 .. m0 + rows) of panels [p0, p1) of one group. pointers is [taps][ld].
 void gemm_block(const Isa &isa, const uint8_t *packed, int64_t group, const void *const *pointers, int64_t ld,
                 int rows, int64_t p0, int64_t p1, const Output &out, int64_t m0, const float *row_scale);
-// The same for taps [tap0, tap1) alone, of which pointers[0] is the first.
+// A part of the taps, and of the inputs of each (k0 and k1 multiples of kr, or k1 the end).
+struct Taps {
+    int64_t tap0, tap1, k0, k1;
+    bool operator==(const Taps &o) const {
+        return tap0 == o.tap0 && tap1 == o.tap1 && k0 == o.k0 && k1 == o.k1;
+    }
+};
+// How rows of a block come and go, where product_i8 runs.
+struct RowForm {
+    bool flip = false;                // int8 as it is, see ProductI8
+    const int32_t *out_row = nullptr; // row of out for each row, from m0 on; only where direct_output
+};
+// The same for some taps alone. pointers are to input k0 under tap0 ...
 void gemm_block_taps(const Isa &isa, const uint8_t *packed, int64_t group, const void *const *pointers,
-                     int64_t ld, int rows, int64_t tap0, int64_t tap1, int64_t p0, int64_t p1,
-                     const Output &out, int64_t m0, const float *row_scale);
+                     int64_t ld, int rows, const Taps &taps, int64_t p0, int64_t p1, const Output &out,
+                     int64_t m0, const float *row_scale, const RowForm &form);
+// Whether product_i8 writes the output itself.
+inline bool direct_output(const Output &out) {
+    const Activation a = out.epilogue.activation;
+    return !out.along_m && (a == Activation::none || a == Activation::relu);
+}
 
 // Threads that a product of this size is worth.
 int64_t threads_for(int64_t macs, int64_t weight_bytes);

@@ -86,6 +86,9 @@ struct Isa {
     void (*sparse_i8_scaled)(int gs, const uint8_t *x, const uint32_t *start, const uint16_t *idx,
                              const int8_t *values, int64_t g0, int64_t g1, bool add, int32_t *acc,
                              const SparseScales &scales) = nullptr;
+
+    // The same for groups of few channels.
+    void (*grouped_i8)(const GroupedI8 &) = nullptr;
 };
 
 extern const Isa isa_scalar;

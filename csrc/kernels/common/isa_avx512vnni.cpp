@@ -185,6 +185,7 @@ const Isa isa_avx512vnni = {
     depthwise,
     product_i8_avx512vnni,
     sparse_i8_scaled_avx512vnni,
+    grouped_i8_avx512vnni,
 };
 
 } // namespace tautorch

@@ -6,12 +6,14 @@
 namespace tautorch {
 
 struct ProductI8 {
-    const void *const *rows; // [taps][ld] operands, u8_shifted
+    const void *const *rows; // [taps][ld] operands, u8_shifted, or int8 as it is (flip)
+    bool flip;               // turn the top bit of what rows say as it is read
     int64_t ld;
     int64_t row_step; // bytes from each row to the next if that is all rows[1 ...] say, else 0
     int count;        // rows
     int64_t taps, kq; // groups of 4 inputs per tap
     const int8_t *panel;
+    int64_t gap;        // bytes of the panel that are left out after each tap
     int width;          // a multiple of 16, at most 64
     const int8_t *next; // the panel after this one, or this one again: fetched into L2 meanwhile
     // Activation none or relu. Out has row_bytes from one row to the next and gets `cols` outputs, whose
@@ -22,6 +24,7 @@ struct ProductI8 {
     const float *row_scale; // [count]
     char *out;
     int64_t row_bytes;
+    const int32_t *out_row; // where in out each row goes; null: one after another
 
     // More than 1: whole panels of 64 outputs that follow each other, for even rows and float output.
     int64_t panels;
@@ -31,5 +34,16 @@ struct ProductI8 {
 
 void product_i8_avx512vnni(const ProductI8 &p);
 void product_i8_rows_avx512vnni(const ProductI8 &p);
+
+// Groups of few channels: 16 outputs, each of which sees 4 * quads inputs of its own group. Weights are
+// [taps][quads][16 outputs][4], and quad q of output o's inputs is dword spread[q][o] of what lies at a row.
+// Rows are row_step apart; rows[t] is the first one under tap t.
+struct GroupedI8 {
+    ProductI8 p; // panel: these weights; taps, row_step, count, and from epilogue on as there
+    int quads;   // 1, 2 or 4
+    bool wide;   // the inputs are 64 bytes, not 16
+    alignas(64) int32_t spread[4][16];
+};
+void grouped_i8_avx512vnni(const GroupedI8 &g);
 
 } // namespace tautorch

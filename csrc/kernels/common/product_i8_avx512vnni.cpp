@@ -10,10 +10,11 @@
 namespace tautorch {
 namespace {
 
-inline __m512i broadcast4(const char *p) {
+// One instruction, vpxord with a broadcast operand: turning the top bit costs nothing beside the products.
+inline __m512i broadcast4(const char *p, __m512i flip) {
     int32_t v;
     std::memcpy(&v, p, 4);
-    return _mm512_set1_epi32(v);
+    return _mm512_xor_si512(flip, _mm512_set1_epi32(v));
 }
 
 // The rows of a tile under one tap. Even: at one distance from each other, so that four pointers and two
@@ -109,16 +110,22 @@ __attribute__((always_inline)) inline void finish(const ProductI8 &p, int i, int
     const int64_t left = p.cols - i, size = size_of(e.out_dtype);
     alignas(64) char partial[MR * NV * 64];
     const bool whole = left >= 16 * NV;
-    char *out = whole ? p.out + r0 * p.row_bytes + i * size : partial;
-    const int64_t step = whole ? p.row_bytes : 16 * NV * size;
+    const auto line = [&](int r) __attribute__((always_inline)) {
+        return p.out + (p.out_row ? p.out_row[r0 + r] : r0 + r) * p.row_bytes + i * size;
+    };
+    const auto out_of = [&](int r) __attribute__((always_inline)) {
+        return whole ? line(r) : partial + r * 16 * NV * size;
+    };
     // Every loop over accumulators is unrolled: one that is not puts all of them into memory, from the first
     // product on.
     if (e.out_dtype == DType::i32) {
 #pragma GCC unroll 12
-        for (int r = 0; r < MR; ++r, out += step)
+        for (int r = 0; r < MR; ++r) {
+            char *out = out_of(r);
 #pragma GCC unroll 4
             for (int v = 0; v < NV; ++v)
                 _mm512_storeu_si512(out + 64 * v, c[r][v]);
+        }
     } else {
         __m512 w[NV], b[NV];
 #pragma GCC unroll 4
@@ -128,7 +135,8 @@ __attribute__((always_inline)) inline void finish(const ProductI8 &p, int i, int
         }
         const auto each = [&](auto &&put) __attribute__((always_inline)) {
 #pragma GCC unroll 12
-            for (int r = 0; r < MR; ++r, out += step) {
+            for (int r = 0; r < MR; ++r) {
+                char *out = out_of(r);
                 const __m512 scale = _mm512_set1_ps(p.row_scale[r0 + r]);
                 __m512 y[NV + 1]; // one more, so that all go by twos
                 y[NV] = _mm512_setzero_ps();
@@ -190,8 +198,7 @@ __attribute__((always_inline)) inline void finish(const ProductI8 &p, int i, int
     }
     if (!whole)
         for (int r = 0; r < MR; ++r)
-            std::memcpy(p.out + (r0 + r) * p.row_bytes + i * size, partial + r * step,
-                        static_cast<size_t>(left * size));
+            std::memcpy(line(r), partial + r * 16 * NV * size, static_cast<size_t>(left * size));
 }
 
 // Bytes of the next panel that are fetched with every 16 inputs. Weights that come from memory arrive while
@@ -212,6 +219,7 @@ template <int MR, int NV, bool Even> void tile(const ProductI8 &p, int i, int r0
     const char *line = p.out + r0 * p.row_bytes + i * size_of(p.epilogue->out_dtype);
     const int64_t last = row_bytes > 64 ? 64 : row_bytes - 1;
     int lines = MR;
+    const __m512i flip = _mm512_set1_epi32(p.flip ? static_cast<int32_t>(0x80808080) : 0);
     __m512i c[U][MR][NV];
 #pragma GCC unroll 4
     for (int v = 0; v < NV; ++v) {
@@ -232,7 +240,7 @@ template <int MR, int NV, bool Even> void tile(const ProductI8 &p, int i, int r0
             b += step;
 #pragma GCC unroll 12
             for (int r = 0; r < MR; ++r) {
-                const __m512i a = broadcast4(x[r] + 4 * u);
+                const __m512i a = broadcast4(x[r] + 4 * u, flip);
 #pragma GCC unroll 4
                 for (int v = 0; v < NV; ++v)
                     sum[r][v] = _mm512_dpbusd_epi32(sum[r][v], a, w[v]);
@@ -260,6 +268,7 @@ template <int MR, int NV, bool Even> void tile(const ProductI8 &p, int i, int r0
             products(0, c[0]);
             x.advance(4);
         }
+        b += p.gap;
     }
 #pragma GCC unroll 4
     for (int u = 1; u < U; ++u)
@@ -292,7 +301,57 @@ void strip(const ProductI8 &p, const Tile *tiles, int most, int i) {
     }
 }
 
+// Groups of few channels: the inputs of all 16 outputs in one load, and a permutation for each quad.
+template <int MR, int Q, bool Wide> void grouped_tile(const GroupedI8 &g, int r0) {
+    const ProductI8 &p = g.p;
+    __m512i c[MR][1], spread[Q];
+    const __m512i from = start(p, 0);
+#pragma GCC unroll 12
+    for (int r = 0; r < MR; ++r)
+        c[r][0] = from;
+#pragma GCC unroll 4
+    for (int q = 0; q < Q; ++q)
+        spread[q] = _mm512_load_si512(g.spread[q]);
+    const int8_t *b = p.panel;
+    for (int64_t t = 0; t < p.taps; ++t) {
+        Rows<MR, true> x(p, t, r0);
+        __m512i w[Q];
+#pragma GCC unroll 4
+        for (int q = 0; q < Q; ++q, b += 64)
+            w[q] = _mm512_loadu_si512(b);
+#pragma GCC unroll 12
+        for (int r = 0; r < MR; ++r) {
+            const __m512i in =
+                Wide ? _mm512_loadu_si512(x[r])
+                     : _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i *>(x[r])));
+#pragma GCC unroll 4
+            for (int q = 0; q < Q; ++q)
+                c[r][0] = _mm512_dpbusd_epi32(c[r][0], _mm512_permutexvar_epi32(spread[q], in), w[q]);
+        }
+    }
+    finish<MR, 1>(p, 0, r0, c);
+}
+
+using GroupedTile = void (*)(const GroupedI8 &, int r0);
+template <int Q, bool Wide>
+constexpr GroupedTile kGrouped[12] = {
+    grouped_tile<1, Q, Wide>,  grouped_tile<2, Q, Wide>,  grouped_tile<3, Q, Wide>,
+    grouped_tile<4, Q, Wide>,  grouped_tile<5, Q, Wide>,  grouped_tile<6, Q, Wide>,
+    grouped_tile<7, Q, Wide>,  grouped_tile<8, Q, Wide>,  grouped_tile<9, Q, Wide>,
+    grouped_tile<10, Q, Wide>, grouped_tile<11, Q, Wide>, grouped_tile<12, Q, Wide>};
+
 } // namespace
+
+void grouped_i8_avx512vnni(const GroupedI8 &g) {
+    const GroupedTile *tiles = g.quads == 1   ? (g.wide ? kGrouped<1, true> : kGrouped<1, false>)
+                               : g.quads == 2 ? (g.wide ? kGrouped<2, true> : kGrouped<2, false>)
+                                              : (g.wide ? kGrouped<4, true> : kGrouped<4, false>);
+    const int parts = (g.p.count + 11) / 12;
+    for (int j = 0; j < parts; ++j) {
+        const int r0 = g.p.count * j / parts;
+        tiles[g.p.count * (j + 1) / parts - r0 - 1](g, r0);
+    }
+}
 
 void product_i8_avx512vnni(const ProductI8 &p) {
     if (p.panels > 1)
