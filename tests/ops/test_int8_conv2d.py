@@ -51,6 +51,19 @@ SHAPES: list[tuple[tuple[int, ...], tuple[int, int, int, int], dict[str, Any]]] 
     ((1, 512, 5, 4), (64, 256, 3, 3), {"padding": 1, "groups": 2, "stride": 2}),
     ((2, 8, 6, 5), (70, 8, 5, 3), {"padding": (4, 1), "dilation": (3, 1)}),  # taps left out above and below
     ((2, 8, 3, 5), (70, 8, 3, 3), {"padding": (2, 1), "dilation": (2, 2)}),
+    ((3, 12, 7, 7), (70, 12, 3, 3), {"padding": 1}),  # columns of taps left out at the sides
+    ((2, 8, 9, 5), (20, 8, 5, 5), {"padding": 2, "stride": 2}),
+    ((2, 8, 4, 3), (20, 8, 3, 3), {"padding": (1, 2)}),
+    ((40, 4, 3, 3), (8, 4, 3, 3), {"padding": 1}),
+    ((2, 64, 13, 13), (64, 4, 3, 3), {"padding": 1, "groups": 16}),  # one quad of inputs an output
+    ((1, 32, 6, 7), (32, 8, 3, 3), {"padding": 1, "groups": 4, "stride": 2}),  # two
+    ((1, 48, 6, 6), (48, 16, 3, 3), {"padding": 1, "groups": 3}),  # four
+    ((1, 64, 6, 6), (32, 8, 3, 3), {"padding": 1, "groups": 8}),  # two of eight
+    ((1, 128, 5, 5), (32, 16, 3, 3), {"padding": 1, "groups": 8}),  # four of sixteen
+    ((1, 24, 5, 5), (30, 12, 3, 3), {"padding": 1, "groups": 2}),
+    ((1, 8, 12, 12), (8, 4, 9, 9), {"padding": 4, "groups": 2}),
+    ((5, 20, 7, 3), (300, 20, 1, 1), {}),  # int8 images read where they are
+    ((1, 24, 3, 3), (600, 24, 1, 1), {}),
     *[  # depthwise: vectors of 32 and 64 channels, taps beside quads of 4, beside passes of 16
         ((1, c, 6, 5), (c, 1, *k), {"groups": c, "padding": 1})
         for c in (1, 31, 32, 33, 64, 65, 96, 130)

@@ -162,7 +162,7 @@ void gemm_block_taps(const Isa &isa, const uint8_t *packed, int64_t group, const
         task.panels = 1;
     }
     const int64_t whole = std::min(p1, h.n / h.nr) - p0;
-    if (fused && whole > 1 && k == h.k && row_by_row(task, out, whole * h.nr)) {
+    if (fused && whole > 1 && taps == h.taps && k == h.k && row_by_row(task, out, whole * h.nr)) {
         ProductI8 many = task;
         many.panels = whole;
         many.panel = reinterpret_cast<const int8_t *>(panel_data(packed, group, p0));
