@@ -294,7 +294,7 @@ PackHeader sparse_header(const Isa &isa, PackKind kind, int gs, int64_t groups, 
     if (form == SparseForm::both)
         return both;
     constexpr int64_t kMany = 256; // rows: where lists win at all, they win here
-    const bool lists_pay = lists_cost(both, kMany) < 0.9 * sell_cost(both, kMany);
+    const bool lists_pay = lists_cost(both, kMany) < 0.95 * sell_cost(both, kMany);
     return form == SparseForm::automatic && lists_pay ? both : layout(0, slots);
 }
 

@@ -4,6 +4,7 @@
 #include "kernels/common/gemm.h"
 
 #include <algorithm>
+#include <cstring>
 
 namespace tautorch {
 
@@ -28,15 +29,23 @@ struct PanelStore {
     void operator()(int64_t m0, int rows, int64_t n0, int cols, const float *scale) const {
         if (out.along_m)
             return store_tile(isa, out, acc, w, true, m0, rows, n0, cols, scale);
+        // Floats that are done: no scales, nothing to add or activate.
+        const Epilogue &e = out.epilogue;
+        const bool plain = e.acc_float && e.out_dtype == DType::f32 && e.activation == Activation::none &&
+                           !e.w_scale && !e.bias && !e.addend && !scale;
         alignas(64) uint32_t turned[16 * kTileOutputs];
         for (int b = 0; 16 * b < rows; ++b) {
             isa.transpose_32(line[b], static_cast<int>(round_up(cols, 16)), 16, turned, kTileOutputs);
             const int64_t m = m0 + 16 * b;
-            isa.epilogue(out.epilogue, turned, kTileOutputs, std::min(16, rows - 16 * b), cols, false, n0,
-                         scale ? scale + 16 * b : nullptr,
-                         static_cast<char *>(out.data) +
-                             (m * out.row_stride + n0) * size_of(out.epilogue.out_dtype),
-                         out.row_stride);
+            const int lines = std::min(16, rows - 16 * b);
+            char *to = static_cast<char *>(out.data) + (m * out.row_stride + n0) * size_of(e.out_dtype);
+            if (plain)
+                for (int r = 0; r < lines; ++r)
+                    std::memcpy(to + 4 * r * out.row_stride, turned + r * kTileOutputs,
+                                static_cast<size_t>(4 * cols));
+            else
+                isa.epilogue(e, turned, kTileOutputs, lines, cols, false, n0,
+                             scale ? scale + 16 * b : nullptr, to, out.row_stride);
         }
     }
 };

@@ -23,6 +23,8 @@ struct LinearArgs {
     Output out;
 };
 Source source_of(const LinearArgs &a);
+// Of all rows, with an output whose epilogue is complete.
+void product(const LinearArgs &a, const Output &out);
 
 // What a convolution takes: an image, NCHW or channels last, and packed weights. The output's layout is
 // chosen on its own.

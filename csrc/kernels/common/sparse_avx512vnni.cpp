@@ -85,6 +85,8 @@ void panel64(const uint8_t *x, const uint32_t *start, const uint16_t *idx, const
             for (int j = 0; j < 4; ++j)
                 c[0][0][j] = _mm512_add_epi32(c[0][0][j], c[1][0][j]);
         if constexpr (Scaled) {
+            // max gives back its second operand where either is NaN.
+            const __m512 least = _mm512_set1_ps(scales->least);
             const GroupScales<GS> s(*scales, (g - g0) * GS);
             for (int r = 0; r < GS; ++r) {
                 const __m512 w = _mm512_set1_ps(s.w[r]), b = _mm512_set1_ps(s.b[r]);
@@ -94,7 +96,7 @@ void panel64(const uint8_t *x, const uint32_t *start, const uint16_t *idx, const
                     const __m512 scaled =
                         _mm512_mul_ps(_mm512_mul_ps(y, _mm512_loadu_ps(scales->rows + 16 * j)), w);
                     _mm512_storeu_ps(reinterpret_cast<float *>(out + r * 64 + 16 * j),
-                                     _mm512_add_ps(scaled, b));
+                                     _mm512_max_ps(least, _mm512_add_ps(scaled, b)));
                 }
             }
         } else {

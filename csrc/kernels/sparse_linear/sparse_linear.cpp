@@ -7,7 +7,7 @@ void sparse_linear(const LinearArgs &a) {
         return;
     Output out = a.out;
     out.epilogue = with_correction(a.out.epilogue, a.packed, operand_of(a.packed), a.quant);
-    product(a.packed, source_of(a), out);
+    product(a, out);
 }
 
 } // namespace tautorch
