@@ -35,7 +35,8 @@ ROW = (
 
 # What these folders hold beside the operators. A file that is in neither is misnamed.
 SHARED = {
-    "csrc/bindings": {"module_cpu", "module_cuda", "pack", "plan", "recall"},
+    "csrc/bindings": {"module_cpu", "module_cuda", "pack", "plan", "recall"}
+    | {f"module_cuda_{op}" for op in ("int8_linear", "sparse_linear", "int8_conv2d")},
     "python/tautorch/ops": {"__init__", "geometry", "library", "sparse_entries"},
     "python/tautorch/reference": {"__init__", "common", "layouts", "quantizer"},
     "python/tautorch/triton_kernels": {"__init__"},

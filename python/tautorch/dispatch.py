@@ -227,31 +227,79 @@ def _text(reason: object) -> str | None:
     return None if reason is None else str(reason)
 
 
-def _cuda_row(name: str, chosen_by_shape: bool) -> Kernel:
+_BF16 = 1  # DType in csrc/kernels/common/dtype.h; what a weight-only layer is asked about when x is not known
+
+
+def _extension(problem: Problem) -> tuple[int, int] | str:
+    """Capability and multiprocessors for the CUDA extension's kernels, or why none of them can run here."""
+    if cuda is None:
+        return "this build has no CUDA kernels; reinstall with TAUTORCH_CUDA=on and nvcc on PATH"
+    gpu = _gpu(problem)
+    if gpu is None:
+        return "no CUDA device is visible"
+    driver = cuda.driver_version()
+    if driver == 0:
+        return "no CUDA driver is installed"
+    if driver < MIN_DRIVER:
+        version = f"{driver // 1000}.{driver % 1000 // 10}"
+        return f"it needs a driver for CUDA 13 (580 or newer), this one is for {version}"
+    return gpu
+
+
+def _number(problem: Problem, name: str, otherwise: int = 1) -> int:
+    value = problem.details.get(name, otherwise)
+    return value if isinstance(value, int) else otherwise
+
+
+def _int8_linear_row(name: str) -> Kernel:
     def supports(problem: Problem) -> str | None:
-        if cuda is None:
-            return "this build has no CUDA kernels; reinstall with TAUTORCH_CUDA=on and nvcc on PATH"
-        if problem.details.get("weight_only"):
-            return "it quantises its input, which a weight-only layer must not"
-        gpu = _gpu(problem)
-        if gpu is None:
-            return "no CUDA device is visible"
-        driver = cuda.driver_version()
-        if driver == 0:
-            return "no CUDA driver is installed"
-        if driver < MIN_DRIVER:
-            version = f"{driver // 1000}.{driver % 1000 // 10}"
-            return f"it needs a driver for CUDA 13 (580 or newer), this one is for {version}"
-        m = problem.details.get("rows", 1)
-        size = (m if isinstance(m, int) else 1, problem.n, problem.k)
-        if not chosen_by_shape:
-            return _text(cuda.int8_linear_supports(name, gpu[0], *size))
-        if cuda.int8_linear_choose(*gpu, *size) is not None:
+        gpu = _extension(problem)
+        if isinstance(gpu, str):
+            return gpu
+        weight_only = bool(problem.details.get("weight_only"))
+        x_dtype = _number(problem, "x_dtype", _BF16)
+        asked = (_number(problem, "rows"), problem.n, problem.k, weight_only, x_dtype)
+        if name != "cuda":
+            return _text(cuda.int8_linear_supports(name, gpu[0], *asked))
+        if cuda.int8_linear_choose(*gpu, *asked) is not None:
             return None
-        # The last row of the extension's table serves the most devices, so its reason says the most.
-        return _text(cuda.int8_linear_supports(cuda.int8_linear_kernels()[-1], gpu[0], *size))
+        # Of the kernels for such a layer the last serves the most devices, so its reason says the most.
+        last = [k for k in cuda.int8_linear_kernels() if weight_only == k.startswith("weight_only")][-1]
+        reason = _text(cuda.int8_linear_supports(last, gpu[0], *asked))
+        return (
+            reason or "it reads the weights once for up to 32 float rows; above, Triton's product is for it"
+        )
 
     return Kernel("int8_linear", name, "cuda", supports)
+
+
+def _sparse_linear_row(name: str) -> Kernel:
+    def supports(problem: Problem) -> str | None:
+        details = problem.details
+        if details.get("pattern") != "2:4":
+            return "it is for pattern 2:4"
+        if details.get("weight_dtype") != "int8" or details.get("weight_only"):
+            return "its 2:4 products are of int8 with int8"
+        gpu = _extension(problem)
+        if isinstance(gpu, str):
+            return gpu
+        return _text(cuda.sparse_linear_supports(gpu[0], _number(problem, "rows"), problem.n, problem.k))
+
+    return Kernel("sparse_linear", name, "cuda", supports)
+
+
+def _int8_conv2d_row(name: str) -> Kernel:
+    def supports(problem: Problem) -> str | None:
+        if problem.details.get("weight_only"):
+            return "it quantises its input, which a weight-only layer must not"
+        gpu = _extension(problem)
+        if isinstance(gpu, str):
+            return gpu
+        taps = max(_number(problem, "taps"), 1)
+        shape = (_number(problem, "groups"), problem.k // taps, problem.n, taps)
+        return _text(cuda.int8_conv2d_supports(gpu[0], *shape))
+
+    return Kernel("int8_conv2d", name, "cuda", supports)
 
 
 def _triton_supports(problem: Problem) -> str | None:
@@ -297,14 +345,22 @@ def _refuse_conv(problem: Problem) -> str | None:
     return None
 
 
-# "cuda" picks a tile by shape; forcing picks one of the tiles that follow. Nothing else in the table does.
-register(_cuda_row("cuda", chosen_by_shape=True))
+# "cuda" picks a kernel by shape; forcing picks one of those that follow. Nothing else in the table does.
+register(_int8_linear_row("cuda"))
+register(_sparse_linear_row("cuda"))
+register(_int8_conv2d_row("cuda"))
 register(Kernel("int8_linear", "triton", "cuda", _triton_supports))
 register(_triton_row("lowrank_linear", _refuse_lowrank))
 register(_triton_row("sparse_linear", _refuse_sparse))
 register(_triton_row("int8_conv2d", _refuse_conv))
-for _name in cuda.int8_linear_kernels() if cuda is not None else ():
-    register(_cuda_row(_name, chosen_by_shape=False))
+if cuda is not None:
+    for _row, _names in (
+        (_int8_linear_row, cuda.int8_linear_kernels()),
+        (_sparse_linear_row, cuda.sparse_linear_kernels()),
+        (_int8_conv2d_row, cuda.int8_conv2d_kernels()),
+    ):
+        for _name in _names:
+            register(_row(_name))
 
 
 def _force_from_environment() -> None:

@@ -87,7 +87,7 @@ def test_every_table_row_is_compiled_once_per_output_size(
 ) -> None:
     names = cuda_build.module.int8_linear_kernels()
     for arch in ("sm_90a", "sm_80"):
-        rows = [n for n in names if n.startswith(arch.replace("_", ""))]
+        rows = [n for n in names if n.startswith(arch.replace("_", "") + "_")]
         assert rows and len(gemms(functions, arch)) == 3 * len(rows)
 
 
@@ -112,6 +112,98 @@ def test_ampere_kernels_are_mma_and_cp_async(functions: list[Function]) -> None:
     for f in gemms(functions, "sm_80"):
         assert f.count("IMMA.16832.S8.S8") > 0, f.name
         assert f.count("LDGSTS.E.BYPASS") > 0 and f.count("LDSM") > 0, f.name
+
+
+def stream_kernels(functions: list[Function], arch: str, rows: str) -> list[Function]:
+    return [f for f in functions if f.arch == arch and "stream_kernel" in f.name and rows in f.name]
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+def test_kernels_for_few_rows(cuda_build: CudaBuild, functions: list[Function], arch: str) -> None:
+    names = cuda_build.module.int8_linear_kernels()
+    ints, floats = stream_kernels(functions, arch, "Int8Row"), stream_kernels(functions, arch, "FloatRow")
+    assert len(ints) == sum(n.startswith("stream") for n in names)
+    assert len(floats) == 2 * sum(n.startswith("weight_only") for n in names)
+    for f in ints + floats:
+        assert f.count("LDGSTS.E.BYPASS") > 0, f.name  # weights past L1
+        # A group of copies, and the pieces read back 16 bytes at a time.
+        assert f.count("LDGSTS") > f.count("LDGSTS.E.BYPASS") and f.count("LDS.128") > 0, f.name
+        assert f.count("BAR.SYNC") <= 3, f"{f.name}: no barrier along K"
+    assert all(f.count("IMMA.16832.S8.S8") for f in ints)
+    assert sum(f.count("HMMA.16816.F32.BF16") > 0 for f in floats) == len(floats) / 2
+    assert all(f.count("HMMA.16816.F32") > 0 for f in floats)
+    assert all(f.count("I2F.S8") == 0 for f in floats), (
+        "weights become floats by bits, not by the slow conversion"
+    )
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+@pytest.mark.parametrize(
+    "units,rows,op,instruction",
+    [
+        ("SparseUnits", "MatrixRows", "sparse_linear", "IMMA.SP.16864.S8.S8"),
+        ("DenseUnits", "ImageRows", "int8_conv2d", "IMMA.16832.S8.S8"),
+    ],
+)
+def test_kernels_of_packed_weights(
+    cuda_build: CudaBuild,
+    functions: list[Function],
+    arch: str,
+    units: str,
+    rows: str,
+    op: str,
+    instruction: str,
+) -> None:
+    found = [
+        f
+        for f in functions
+        if f.arch == arch and "gemm_kernel" in f.name and units in f.name and rows in f.name
+    ]
+    assert len(found) == len(getattr(cuda_build.module, f"{op}_kernels")())
+    for f in found:
+        # Every multiplication is of that kind, its rows come by ldmatrix, its stages by cp.async.
+        assert f.count("IMMA") == f.count(instruction) > 0, f.name
+        assert f.count("LDSM.16.M88.4") > 0 and f.count("LDGSTS.E.BYPASS") > 0, f.name
+
+
+def test_choice_for_packed_weights(cuda_build: CudaBuild) -> None:
+    m: Any = cuda_build.module
+    assert m.sparse_linear_choose(132, 256, 1024) == "sp24_128x64"
+    assert m.sparse_linear_choose(132, 4096, 4096) == "sp24_256x128"
+    assert m.sparse_linear_supports(80, 1, 64, 64) is None
+    for reason, problem in {
+        "sparse tensor cores": (75, 1, 64, 64),
+        "almost no int8": (103, 1, 64, 64),
+        "K is outside": (90, 1, 64, 66312),
+        "N is outside": (90, 1, 0, 64),
+        "M is outside": (90, -1, 64, 64),
+        "2^31 tiles": (90, 2**30, 2**20, 64),
+    }.items():
+        assert reason in m.sparse_linear_supports(*problem)
+    assert m.int8_conv2d_choose(132, 32 * 56 * 56, 64) == "conv_64x128"
+    assert m.int8_conv2d_choose(132, 32 * 14 * 14, 1024) == "conv_128x128"
+    assert m.int8_conv2d_supports(86, 1, 64, 64, 9) is None
+    for reason, layer in {
+        "8.0 or later": (75, 1, 64, 64, 9),
+        "almost no int8": (103, 1, 64, 64, 9),
+        "no groups": (90, 2, 64, 64, 9),
+        "multiple of 16": (90, 1, 3, 64, 49),
+        "K is above": (90, 1, 8192, 64, 9),
+        "output channels": (90, 1, 64, 0, 9),
+    }.items():
+        assert reason in m.int8_conv2d_supports(*layer)
+    # The sums lie where the layout of 2:4's K, rounded up to 8, says too.
+    assert m.sparse_linear_layout(70, 61) == m.sparse_linear_layout(70, 64)
+    assert m.int8_conv2d_workspace(3, 1024) == 3072 + 128 + 128
+    with pytest.raises(ValueError, match="geometry must have 9"):
+        m.int8_conv2d_plan(256, 8, (1, 2), tail())
+    for plan in (
+        m.sparse_linear_plan,
+        lambda *a: m.int8_conv2d_plan(*a[:2], (16, 3, 3, 1, 1, 1, 1, 1, 1), a[3]),
+    ):
+        assert isinstance(plan(256, 8, 64, tail()), bytes)
+        with pytest.raises(ValueError, match="weight-only"):
+            plan(256, 8, 64, tail(mode=3))
 
 
 def test_the_quantiser_has_every_variant_and_wide_loads(functions: list[Function]) -> None:
@@ -146,22 +238,47 @@ SHAPES = [
 ]
 
 
-@pytest.mark.parametrize("capability,prefix", [(80, "sm80"), (89, "sm80"), (90, "sm90a"), (120, "sm80")])
-def test_choice_is_the_devices_own(cuda_build: CudaBuild, capability: int, prefix: str) -> None:
+I8, F32, BF16, F16 = 3, 0, 1, 2
+
+
+@pytest.mark.parametrize("capability,tiles", [(80, "sm80"), (89, "sm80"), (90, "sm90a"), (120, "sm80")])
+def test_choice_is_the_devices_own(cuda_build: CudaBuild, capability: int, tiles: str) -> None:
     m = cuda_build.module
     for shape in SHAPES:
-        name = m.int8_linear_choose(capability, 132, *shape)
-        assert name.startswith(prefix)
-        assert m.int8_linear_supports(name, capability, *shape) is None
+        name = m.int8_linear_choose(capability, 132, *shape, False, BF16)
+        assert name.startswith((tiles, "stream"))
+        assert m.int8_linear_supports(name, capability, *shape, False, BF16) is None
 
 
 def test_choice_follows_the_shape(cuda_build: CudaBuild) -> None:
-    choose = cuda_build.module.int8_linear_choose
-    assert choose(90, 132, 1, 4096, 4096) == choose(90, 132, 17, 4096, 4096) == "sm90a_64x64x256"
+    def choose(*problem: int) -> str | None:
+        name: str | None = cuda_build.module.int8_linear_choose(*problem, False, BF16)
+        return name
+
+    for capability, count in ((90, 132), (80, 108)):
+        few = [choose(capability, count, m, 4096, 4096) for m in (0, 1, 8, 9, 16, 17, 32)]
+        assert few == ["stream_8"] * 3 + ["stream_16"] * 2 + ["stream_32"] * 2
+        # Where tiles would leave most multiprocessors idle.
+        assert str(choose(capability, count, 64, 1024, 4096)).startswith("stream")
+    assert choose(90, 132, 64, 8192, 4096) == "sm90a_64x64x256"
     assert choose(90, 132, 8192, 8192, 8192) == "sm90a_128x256x128_cooperative"
     assert choose(90, 132, 512, 4096, 4096) == "sm90a_128x128x128_pingpong"
-    assert choose(80, 108, 8, 4096, 4096) == "sm80_64x64x128"
     assert choose(80, 108, 4096, 4096, 4096) == "sm80_128x128x64"
+
+
+def test_choice_for_weight_only(cuda_build: CudaBuild) -> None:
+    choose = cuda_build.module.int8_linear_choose
+    for dtype in (BF16, F16):
+        few = [choose(90, 132, m, 4096, 4096, True, dtype) for m in (1, 8, 9, 17, 32)]
+        assert few == [f"weight_only_{m}" for m in (8, 8, 16, 32, 32)]
+        assert choose(90, 132, 33, 4096, 4096, True, dtype) is None
+    assert choose(90, 132, 1, 4096, 4096, True, F32) is None
+    supports = cuda_build.module.int8_linear_supports
+    assert "must not" in supports("stream_8", 90, 1, 64, 64, True, BF16)
+    assert "does not quantise" in supports("weight_only_8", 90, 1, 64, 64, False, BF16)
+    assert "bfloat16 and float16" in supports("weight_only_8", 90, 1, 64, 64, True, F32)
+    assert "2^31 - 1 tiles" in supports("stream_8", 90, 2**30, 4096, 64, False, BF16)
+    assert supports("weight_only_8", 103, 1, 64, 64, True, BF16) is None
 
 
 @pytest.mark.parametrize(
@@ -179,15 +296,15 @@ def test_what_no_kernel_can_do_is_said(
     cuda_build: CudaBuild, capability: int, shape: tuple[int, int, int], reason: str
 ) -> None:
     m = cuda_build.module
-    assert m.int8_linear_choose(capability, 132, *shape) is None
-    assert reason in m.int8_linear_supports("sm80_128x128x64", capability, *shape)
+    assert m.int8_linear_choose(capability, 132, *shape, False, I8) is None
+    assert reason in m.int8_linear_supports("sm80_128x128x64", capability, *shape, False, I8)
 
 
 def test_a_hopper_kernel_declines_other_devices(cuda_build: CudaBuild) -> None:
     supports = cuda_build.module.int8_linear_supports
-    assert "9.0" in supports("sm90a_64x64x256", 100, 1, 64, 64)
+    assert "9.0" in supports("sm90a_64x64x256", 100, 1, 64, 64, False, I8)
     with pytest.raises(ValueError, match="no CUDA kernel is called 'sm10'"):
-        supports("sm10", 90, 1, 64, 64)
+        supports("sm10", 90, 1, 64, 64, False, I8)
 
 
 @pytest.mark.parametrize("n,k", [(1, 1), (3, 16), (5, 17), (128, 4096), (1000, 66311)])
@@ -200,14 +317,20 @@ def test_pack_layout(cuda_build: CudaBuild, n: int, k: int) -> None:
 
 
 def test_workspace(cuda_build: CudaBuild) -> None:
-    size = cuda_build.module.int8_linear_workspace
+    def size(*x: int, weight_only: bool = False) -> int:
+        return int(cuda_build.module.int8_linear_workspace(*x, weight_only))
+
     assert size(256, 0, 3, 33, 33, 1) == 256 + 128  # 3 rows of 48 bytes, then 3 scales, in lines of 128
     assert size(256, 3, 3, 32, 32, 1) == 0  # int8 rows on 16 bytes are read where they are
     assert size(257, 3, 3, 32, 32, 1) > 0
     assert size(256, 3, 3, 33, 33, 1) > 0
     assert size(256, 3, 3, 8, 0, 1) > 0  # an expanded row
+    assert size(256, 1, 3, 24, 24, 1, weight_only=True) == 0  # as are float rows that are not quantised
+    assert size(256, 1, 3, 33, 33, 1, weight_only=True) == 384 + 128  # 3 rows of 48 elements
     with pytest.raises(ValueError, match="adjacent"):
         size(256, 3, 3, 32, 1, 3)
+    with pytest.raises(ValueError, match="adjacent"):
+        size(256, 1, 3, 32, 1, 3, weight_only=True)
 
 
 def tail(**values: int) -> dict[str, int]:
@@ -218,8 +341,7 @@ def tail(**values: int) -> dict[str, int]:
 def test_plans(cuda_build: CudaBuild) -> None:
     m: Any = cuda_build.module
     assert isinstance(m.int8_linear_plan(256, 64, 0, 8, 64, tail()), bytes)
-    with pytest.raises(ValueError, match="weight-only products run in Triton"):
-        m.int8_linear_plan(256, 64, 0, 8, 64, tail(mode=3))
+    assert isinstance(m.int8_linear_plan(256, 64, 0, 8, 64, tail(mode=3)), bytes)
     with pytest.raises(TypeError, match="plan"):
         m.int8_linear_run(b"", -1, 0, 0, 1, 64, 1, 0, 8, 0, 0, 0, 0)
     with pytest.raises(TypeError, match="few"):

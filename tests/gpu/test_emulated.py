@@ -18,10 +18,12 @@ import torch
 from torch import Tensor
 
 from tautorch.reference.common import apply_activation
+from tautorch.reference.layouts import encode
 from tautorch.reference.quantizer import quantize_rows
 
 ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).parent / "emulation"
+GEMM = ("common/gemm_pack", "sparse_linear/sparse_linear_24", "int8_conv2d/int8_conv2d_gemm")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3, torch.int32: 4}
 ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh", "silu")
 
@@ -37,7 +39,8 @@ def device(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     tops = [line.partition("TOP=")[2] for line in dry.stderr.splitlines() if "TOP=" in line]
     library = tmp_path_factory.mktemp("emulated") / "device.so"
     sources = [ROOT / "csrc/kernels/common/quantize_rows.cu", HERE / "emulate.cpp"]
-    sources.append(ROOT / "csrc/kernels/int8_linear/int8_linear_pack.cu")
+    sources += [ROOT / f"csrc/kernels/int8_linear/int8_linear_{name}.cu" for name in ("pack", "stream")]
+    sources += [ROOT / f"csrc/kernels/{name}.cu" for name in GEMM]
     command = [compiler, "-std=c++20", "-O1", "-ffp-contract=off", "-shared", "-fPIC", "-pthread", "-w"]
     command += ["-isystem", f"{tops[0]}/include", "-I", str(HERE), "-I", str(ROOT / "csrc")]
     command += ['-DTAUTORCH_EMULATED_LAUNCH="emulate.h"', "-include", "emulate.h", "-x", "c++"]
@@ -46,7 +49,7 @@ def device(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     )
     assert done.returncode == 0, done.stderr[-4000:]
     lib = ctypes.CDLL(str(library))
-    lib.packed_bytes.restype = ctypes.c_int64
+    lib.packed_bytes.restype = lib.units_bytes.restype = ctypes.c_int64
     return lib
 
 
@@ -188,3 +191,192 @@ def test_epilogue(device: ctypes.CDLL, activation: str, out: torch.dtype, zero_p
     else:
         eps = 4e-7 if out == torch.float32 else torch.finfo(out).eps
         torch.testing.assert_close(y.float(), want, rtol=eps, atol=eps, equal_nan=True)
+
+
+# ---- few rows ---------------------------------------------------------------------------------------------
+
+
+def aligned(t: Tensor, columns: int, fill: int) -> Tensor:
+    """t [rows, K] in rows of ``columns`` elements, on 16 bytes, with ``fill`` behind K."""
+    room = torch.full((t.shape[0] * columns + 64 // t.element_size(),), fill, dtype=t.dtype)
+    wide = room[(-room.data_ptr()) % 64 // t.element_size() :][: t.shape[0] * columns].view(-1, columns)
+    wide[:, : t.shape[1]] = t
+    return wide
+
+
+def product(
+    device: ctypes.CDLL,
+    kernel: str,
+    x: Tensor,
+    weight: Tensor,
+    out: torch.dtype,
+    case: dict[str, Tensor | None],
+    packed: Tensor | None = None,
+) -> Tensor:
+    """The weight's product by a kernel of its name; ``packed`` where it takes no rows of int8."""
+    (m, k), n = x.shape, weight.shape[0]
+    width = 16 // out.itemsize
+    ldy = -(-n // width) * width
+    y = aligned(torch.zeros(m, ldy, dtype=out), ldy, 0)
+    ldx = -(-k // 16) * 16
+    xs = aligned(x, ldx, 99 if x.dtype == torch.int8 else float("nan"))  # type: ignore[arg-type]
+    w = aligned(weight, ldx, 0) if packed is None else packed
+    scale, sums = case.get("x_scale"), weight.sum(1, dtype=torch.int32)
+    status = device.linear(
+        kernel.encode(), *i64(m, n, k), at(xs), DTYPES[x.dtype], *i64(ldx), at(w), *i64(ldx),
+        at(sums), at(scale), *i64(1 if scale is None else scale.numel()),
+        at(case.get("w_scale")), at(case.get("bias")), at(case.get("x_zero_point")),
+        at(case.get("out_scale")), at(case.get("out_zero_point")), 1, DTYPES[out], at(y), *i64(ldy),
+    )  # fmt: skip
+    assert status == 0
+    return y[:, :n]
+
+
+# Around 8, 16 and 32 rows, 16 and 32 outputs; K around a step of 64 and a turn of the warps (512), and
+# more turns than there are stages.
+FEW = [(1, 1, 1), (7, 17, 63), (9, 31, 65), (8, 16, 512), (16, 33, 577), (33, 40, 130), (2, 5, 3700)]
+
+
+@pytest.mark.parametrize("late", [True, False])
+@pytest.mark.parametrize("kernel", ["stream_8", "stream_16", "stream_32"])
+@pytest.mark.parametrize("m,n,k", FEW)
+def test_few_int8_rows(device: ctypes.CDLL, kernel: str, m: int, n: int, k: int, late: bool) -> None:
+    device.copies_are_late(int(late))
+    x = torch.randint(-128, 128, (m, k), dtype=torch.int8)
+    weight = torch.randint(-127, 128, (n, k), dtype=torch.int8)
+    want = x.long() @ weight.long().T
+    assert torch.equal(product(device, kernel, x, weight, torch.int32, {}).long(), want)
+    if not late:
+        return
+    case = {"x_scale": torch.rand(m), "w_scale": torch.rand(n), "bias": torch.randn(n) * 1000}
+    case["x_zero_point"] = torch.tensor([-7], dtype=torch.int32)
+    centred = (x.long() + 7) @ weight.long().T
+    floats = ((centred.float() * case["x_scale"][:, None]) * case["w_scale"] + case["bias"]).relu()
+    same(product(device, kernel, x, weight, torch.bfloat16, case), floats.bfloat16())
+    case["x_scale"] = case["x_scale"][:1]
+    case |= {"out_scale": torch.tensor([0.4 * k]), "out_zero_point": torch.tensor([-9], dtype=torch.int32)}
+    floats = ((centred.float() * case["x_scale"]) * case["w_scale"] + case["bias"]).relu()
+    q = (torch.round(floats * (torch.ones(1) / case["out_scale"])) - 9).clamp(-128, 127).to(torch.int8)
+    assert torch.equal(product(device, kernel, x, weight, torch.int8, case), q)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kernel", ["weight_only_8", "weight_only_16", "weight_only_32"])
+@pytest.mark.parametrize("m,n,k", FEW)
+def test_few_float_rows(device: ctypes.CDLL, kernel: str, dtype: torch.dtype, m: int, n: int, k: int) -> None:
+    device.copies_are_late(1)
+    x = torch.randint(-8, 9, (m, k)).to(dtype)  # sums are exact in any order
+    weight = torch.randint(-128, 128, (n, k), dtype=torch.int8)
+    case = {"w_scale": torch.rand(n), "bias": torch.randn(n) * 100}
+    want = ((x.double() @ weight.double().T).float() * case["w_scale"] + case["bias"]).relu()
+    assert torch.equal(product(device, kernel, x, weight, torch.float32, case), want)
+    x[-1, -1] = float("nan")
+    got = product(device, kernel, x, weight, dtype, case)
+    assert got[-1].isnan().all() and torch.equal(got[:-1], want[:-1].to(dtype))
+
+
+def test_every_weight_is_exact_as_a_float(device: ctypes.CDLL) -> None:
+    weight = torch.arange(-128, 128).to(torch.int8).reshape(16, 16)
+    for dtype in (torch.bfloat16, torch.float16):
+        got = product(
+            device,
+            "weight_only_8",
+            torch.eye(16).to(dtype),
+            weight,
+            torch.float32,
+            {"w_scale": torch.ones(16)},
+        )
+        assert torch.equal(got, weight.T.float().relu())
+
+
+# ---- 2:4 --------------------------------------------------------------------------------------------------
+
+
+def room_for(size: int) -> Tensor:
+    """Bytes on 64."""
+    room = torch.full((size + 64,), 99, dtype=torch.uint8)
+    return room[(-room.data_ptr()) % 64 :][:size]
+
+
+def sparse_weight(n: int, k: int) -> Tensor:
+    """int8 [n, k] with 2 of each 4 kept, 1 or none here and there."""
+    weight = torch.randint(-127, 128, (n, k), dtype=torch.int8)
+    score = torch.rand(n, -(-k // 4) * 4).reshape(n, -1, 4)
+    keep = (score.argsort(2).argsort(2) < 2) & (torch.rand_like(score) < 0.9)
+    return weight * keep.reshape(n, -1)[:, :k]
+
+
+# Around the tiles (128 outputs by 64 rows, 256 by 128), steps of 64 and 5 stages of K, groups of 64 outputs.
+TILES = [(1, 1, 1), (65, 129, 64), (63, 64, 65), (64, 70, 460), (129, 257, 130)]
+
+
+@pytest.mark.parametrize("late", [True, False])
+@pytest.mark.parametrize("kernel", ["sp24_128x64", "sp24_256x128"])
+@pytest.mark.parametrize("m,n,k", TILES)
+def test_two_of_four(device: ctypes.CDLL, kernel: str, m: int, n: int, k: int, late: bool) -> None:
+    device.copies_are_late(int(late))
+    x = torch.randint(-128, 128, (m, k), dtype=torch.int8)
+    weight = sparse_weight(n, k)
+    values, _, places = encode(weight, weight != 0, "2:4")
+    assert places is not None
+    units = room_for(device.units_bytes(*i64(n, k), 1))
+    assert device.pack_sparse(at(values), at(places), *i64(n, values.shape[1]), at(units)) == 0
+    want = x.long() @ weight.long().T
+    assert torch.equal(product(device, kernel, x, weight, torch.int32, {}, units).long(), want)
+    if late:
+        case = {"x_scale": torch.rand(m), "w_scale": torch.rand(n), "bias": torch.randn(n) * 1000}
+        case["x_zero_point"] = torch.tensor([5], dtype=torch.int32)
+        acc = ((x.long() - 5) @ weight.long().T).float()
+        floats = ((acc * case["x_scale"][:, None]) * case["w_scale"] + case["bias"]).relu()
+        same(product(device, kernel, x, weight, torch.bfloat16, case, units), floats.bfloat16())
+
+
+# ---- convolution ------------------------------------------------------------------------------------------
+
+# batch, height, width, channels, outputs, then kh, kw, sh, sw, ph, pw, dh, dw
+CONVS = [
+    (1, 1, 1, 16, 1, 1, 1, 1, 1, 0, 0, 1, 1),
+    (2, 5, 7, 16, 65, 3, 3, 1, 1, 1, 1, 1, 1),
+    (3, 9, 6, 48, 70, 3, 2, 2, 1, 1, 0, 1, 1),
+    (1, 12, 11, 80, 129, 1, 1, 2, 2, 0, 0, 1, 1),
+    (2, 7, 7, 32, 20, 3, 3, 1, 2, 3, 2, 2, 2),
+]
+
+
+@pytest.mark.parametrize("zero_point", [None, -11])
+@pytest.mark.parametrize("kernel", ["conv_64x128", "conv_128x64", "conv_128x128"])
+@pytest.mark.parametrize("sizes", CONVS, ids=str)
+def test_convolution(
+    device: ctypes.CDLL, kernel: str, sizes: tuple[int, ...], zero_point: int | None
+) -> None:
+    device.copies_are_late(int(zero_point is None))
+    (batch, height, width, channels, n), (kh, kw, sh, sw, ph, pw, dh, dw) = sizes[:5], sizes[5:]
+    x = torch.randint(-128, 128, (batch, channels, height, width), dtype=torch.int8)
+    weight = torch.randint(-127, 128, (n, channels, kh, kw), dtype=torch.int8)
+    centred = x.double() - (zero_point or 0)
+    want = torch.nn.functional.conv2d(centred, weight.double(), None, (sh, sw), (ph, pw), (dh, dw))
+    rows = weight.permute(0, 2, 3, 1).contiguous()
+    k = rows[0].numel()
+    units = room_for(device.units_bytes(*i64(n, k), 0))
+    assert device.pack_dense(at(rows), *i64(k, n, k), at(units)) == 0
+    pixels = room_for(x.numel()).view(torch.int8).reshape(batch, height, width, channels)
+    pixels.copy_(x.permute(0, 2, 3, 1))
+    sums, outside = weight.sum((1, 2, 3), dtype=torch.int32), room_for(16)
+    zp = None if zero_point is None else torch.tensor([zero_point], dtype=torch.int32)
+    scale, w_scale, bias = torch.rand(batch), torch.rand(n), torch.randn(n) * 1000
+
+    def run(out: torch.dtype) -> Tensor:
+        ldy = -(-n // 8) * 8
+        size = batch * want.shape[2] * want.shape[3] * ldy
+        y = room_for(size * out.itemsize).view(out).reshape(batch, want.shape[2], want.shape[3], ldy)
+        status = device.conv(
+            kernel.encode(), (ctypes.c_int64 * 5)(*sizes[:5]), (ctypes.c_int64 * 8)(*sizes[5:]), at(pixels),
+            at(units), at(sums), at(scale), *i64(batch), at(w_scale), at(bias), at(zp), at(outside),
+            DTYPES[out], at(y), *i64(ldy),
+        )  # fmt: skip
+        assert status == 0
+        return y[..., :n].permute(0, 3, 1, 2)
+
+    assert torch.equal(run(torch.int32).double(), want)
+    floats = (want.float() * scale[:, None, None, None]) * w_scale[:, None, None] + bias[:, None, None]
+    same(run(torch.bfloat16), floats.bfloat16())

@@ -18,13 +18,21 @@ from torch import Tensor
 
 from tautorch import dispatch
 from tautorch.dispatch import Kernel, Problem
+from tautorch.ops import _gpu
+from tautorch.ops import _int8_conv2d_gpu as conv_gpu
 from tautorch.ops import _int8_linear_gpu as gpu
+from tautorch.ops import _sparse_linear_gpu as sparse
+from tautorch.ops import geometry as conv
 from tautorch.ops import library as lib
+from tautorch.reference.int8_conv2d import int8_conv2d as conv_reference
 from tautorch.reference.int8_linear import int8_linear as reference
+from tautorch.reference.layouts import decode, encode
+from tautorch.reference.sparse_linear import sparse_linear as sparse_reference
 from tautorch.testing.cases import Case, linear_case
 from tautorch.testing.tolerances import assert_close
 
 OP = "int8_linear"
+FACTS: dict[str, object] = {"capability": 90, "multiprocessors": 132}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8, torch.int32)
 
 
@@ -45,6 +53,7 @@ class Extension:
     def __init__(self) -> None:
         self.calls: list[str] = []
         self.layouts: list[tuple[int, int]] = []
+        self.kept: list[Tensor] = []
 
     def int8_linear_kernels(self) -> list[str]:
         return ["tile_a", "tile_b"]
@@ -68,8 +77,12 @@ class Extension:
     def int8_linear_plan(self, *arguments: Any) -> bytes:
         return pickle.dumps(arguments)
 
-    def int8_linear_workspace(self, x: int, code: int, m: int, k: int, stride_m: int, stride_k: int) -> int:
-        assert code != 3 or (stride_k == 1 and stride_m >= k), "int8 rows are copied by pitch"
+    def int8_linear_workspace(
+        self, x: int, code: int, m: int, k: int, stride_m: int, stride_k: int, weight_only: bool
+    ) -> int:
+        assert (code != 3 and not weight_only) or (stride_k == 1 and stride_m >= k), (
+            "rows are copied by pitch"
+        )
         if code == 3 and stride_k == 1 and stride_m % 16 == 0 and x % 16 == 0:
             return 0
         return up(m * up(k, 16), 128) + up(4 * m, 128)
@@ -98,11 +111,98 @@ class Extension:
                 x_scale=value("x_scale", torch.float32, tail["x_scales"] or 1),
                 x_zero_point=zero_point,
                 activation=("none", "relu", "gelu", "gelu_tanh", "silu")[tail["activation"]],
+                weight_only=tail["mode"] == lib.NONE,
                 out_scale=value("out_scale", torch.float32),
                 out_zero_point=value("out_zero_point", torch.int32),
                 out_dtype=DTYPES[y_code],
             )
             view(y, DTYPES[y_code], (m, ldy), (ldy, 1))[:, :n] = out
+        return 1 if kernel < 0 else kernel
+
+    # 2:4: the pack is the dense weight and the sums of its rows.
+
+    def sparse_linear_kernels(self) -> list[str]:
+        return ["sp_a", "sp_b"]
+
+    def sparse_linear_layout(self, n: int, k: int) -> dict[str, int]:
+        return {"sums_off": up(n * k, 128), "total": up(n * k, 128) + 4 * n}
+
+    def sparse_linear_pack(self, values: int, places: int, n: int, kept: int, packed: int, *_: int) -> None:
+        self.calls.append("pack")
+        layout = (
+            view(values, torch.int8, (n, kept), (kept, 1)),
+            view(places, torch.uint8, (n, kept // 4), (kept // 4, 1)),
+        )
+        dense = decode(layout[0], None, layout[1], "2:4", (n, 2 * kept))
+        view(packed, torch.int8, (n, 2 * kept), (2 * kept, 1)).copy_(dense)
+        sums = packed + self.sparse_linear_layout(n, 2 * kept)["sums_off"]
+        view(sums, torch.int32, (n,), (1,)).copy_(dense.sum(1))
+
+    def sparse_linear_plan(self, packed: int, n: int, k: int, tail: dict[str, int]) -> bytes:
+        padded = up(k, 8)
+        sums = packed + self.sparse_linear_layout(n, padded)["sums_off"]
+        dense = torch.zeros(n * up(k, 16) + 16, dtype=torch.int8)
+        dense = dense[-dense.data_ptr() % 16 :][: n * up(k, 16)].view(n, -1)
+        dense[:, :k] = view(packed, torch.int8, (n, padded), (padded, 1))[:, :k]
+        self.kept.append(dense)
+        return pickle.dumps((dense.data_ptr(), dense.shape[1], sums, n, k, tail))
+
+    def sparse_linear_run(self, *arguments: Any) -> int:
+        return self.int8_linear_run(*arguments)
+
+    # Convolution: the pack is the weight with channels last, and the sums of its rows.
+
+    def int8_conv2d_kernels(self) -> list[str]:
+        return ["conv_a", "conv_b"]
+
+    def int8_conv2d_layout(self, outputs: int, k: int) -> dict[str, int]:
+        return self.sparse_linear_layout(outputs, k)
+
+    def int8_conv2d_pack(self, weight: int, outputs: int, k: int, packed: int, *_: int) -> None:
+        self.calls.append("pack")
+        rows = view(weight, torch.int8, (outputs, k), (k, 1))
+        view(packed, torch.int8, (outputs, k), (k, 1)).copy_(rows)
+
+    def int8_conv2d_plan(self, *arguments: Any) -> bytes:
+        return pickle.dumps(arguments)
+
+    def int8_conv2d_workspace(self, batch: int, sample: int) -> int:
+        return up(batch * up(sample, 16), 128) + up(4 * batch, 128) + 128
+
+    def int8_conv2d_run(self, plan: bytes, kernel: int, x: int, x_code: int, *rest: int) -> int:
+        batch, height, width, y, ldy, y_code, _, device, stream = rest
+        assert (device, stream) == (-1, 7)
+        packed, n, (channels, kh, kw, sh, sw, ph, pw, dh, dw), tail = pickle.loads(plan)
+        self.calls.append("run")
+
+        def value(name: str, dtype: torch.dtype, count: int = 1) -> Tensor | None:
+            return view(tail[name], dtype, (count,), (1,)).clone() if tail[name] else None
+
+        if batch == 0:
+            return 1 if kernel < 0 else kernel
+        sample = height * width * channels
+        pixels = view(
+            x, DTYPES[x_code], (batch, height, width, channels), (sample, width * channels, channels, 1)
+        )
+        k = kh * kw * channels
+        weight = view(packed, torch.int8, (n, kh, kw, channels), (k, kw * channels, channels, 1))
+        out = conv_reference(
+            pixels.permute(0, 3, 1, 2),
+            weight.permute(0, 3, 1, 2),
+            view(tail["weight_scale"], torch.float32, (n,), (1,)),
+            value("bias", torch.float32, n),
+            stride=(sh, sw),
+            padding=(ph, pw),
+            dilation=(dh, dw),
+            x_scale=value("x_scale", torch.float32, tail["x_scales"] or 1),
+            x_zero_point=value("x_zero_point", torch.int32),
+            activation=("none", "relu", "gelu", "gelu_tanh", "silu")[tail["activation"]],
+            out_scale=value("out_scale", torch.float32),
+            out_zero_point=value("out_zero_point", torch.int32),
+            out_dtype=DTYPES[y_code],
+        ).permute(0, 2, 3, 1)
+        oh, ow = out.shape[1:3]
+        view(y, DTYPES[y_code], (batch, oh, ow, ldy), (oh * ow * ldy, ow * ldy, ldy, 1))[..., :n] = out
         return 1 if kernel < 0 else kernel
 
 
@@ -133,12 +233,13 @@ def check(case: Case) -> None:
     assert_close(actual, expected, magnitude=case.magnitude(reference))
 
 
-@pytest.mark.parametrize("mode", ["dynamic", "static", "int8"])
+@pytest.mark.parametrize("mode", ["dynamic", "static", "int8", "weight_only"])
 @pytest.mark.parametrize("m,n,k", [(1, 1, 1), (3, 16, 16), (5, 17, 33), (4, 8, 64), (2, 130, 100)])
 def test_sizes(extension: Extension, mode: str, m: int, n: int, k: int) -> None:
     case = linear_case(OP, m, n, k, mode=mode)
     check(case)
-    check(case.raw())
+    if mode != "weight_only":
+        check(case.raw())
     check(case.but(out_dtype=torch.bfloat16, activation="gelu"))
     check(case.but(out_scale=torch.tensor([0.05]), out_zero_point=torch.tensor([3], dtype=torch.int32)))
 
@@ -151,6 +252,9 @@ def test_strides_reach_the_kernel(extension: Extension) -> None:
         check(case.with_x(x))
     q = linear_case(OP, 24, 40, 48, mode="int8")
     wide = torch.randint(-128, 128, (48, 96), dtype=torch.int8)
+    floats = linear_case(OP, 24, 40, 48, mode="weight_only")
+    for x in (*views, torch.randn(0, 48)):
+        check(floats.with_x(x))
     for x in (wide[:24, 1:49], wide[:, :24].t(), wide[0, :48].expand(24, 48), wide[:1, :48]):
         check(q.with_x(x))
 
@@ -210,6 +314,91 @@ def test_packs_of_the_cpu_and_strangers_are_refused(extension: Extension) -> Non
     assert not extension.calls
 
 
+# ---- 2:4, convolutions ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def tables(extension: Extension, monkeypatch: pytest.MonkeyPatch) -> Iterator[Extension]:
+    """The same for the operators whose weights are always packed."""
+    monkeypatch.setattr(_gpu, "facts", lambda index: (90, 132))
+    rows = [Kernel(op, "cuda", "cuda", lambda p: None) for op in ("sparse_linear", "int8_conv2d")]
+    monkeypatch.setattr(dispatch, "_table", rows)
+    yield extension
+    for op in ("sparse_linear", "int8_conv2d"):
+        dispatch._last_python.pop(op, None)
+
+
+@pytest.mark.parametrize("n,k", [(1, 1), (5, 17), (16, 64), (9, 100)])
+def test_two_of_four(tables: Extension, n: int, k: int) -> None:
+    weight = torch.randint(-127, 128, (n, k), dtype=torch.int8)
+    weight.reshape(-1)[torch.arange(n * k) % k % 4 > 1] = 0
+    values, _, places = encode(weight, weight != 0, "2:4")
+    assert places is not None
+    scale, bias = torch.rand(n), torch.randn(n)
+    static = {"x_scale": torch.tensor([0.04]), "x_zero_point": torch.tensor([3], dtype=torch.int32)}
+    for keywords in ({}, static, {"out_dtype": torch.bfloat16, "activation": "relu"}):
+        for x in (torch.randn(3, k), torch.randn(2, 1, k), torch.randn(k, 4).t(), torch.randn(0, k)):
+            got = sparse.run(x, (values, None, places), scale, bias, "2:4", n, lib.Tail(**keywords))  # type: ignore[arg-type]
+            want = sparse_reference(
+                x, values, None, places, scale, bias, pattern="2:4", out_features=n, **keywords
+            )  # type: ignore[arg-type]
+            assert torch.equal(got, want) and got.is_contiguous()
+    assert tables.calls.count("pack") == 1 and tables.calls[:2] == ["pack", "synchronize"]
+    assert dispatch.last_used("sparse_linear") == "sp_b"
+    with pytest.raises(ValueError, match="strictly ascending"):
+        sparse.run(x, (values, None, places.clone().zero_()), scale, bias, "2:4", n, lib.Tail())
+
+
+@pytest.mark.parametrize("mode", ["dynamic", "static", "int8"])
+@pytest.mark.parametrize("outputs", [1, 8, 19])
+def test_convolutions(tables: Extension, mode: str, outputs: int) -> None:
+    weight = torch.randint(-127, 128, (outputs, 16, 3, 2), dtype=torch.int8)
+    scale, bias = torch.rand(outputs) * 1e-2, torch.randn(outputs)
+    keywords: dict[str, Any] = {}
+    if mode != "dynamic":
+        keywords = {"x_scale": torch.tensor([0.04]), "x_zero_point": torch.tensor([3], dtype=torch.int32)}
+    geometry = conv.geometry_of("int8_conv2d", weight.shape, (2, 1), 1, (1, 2), 1)
+    whole = torch.randn(2, 16, 9, 8)
+    inputs = [whole, whole.to(memory_format=torch.channels_last), whole[:, :, ::2], whole[0], whole[:0]]
+    for x in inputs if mode != "int8" else [(v * 40).to(torch.int8) for v in inputs]:
+        for extra in ({}, {"out_dtype": torch.bfloat16}, {"out_scale": torch.tensor([0.05])}):
+            tail = lib.Tail(**keywords, **extra)
+            got = conv_gpu.run(x, weight, scale, bias, geometry, tail)
+            want = conv_reference(
+                x, weight, scale, bias, stride=(2, 1), padding=1, dilation=(1, 2), **keywords, **extra
+            )
+            assert torch.equal(got, want)
+            assert got.stride() == conv.fake_output(x, geometry, got.dtype).stride()
+    assert tables.calls.count("pack") == 1
+    assert dispatch.last_used("int8_conv2d") == "conv_b"
+
+
+def test_what_the_packed_kernels_decline(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        dispatch,
+        "cuda",
+        SimpleNamespace(
+            driver_version=lambda: 13000,
+            sparse_linear_supports=lambda *a: f"asked {a}",
+            int8_conv2d_supports=lambda *a: f"asked {a}",
+        ),
+    )
+
+    def why(op: str, **details: object) -> str | None:
+        kernel = next(k for k in dispatch.kernels(op) if k.device == "cuda" and k.name == "cuda")
+        return kernel.supports(Problem(op, "cuda", 24, 288, FACTS | details))
+
+    assert why("sparse_linear", pattern="32x32", weight_dtype="int8") == "it is for pattern 2:4"
+    assert "int8 with int8" in str(why("sparse_linear", pattern="2:4", weight_dtype="float32"))
+    assert "int8 with int8" in str(why("sparse_linear", pattern="2:4", weight_dtype="int8", weight_only=True))
+    assert why("sparse_linear", pattern="2:4", weight_dtype="int8", rows=7) == "asked (90, 7, 24, 288)"
+    assert "must not" in str(why("int8_conv2d", weight_only=True))
+    assert why("int8_conv2d", groups=2, taps=9) == "asked (90, 2, 32, 24, 9)"
+    monkeypatch.setattr(dispatch, "cuda", None)
+    for op, details in (("sparse_linear", {"pattern": "2:4", "weight_dtype": "int8"}), ("int8_conv2d", {})):
+        assert "TAUTORCH_CUDA=on" in str(why(op, **details))
+
+
 # ---- rows of the kernel table -----------------------------------------------------------------------------
 
 
@@ -245,14 +434,17 @@ def test_the_extension_declines_what_it_cannot_do(monkeypatch: pytest.MonkeyPatc
     drivers = {"version": 13000}
     ext = SimpleNamespace(
         driver_version=lambda: drivers["version"],
-        int8_linear_kernels=lambda: ["last"],
-        int8_linear_choose=lambda capability, *size: "last" if capability >= 80 else None,
-        int8_linear_supports=lambda name, capability, *size: "too old" if capability < 80 else None,
+        int8_linear_kernels=lambda: ["weight_only_last", "last"],
+        int8_linear_choose=lambda capability, count, m, *rest: (
+            "last" if capability >= 80 and m < 33 else None
+        ),
+        int8_linear_supports=lambda name, capability, *size: f"{name}: too old" if capability < 80 else None,
     )
     monkeypatch.setattr(dispatch, "cuda", ext)
     assert row("cuda").supports(problem(90)) is None
-    assert refusal("cuda", problem(75)) == "too old"
-    assert "weight-only" in refusal("cuda", problem(90, weight_only=True))
+    assert refusal("cuda", problem(75)) == "last: too old"
+    assert refusal("cuda", problem(75, weight_only=True)) == "weight_only_last: too old"
+    assert "32 float rows" in refusal("cuda", problem(90, weight_only=True, rows=33))
     drivers["version"] = 12080
     assert "580 or newer), this one is for 12.8" in refusal("cuda", problem(90))
     drivers["version"] = 0

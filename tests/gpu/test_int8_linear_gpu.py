@@ -279,12 +279,20 @@ def test_pack_block() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("m", [1, 16, 17, 200])
-def test_weight_only(dtype: torch.dtype, m: int) -> None:
-    case = linear_case(OP, m, 96, 160, mode="weight_only", x_dtype=dtype)
+@pytest.mark.parametrize("m,n,k", [*SIZES, (8, 4096, 4096), (31, 1000, 14336)])
+@pytest.mark.parametrize("row", ["cuda", "triton", *(r for r in ROWS if r.startswith("weight_only"))])
+def test_weight_only(row: str, dtype: torch.dtype, m: int, n: int, k: int) -> None:
+    case = linear_case(OP, m, n, k, mode="weight_only", x_dtype=dtype)
     there = on_gpu(case)
-    actual = there(ops.int8_linear)
-    assert dispatch.last_used(OP) == "triton"
+    if row != "triton" and (dtype == torch.float32 or (row == "cuda" and m > 32)):
+        with dispatch.force(OP, row), pytest.raises(ValueError, match="float"):
+            there(ops.int8_linear)
+        return
+    with dispatch.force(OP, row):
+        actual = there(ops.int8_linear)
+        # The same sums in the same order, whatever else runs.
+        assert torch.equal(there(ops.int8_linear), actual)
+    assert str(dispatch.last_used(OP)).startswith("weight_only" if row == "cuda" else row)
     assert_close(actual.cpu(), case(reference), magnitude=case.magnitude(reference), kind="float", k=case.k)
 
 

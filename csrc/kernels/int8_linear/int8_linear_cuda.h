@@ -50,12 +50,13 @@ int int8_linear_sums(const int8_t *weight, int64_t stride_n, int64_t n, int64_t 
 
 struct Int8Linear {
     int64_t m, n, k;               // within what int8_linear_supports() says
-    const int8_t *x;               // [m, ldx], 16-byte aligned; k..ldx is read but does not count
-    int64_t ldx;                   // multiple of 16, at least k
+    const void *x;                 // [m, ldx] of x_dtype, 16-byte aligned; k..ldx is read but does not count
+    int64_t ldx;                   // at least k; rows start on 16 bytes
+    DType x_dtype;                 // i8; bf16 or f16 for the weight-only kernels
     const int8_t *weight;          // [n, ldw], 16-byte aligned; k..ldw is zero
     int64_t ldw;                   // multiple of 16, at least k
     const int32_t *sums;           // [n]; used with x_zero_point only
-    const float *x_scale;          // 1 value, or m where x_scale_per_row; unused for int32 output
+    const float *x_scale;          // 1 value, or m where x_scale_per_row; unused for int32 output, float x
     bool x_scale_per_row;          //
     const float *w_scale;          // [n]; unused for int32 output
     const float *bias;             // [n], or null
@@ -63,9 +64,15 @@ struct Int8Linear {
     const float *out_scale;        // 1 value; int8 output only
     const int32_t *out_zero_point; // 1 value, or null for 0; int8 output only
     Activation activation;
-    DType out_dtype; // any; int32: the accumulators
+    DType out_dtype; // any; int32: the accumulators, of int8 x only
     void *y;         // [m, ldy], 16-byte aligned; columns n..ldy may be overwritten up to the next 16 bytes
     int64_t ldy;     // at least n; ldy * size_of(out_dtype) is a multiple of 16
+};
+
+enum class Int8LinearKind {
+    tile,        // CUTLASS, for many rows
+    stream,      // weights go once through shared memory at the rate of memory, for few rows
+    weight_only, // the same for bf16 and fp16 rows
 };
 
 // One kernel of the table: a tile configuration for one architecture.
@@ -73,6 +80,7 @@ struct Int8LinearKernel {
     const char *name;
     int min_capability, max_capability; // major * 10 + minor, inclusive
     int tile_m, tile_n, tile_k;
+    Int8LinearKind kind;
     int (*run)(const Int8Linear &, void *stream);
 };
 
@@ -81,12 +89,13 @@ const Int8LinearKernel *int8_linear_kernels(int *count);
 const Int8LinearKernel *int8_linear_find(const char *name);
 
 // Null when the kernel can run the problem on a device of this capability, else the reason (static).
+// weight_only: x_dtype is of rows that must not be quantised.
 const char *int8_linear_supports(const Int8LinearKernel &kernel, int capability, int64_t m, int64_t n,
-                                 int64_t k);
+                                 int64_t k, bool weight_only, DType x_dtype);
 
-// The kernel for a problem: a pure function of its arguments. Null when none can run it.
+// The kernel for a problem: a pure function of its arguments. Null when none should run it.
 const Int8LinearKernel *int8_linear_choose(int capability, int multiprocessors, int64_t m, int64_t n,
-                                           int64_t k);
+                                           int64_t k, bool weight_only, DType x_dtype);
 
 int int8_linear_run(const Int8LinearKernel &kernel, const Int8Linear &args, void *stream);
 

@@ -1,9 +1,10 @@
-// Every int8_linear kernel that is instantiated, each for outputs of 1, 2 and 4 bytes (int8; bf16 or fp16;
-// fp32 or int32: which of a size, and activation, bias and zero points, are run-time choices). A line costs
-// three compilations of 20 to 40 seconds, so a line needs a measurement that asks for it.
+// Every int8_linear kernel that is instantiated. Activation, bias, zero points and which type of a size comes
+// out are run-time choices everywhere.
 #pragma once
 
-// X(name, tile m, n, k, cluster m, n, mainloop schedule, epilogue schedule)
+// CUTLASS's, each for outputs of 1, 2 and 4 bytes: a line costs three compilations of 20 to 40 seconds, so a
+// line needs a measurement that asks for it. X(name, tile m, n, k, cluster m, n, mainloop schedule, epilogue
+// schedule)
 #define TAUTORCH_INT8_LINEAR_SM90A(X)                                                                        \
     X(sm90a_64x64x256, 64, 64, 256, 1, 1, KernelTmaWarpSpecialized, TmaWarpSpecialized)                      \
     X(sm90a_128x128x128_pingpong, 128, 128, 128, 2, 1, KernelTmaWarpSpecializedPingpong, TmaWarpSpecialized) \
@@ -14,3 +15,14 @@
 #define TAUTORCH_INT8_LINEAR_SM80(X)                                                                         \
     X(sm80_64x64x128, 64, 64, 128, 32, 64, 64, 5)                                                            \
     X(sm80_128x128x64, 128, 128, 64, 64, 64, 64, 5)
+
+// Ours, one compilation of seconds each (weight-only: bf16 and fp16), for 8.0 and for 9.0 and later.
+// X(name, tiles of 8 rows, tiles of 16 outputs, warps, stages)
+#define TAUTORCH_INT8_LINEAR_STREAM(X)                                                                       \
+    X(stream_8, 1, 1, 8, 6)                                                                                  \
+    X(stream_16, 2, 2, 8, 4)                                                                                 \
+    X(stream_32, 4, 2, 8, 3)
+#define TAUTORCH_INT8_LINEAR_WEIGHT_ONLY(X)                                                                  \
+    X(weight_only_8, 1, 1, 8, 6)                                                                             \
+    X(weight_only_16, 2, 2, 8, 3)                                                                            \
+    X(weight_only_32, 4, 2, 4, 4)

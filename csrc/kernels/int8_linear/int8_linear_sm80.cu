@@ -107,7 +107,7 @@ template <class Out> struct FinishNode {
 
     struct Callbacks : visitor::detail::EmptyCallbacks {
         CUTLASS_DEVICE explicit Callbacks(const Params &p) : finish(p) {}
-        Finish<Out> finish;
+        FinishArray<Out> finish;
 
         template <int N>
         CUTLASS_DEVICE cutlass::Array<Out, N>
@@ -160,8 +160,9 @@ template <class G, class Out> int launch(const Int8Linear &a, cudaStream_t strea
         values, typename G::Store::Arguments{static_cast<Out *>(a.y), {a.ldy, _1{}, _0{}}}};
 
     const GemmCoord problem(static_cast<int>(a.m), static_cast<int>(a.n), static_cast<int>(a.k));
-    const typename Device::Arguments args(cutlass::gemm::GemmUniversalMode::kGemm, problem, 1, tree, a.x,
-                                          a.weight, nullptr, nullptr, 0, 0, 0, 0, a.ldx, a.ldw, 0, 0);
+    const typename Device::Arguments args(cutlass::gemm::GemmUniversalMode::kGemm, problem, 1, tree,
+                                          static_cast<const int8_t *>(a.x), a.weight, nullptr, nullptr, 0, 0,
+                                          0, 0, a.ldx, a.ldw, 0, 0);
     Device gemm;
     if (gemm.initialize(args, nullptr, stream) != cutlass::Status::kSuccess)
         return kCutlassRefused;

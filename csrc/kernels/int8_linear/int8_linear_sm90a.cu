@@ -64,7 +64,7 @@ template <class Out> struct FinishNode {
 
     struct ConsumerStoreCallbacks : fusion::detail::EmptyConsumerStoreCallbacks {
         CUTLASS_DEVICE explicit ConsumerStoreCallbacks(const Params &p) : finish(p) {}
-        Finish<Out> finish;
+        FinishArray<Out> finish;
 
         template <int N>
         CUTLASS_DEVICE cutlass::Array<Out, N>
@@ -147,11 +147,12 @@ template <class G, class Out> int launch(const Int8Linear &a, cudaStream_t strea
         typename G::Bias::Arguments{a.bias, 0.f, {}},
         FinishArguments{a.x_zero_point, a.out_scale, a.out_zero_point, a.activation, a.out_dtype}};
 
-    typename Device::Arguments args{cutlass::gemm::GemmUniversalMode::kGemm,
-                                    {static_cast<int>(a.m), static_cast<int>(a.n), static_cast<int>(a.k), 1},
-                                    {a.x, {a.ldx, _1{}, 0}, a.weight, {a.ldw, _1{}, 0}},
-                                    {tree, nullptr, {}, static_cast<Out *>(a.y), {a.ldy, _1{}, 0}},
-                                    hardware};
+    typename Device::Arguments args{
+        cutlass::gemm::GemmUniversalMode::kGemm,
+        {static_cast<int>(a.m), static_cast<int>(a.n), static_cast<int>(a.k), 1},
+        {static_cast<const int8_t *>(a.x), {a.ldx, _1{}, 0}, a.weight, {a.ldw, _1{}, 0}},
+        {tree, nullptr, {}, static_cast<Out *>(a.y), {a.ldy, _1{}, 0}},
+        hardware};
     // Neighbouring tiles share rows of w and x in L2.
     args.scheduler.max_swizzle_size = 8;
 

@@ -1,7 +1,8 @@
-"""int8_conv2d on CUDA tensors, as the kernel table says."""
+"""int8_conv2d on CUDA tensors: by the CUDA extension or by Triton, as the kernel table says."""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from tautorch import dispatch
@@ -10,10 +11,12 @@ from tautorch.reference import int8_conv2d as reference
 
 from . import _gpu
 from . import _int8_conv2d_triton as _triton
+from . import geometry as conv
 from . import library as lib
 from .geometry import Geometry
 
 OP = "int8_conv2d"
+_packs = lib.PackCache()
 
 
 def run(
@@ -36,5 +39,69 @@ def run(
     if kernel == "reference":
         dispatch.note_used(OP, kernel)
         return reference.int8_conv2d(x, weight, weight_scale, bias, **geometry.keywords(), **tail._asdict())
-    dispatch.note_used(OP, kernel)
-    return _triton.run(x, weight, weight_scale, bias, geometry, tail)
+    if kernel == "triton":
+        dispatch.note_used(OP, kernel)
+        return _triton.run(x, weight, weight_scale, bias, geometry, tail)
+    if x.dim() == 3:
+        return _extension(kernel, x.unsqueeze(0), weight, weight_scale, bias, geometry, tail).squeeze(0)
+    return _extension(kernel, x, weight, weight_scale, bias, geometry, tail)
+
+
+def _extension(
+    kernel: str,
+    x: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    geometry: Geometry,
+    tail: lib.Tail,
+) -> Tensor:
+    ext, index, dtype = dispatch.cuda, x.get_device(), tail.dtype(x)
+    batch, channels, height, width = x.shape
+    n = geometry.weight_shape[0]
+    codes, keep = tail.codes(x, weight_scale, bias, False)
+    stream = torch.cuda.current_stream(index).cuda_stream
+    packed = _packed(weight, index, stream)
+    pixels = x.permute(0, 2, 3, 1).contiguous()
+    # Pixels of the output start on 16 bytes; where n does not give that, the kernel writes wider ones.
+    ldy = lib.round_up(n, 16 // dtype.itemsize)
+    y = torch.empty((batch, *geometry.out_size(height, width), ldy), dtype=dtype, device=x.device)
+    size = ext.int8_conv2d_workspace(batch, height * width * channels)
+    workspace = torch.empty(size, dtype=torch.uint8, device=x.device)
+    kernels = ext.int8_conv2d_kernels()
+    ran = ext.int8_conv2d_run(
+        ext.int8_conv2d_plan(packed.data_ptr(), n, geometry.plan_arguments(), codes),
+        -1 if kernel == "cuda" else kernels.index(kernel),
+        pixels.data_ptr(),
+        lib.DTYPE_CODE[x.dtype],
+        batch,
+        height,
+        width,
+        y.data_ptr(),
+        ldy,
+        lib.DTYPE_CODE[dtype],
+        workspace.data_ptr(),
+        index,
+        stream,
+    )
+    dispatch.note_used(OP, kernels[ran])
+    # Freed memory goes back to this stream's pool: what reuses it is queued behind the kernel.
+    del keep, workspace
+    pixels_first = y[..., :n].permute(0, 3, 1, 2)
+    if ldy == n and conv.channels_last(x):
+        return pixels_first
+    return conv.output(x, geometry, dtype).copy_(pixels_first)
+
+
+def _packed(weight: Tensor, index: int, stream: int) -> Tensor:
+    """The weight in the order in which the kernels read it, with the sums of its rows."""
+
+    def make() -> Tensor:
+        rows = weight.detach().permute(0, 2, 3, 1).contiguous()
+        n, k = weight.shape[0], weight[0].numel()
+        total = dispatch.cuda.int8_conv2d_layout(n, k)["total"]
+        packed = torch.empty(total, dtype=torch.uint8, device=weight.device)
+        dispatch.cuda.int8_conv2d_pack(rows.data_ptr(), n, k, packed.data_ptr(), index, stream)
+        return packed
+
+    return _gpu.once(_packs, weight, make)

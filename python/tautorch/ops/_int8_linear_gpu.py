@@ -14,6 +14,7 @@ from tautorch.reference import int8_linear as reference
 from . import library as lib
 from ._gpu import facts as _facts
 from ._gpu import once as _once
+from ._gpu_product import product
 from .library import Tail
 
 OP = "int8_linear"
@@ -21,11 +22,12 @@ _packs = lib.PackCache()
 _sums = lib.PackCache()
 
 
-def problem(index: int, rows: int, n: int, k: int, weight_only: bool) -> Problem:
-    """What a call asks of the table, with the facts of its device."""
+def problem(index: int, rows: int, n: int, k: int, weight_only: bool, dtype: torch.dtype) -> Problem:
+    """What a call with x of ``dtype`` asks of the table, with the facts of its device."""
     capability, multiprocessors = _facts(index)
     details: dict[str, object] = {
         "weight_only": weight_only,
+        "x_dtype": lib.DTYPE_CODE[dtype],
         "rows": rows,
         "capability": capability,
         "multiprocessors": multiprocessors,
@@ -53,7 +55,7 @@ def run(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, ta
         out_zero_point=tail.out_zero_point,
     )
     (n, k), m = weight.shape, x.shape[:-1].numel()
-    kernel = dispatch.choose(problem(x.get_device(), m, n, k, tail.weight_only))
+    kernel = dispatch.choose(problem(x.get_device(), m, n, k, tail.weight_only, x.dtype))
     if kernel not in ("reference", "triton"):
         return _extension(kernel, x, weight, weight_scale, bias, tail)
     dispatch.note_used(OP, kernel)
@@ -73,41 +75,15 @@ def _triton() -> Callable[..., Tensor]:
 def _extension(
     kernel: str, x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, tail: Tail
 ) -> Tensor:
-    ext, (n, k), m, index = dispatch.cuda, weight.shape, x.shape[:-1].numel(), x.get_device()
-    dtype = tail.dtype(x)
-    codes, keep = tail.codes(x, weight_scale, bias, False)
+    ext, (n, k), index = dispatch.cuda, weight.shape, x.get_device()
+    codes, keep = tail.codes(x, weight_scale, bias, tail.weight_only)
     stream = torch.cuda.current_stream(index).cuda_stream
     weight_at, ldw, sums_at, held = _operand(weight, tail.x_zero_point is not None, index, stream)
-    rows = x.reshape(m, k)
-    if x.dtype == torch.int8 and ((k > 1 and rows.stride(1) != 1) or (m > 1 and rows.stride(0) < k)):
-        rows = rows.contiguous()  # the extension copies rows that are apart, not columns or overlapping rows
-    # stride_m, stride_k; a dimension of one element has any stride
-    strides = (rows.stride(0) if m > 1 else lib.round_up(k, 16), rows.stride(1) if k > 1 else 1)
-    # Rows of the output start on 16 bytes; where n does not give that, the kernel writes wider ones.
-    ldy = lib.round_up(n, 16 // dtype.itemsize)
-    y = torch.empty((m, ldy), dtype=dtype, device=x.device)
-    code = lib.DTYPE_CODE[x.dtype]
-    size = ext.int8_linear_workspace(rows.data_ptr(), code, m, k, *strides)
-    workspace = torch.empty(size, dtype=torch.uint8, device=x.device)
-    kernels = ext.int8_linear_kernels()
-    ran = ext.int8_linear_run(
-        ext.int8_linear_plan(weight_at, ldw, sums_at, n, k, codes),
-        -1 if kernel == "cuda" else kernels.index(kernel),
-        rows.data_ptr(),
-        code,
-        m,
-        *strides,
-        y.data_ptr(),
-        ldy,
-        lib.DTYPE_CODE[dtype],
-        workspace.data_ptr(),
-        index,
-        stream,
-    )
-    dispatch.note_used(OP, kernels[ran])
-    # Freed memory goes back to this stream's pool: what reuses it is queued behind the kernel.
-    del keep, workspace, held
-    return (y if ldy == n else y[:, :n].contiguous()).view(*x.shape[:-1], n)
+    plan = ext.int8_linear_plan(weight_at, ldw, sums_at, n, k, codes)
+    kernels, dtype = ext.int8_linear_kernels(), tail.dtype(x)
+    y = product(OP, ext.int8_linear_run, kernels, kernel, plan, x, n, dtype, tail.weight_only, stream)
+    del keep, held
+    return y
 
 
 def _operand(weight: Tensor, with_sums: bool, index: int, stream: int) -> tuple[int, int, int, list[Tensor]]:

@@ -1,4 +1,4 @@
-"""sparse_linear on CUDA tensors: by Triton, as the kernel table says."""
+"""sparse_linear on CUDA tensors: by the CUDA extension (2:4) or by Triton, as the kernel table says."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from tautorch.reference import sparse_linear as reference
 from tautorch.reference.layouts import block_row_indices, check_layout
 
 from . import _gpu
+from . import _sparse_24_gpu as two_of_four
 from . import library as lib
 
 OP = "sparse_linear"
@@ -42,6 +43,9 @@ def run(
         weight_only=tail.weight_only,
     )
     kernel = dispatch.choose(Problem(OP, "cuda", *shape, details))
+    if kernel not in ("reference", "triton"):
+        assert col is not None and weight_scale is not None  # by the operator's checks and the kernel's row
+        return two_of_four.run(kernel, x, values, col, weight_scale, bias, out_features, tail)
     dispatch.note_used(OP, kernel)
     if kernel == "reference":
         assert col is not None

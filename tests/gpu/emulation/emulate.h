@@ -31,12 +31,14 @@ struct Index {
 struct Warp {
     std::barrier<> together{32};
     int64_t values[32];
+    uint32_t registers[32][9]; // of an instruction that a warp executes together
 };
 
 struct Block {
     explicit Block(unsigned threads) : together(threads), warps(threads < 32 ? 1 : threads / 32) {}
     std::barrier<> together;
     std::vector<Warp> warps;
+    uint8_t *shared = nullptr;
 };
 
 inline thread_local Block *block;
@@ -84,12 +86,17 @@ inline float __uint_as_float(uint32_t u) {
 
 namespace tautorch::cuda {
 
-template <class... Parameters, class... Arguments>
-int launch_kernel(void (*kernel)(Parameters...), unsigned blocks, unsigned threads, void *,
-                  const Arguments &...arguments) {
+inline uint8_t *dynamic_shared() { return emulated::block->shared; }
+
+template <class Kernel, class... Arguments>
+int emulate_launch(Kernel kernel, unsigned blocks, unsigned threads, int bytes,
+                   const Arguments &...arguments) {
+    std::vector<uint8_t> shared(static_cast<size_t>(bytes) + 16);
     for (unsigned b = 0; b < blocks; ++b) {
         // A thread that leaves early drops out of the block's barrier, as on the device.
         emulated::Block block(threads);
+        std::fill(shared.begin(), shared.end(), uint8_t{0xa5}); // nobody may count on what was there
+        block.shared = shared.data() + (16 - reinterpret_cast<uintptr_t>(shared.data()) % 16) % 16;
         std::vector<std::thread> pool;
         for (unsigned t = 0; t < threads; ++t) {
             pool.emplace_back([&, t] {
@@ -106,4 +113,17 @@ int launch_kernel(void (*kernel)(Parameters...), unsigned blocks, unsigned threa
     return 0;
 }
 
+template <class... Parameters, class... Arguments>
+int launch_kernel(void (*kernel)(Parameters...), unsigned blocks, unsigned threads, void *,
+                  const Arguments &...arguments) {
+    return emulate_launch(kernel, blocks, threads, 0, arguments...);
+}
+
+template <auto kKernel, class... Arguments>
+int launch_shared(unsigned blocks, unsigned threads, int bytes, void *, const Arguments &...arguments) {
+    return emulate_launch(kKernel, blocks, threads, bytes, arguments...);
+}
+
 } // namespace tautorch::cuda
+
+#include "emulate_mma.h"

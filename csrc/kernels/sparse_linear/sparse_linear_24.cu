@@ -1,0 +1,74 @@
+// The table of 2:4 kernels, their choice and launch. The main loop is in common/gemm_sm80.cuh.
+#include "kernels/sparse_linear/sparse_linear_cuda.h"
+
+#include "kernels/common/gemm_sm80.cuh"
+#include "kernels/int8_linear/int8_linear_store.cuh"
+
+#include <cstring>
+
+namespace tautorch::cuda {
+namespace {
+
+template <int kWarpsN, int kWarpsM, int kRowTiles, int kStages> int run(const Int8Linear &a, void *stream) {
+    using Shape = GemmShape<SparseUnits, MatrixRows, kWarpsN, kWarpsM, kRowTiles, kStages>;
+    const GemmLayout l = gemm_layout(a.n, a.k, kSparseUnit);
+    return launch_gemm<Shape>(
+        {reinterpret_cast<const uint8_t *>(a.weight), static_cast<int>(l.groups), static_cast<int>(l.steps)},
+        {static_cast<const int8_t *>(a.x), a.ldx, a.m, a.k}, tile_store(a), stream);
+}
+
+#define TAUTORCH_ROW(name, warps_n, warps_m, tiles, stages)                                                  \
+    {#name, 64 * warps_n, 8 * tiles * warps_m, &run<warps_n, warps_m, tiles, stages>},
+constexpr SparseLinearKernel kTable[] = {TAUTORCH_SPARSE_LINEAR_24(TAUTORCH_ROW)};
+#undef TAUTORCH_ROW
+constexpr int kRows = static_cast<int>(sizeof kTable / sizeof kTable[0]);
+constexpr int64_t kMax = (int64_t{1} << 31) - 256;
+
+} // namespace
+
+const SparseLinearKernel *sparse_linear_kernels(int *count) {
+    *count = kRows;
+    return kTable;
+}
+
+const SparseLinearKernel *sparse_linear_find(const char *name) {
+    for (const SparseLinearKernel &k : kTable)
+        if (std::strcmp(k.name, name) == 0)
+            return &k;
+    return nullptr;
+}
+
+const char *sparse_linear_supports(int capability, int64_t m, int64_t n, int64_t k) {
+    if (capability < 80)
+        return "2:4 needs the sparse tensor cores of compute capability 8.0 or later";
+    if (capability == 103)
+        return "compute capability 10.3 has almost no int8 throughput; keep the layer in bf16";
+    if (m < 0 || m > kMax)
+        return "M is outside 0..2^31 - 256";
+    if (n < 1 || n > (int64_t{1} << 26))
+        return "N is outside 1..2^26";
+    if (k < 1 || k > kMaxK)
+        return "K is outside 1..66311, where int32 sums are exact";
+    if (div_up(m, kTable[0].tile_m) * div_up(n, kTable[0].tile_n) > kMax)
+        return "it has more than 2^31 tiles";
+    return nullptr;
+}
+
+const SparseLinearKernel *sparse_linear_choose(int multiprocessors, int64_t m, int64_t n) {
+    // The large tile reads half as much per multiplication; it pays once every multiprocessor has one.
+    const SparseLinearKernel &large = kTable[kRows - 1];
+    const bool fills = div_up(m, large.tile_m) * div_up(n, large.tile_n) >= multiprocessors;
+    return fills ? &large : kTable;
+}
+
+int sparse_linear_run(const SparseLinearKernel &kernel, const Int8Linear &a, void *stream) {
+    const bool scales = a.out_dtype == DType::i32 || (a.x_scale != nullptr && a.w_scale != nullptr);
+    if (sparse_linear_supports(80, a.m, a.n, a.k) != nullptr || a.x_dtype != DType::i8 || !scales ||
+        (a.out_dtype == DType::i8 && a.out_scale == nullptr) || a.ldx < a.k || a.ldx % 16 != 0 ||
+        a.ldy < a.n || a.ldy * size_of(a.out_dtype) % 16 != 0 || !is_aligned(a.x, 16) ||
+        !is_aligned(a.y, 16) || !is_aligned(a.weight, 16) || (a.x_zero_point != nullptr && a.sums == nullptr))
+        return kBadArgument;
+    return a.m == 0 ? static_cast<int>(kOk) : kernel.run(a, stream);
+}
+
+} // namespace tautorch::cuda

@@ -1,0 +1,60 @@
+"""One call of a linear kernel of the CUDA extension, from tensors to addresses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from tautorch import dispatch
+
+from . import library as lib
+
+
+def product(
+    op: str,
+    run: Callable[..., int],
+    kernels: list[str],
+    kernel: str,
+    plan: bytes,
+    x: Tensor,
+    n: int,
+    dtype: torch.dtype,
+    weight_only: bool,
+    stream: int,
+) -> Tensor:
+    """``x`` [..., K] by the extension's ``run``: [..., n] of ``dtype``.
+
+    ``kernel`` is "cuda", which chooses by shape, or one of ``kernels``. The caller holds what the plan points
+    to until this returns: memory that is freed then goes back to the stream's pool, behind the kernel.
+    """
+    ext, k, m, index = dispatch.cuda, x.shape[-1], x.shape[:-1].numel(), x.get_device()
+    rows = x.reshape(m, k)
+    as_it_is = x.dtype == torch.int8 or weight_only
+    if as_it_is and ((k > 1 and rows.stride(1) != 1) or (m > 1 and rows.stride(0) < k)):
+        rows = rows.contiguous()  # the extension copies rows that are apart, not columns or overlapping rows
+    # stride_m, stride_k; a dimension of one element has any stride
+    strides = (rows.stride(0) if m > 1 else lib.round_up(k, 16), rows.stride(1) if k > 1 else 1)
+    # Rows of the output start on 16 bytes; where n does not give that, the kernel writes wider ones.
+    ldy = lib.round_up(n, 16 // dtype.itemsize)
+    y = torch.empty((m, ldy), dtype=dtype, device=x.device)
+    code = lib.DTYPE_CODE[x.dtype]
+    size = ext.int8_linear_workspace(rows.data_ptr(), code, m, k, *strides, weight_only)
+    workspace = torch.empty(size, dtype=torch.uint8, device=x.device)
+    ran = run(
+        plan,
+        -1 if kernel == "cuda" else kernels.index(kernel),
+        rows.data_ptr(),
+        code,
+        m,
+        *strides,
+        y.data_ptr(),
+        ldy,
+        lib.DTYPE_CODE[dtype],
+        workspace.data_ptr(),
+        index,
+        stream,
+    )
+    dispatch.note_used(op, kernels[ran])
+    return (y if ldy == n else y[:, :n].contiguous()).view(*x.shape[:-1], n)
