@@ -18,7 +18,8 @@ uint32_t weights_at(const int8_t *panel, int64_t quad, int lane) {
     return w;
 }
 
-// Fills in all but the product's other fields. False if some output sees more than 4 quads of many.
+// Fills in all but the product's other fields. False if some output sees more than 2 quads: broadcasting each
+// input is faster then (512 channels in groups of 16: 419 us against 620 for the permutations, Zen 4).
 bool group_weights(const int8_t *panel, int64_t taps, int64_t kq, GroupedI8 &g, int8_t *to) {
     uint32_t seen[kLanes] = {};
     int quads = 1;
@@ -28,21 +29,15 @@ bool group_weights(const int8_t *panel, int64_t taps, int64_t kq, GroupedI8 &g, 
                 seen[lane] |= weights_at(panel, t * kq + q, lane) != 0 ? 1u << q : 0;
             quads = std::max(quads, __builtin_popcount(seen[lane]));
         }
-    if (quads > 2 && kq > 4)
-        return false;
-    g.quads = quads > 2 ? 4 : quads;
-    g.wide = kq > 4;
     if (quads > 2)
-        for (auto &s : seen)
-            s = 15;
+        return false;
+    g.quads = quads;
+    g.wide = kq > 4;
     for (int lane = 0; lane < kLanes; ++lane)
         for (int q = 0; q < g.quads; ++q) {
             g.spread[q][lane] = seen[lane] ? __builtin_ctz(seen[lane]) : -1;
             seen[lane] &= seen[lane] - 1;
         }
-    g.p.panel = panel;
-    if (quads > 2 && kq == 4)
-        return true;
     g.p.panel = to;
     for (int64_t t = 0; t < taps; ++t)
         for (int q = 0; q < g.quads; ++q, to += kQuadBytes)
@@ -62,7 +57,7 @@ bool GroupedWeights::prepare(const Isa &isa, const uint8_t *packed) {
     if (!isa.grouped_i8 || h.kind != PackKind::dense_i8 || h.groups < 2 || h.n > kLanes || kq > kMostQuads ||
         h.taps > kMostTaps)
         return false;
-    const int64_t bytes = h.taps * std::min<int64_t>(kq, 4) * kQuadBytes * (kq == 3 ? 2 : 1);
+    const int64_t bytes = h.taps * 2 * kQuadBytes;
     char *memory = static_cast<char *>(scratch(
         Scratch::inner, static_cast<size_t>(h.groups) * (sizeof(GroupedI8) + static_cast<size_t>(bytes))));
     isa_ = &isa;

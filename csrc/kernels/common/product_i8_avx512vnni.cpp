@@ -343,9 +343,8 @@ constexpr GroupedTile kGrouped[12] = {
 } // namespace
 
 void grouped_i8_avx512vnni(const GroupedI8 &g) {
-    const GroupedTile *tiles = g.quads == 1   ? (g.wide ? kGrouped<1, true> : kGrouped<1, false>)
-                               : g.quads == 2 ? (g.wide ? kGrouped<2, true> : kGrouped<2, false>)
-                                              : (g.wide ? kGrouped<4, true> : kGrouped<4, false>);
+    const GroupedTile *tiles = g.quads == 1 ? (g.wide ? kGrouped<1, true> : kGrouped<1, false>)
+                                            : (g.wide ? kGrouped<2, true> : kGrouped<2, false>);
     const int parts = (g.p.count + 11) / 12;
     for (int j = 0; j < parts; ++j) {
         const int r0 = g.p.count * j / parts;
