@@ -10,9 +10,9 @@ from tautorch.reference.quantizer import quantize_rows, quantize_static, requant
 
 KERNELS = [name for name, available in _C.isas().items() if available]
 # Panels of 64 outputs, halves and quarters of one, and each with an output missing; groups of 4 inputs, 4 of
-# these at a time, and tails of both.
-OUTPUTS = (1, 15, 16, 31, 32, 33, 47, 48, 63, 64, 100, 113)
-INPUTS = (1, 4, 15, 16, 19, 33)
+# these at a time, and tails of both. Several whole panels go row by row up to 256 inputs.
+OUTPUTS = (1, 15, 16, 31, 32, 33, 47, 48, 63, 64, 100, 113, 128, 192, 201)
+INPUTS = (1, 4, 15, 16, 19, 33, 256, 257)
 ROWS = (*range(1, 27), 48, 49, 191, 192, 193)
 
 

@@ -95,13 +95,13 @@ int64_t row_step(const void *const *rows, int count) {
 }
 
 // Whether a tile had better take all panels before the next rows begin: what an output costs then weighs as
-// much as its inputs, and the weights, read once for every six rows, stay in L2.
-bool row_by_row(const ProductI8 &p, const Output &out, int64_t outputs) {
+// much as its inputs.
+bool row_by_row(const Output &out, int64_t k) {
     const Epilogue &e = out.epilogue;
-    return p.even() && !p.flip && !p.out_row && p.kq <= 64 && p.kq * 4 * outputs <= 512 * 1024 &&
-           !out.along_m && !e.addend && e.out_dtype == DType::f32 &&
+    return k <= 256 && !out.along_m && !e.addend && e.out_dtype == DType::f32 &&
            (e.activation == Activation::none || e.activation == Activation::relu);
 }
+constexpr int64_t kFromL2 = 384 * 1024; // bytes of weights that are read again for every six rows
 
 // One panel times a block of rows through product_i8: straight to the output where that runs along rows and
 // the activation is done in registers, otherwise a tile at a time through memory.
@@ -129,6 +129,46 @@ void fused_panel(const Isa &isa, ProductI8 p, const Output &out, int64_t m0, int
         store_tile(isa, out, acc, kTileN, false, m0 + t0, tile.count, n0, p.cols,
                    p.row_scale ? p.row_scale + t0 : nullptr);
     }
+}
+
+// Float rows that lie at one distance from each other.
+void float_rows(const Isa &isa, const PackHeader &h, const uint8_t *panels, int64_t count, const Output &out,
+                const void *x, int64_t step, int rows, int64_t m0, int64_t n0) {
+    RowsF32 r;
+    r.x = static_cast<const char *>(x);
+    r.x_step = step;
+    r.rows = rows;
+    r.k = h.k;
+    r.panels = reinterpret_cast<const float *>(panels);
+    r.count = count;
+    r.epilogue = &out.epilogue;
+    r.n0 = n0;
+    r.row_bytes = 4 * out.row_stride;
+    r.out = static_cast<char *>(out.data) + m0 * r.row_bytes + 4 * n0;
+    isa.rows_f32(r);
+}
+
+// Float operands: a tile of rows goes over the inputs in blocks, each of which stays in cache while all rows
+// of the tile take it.
+void float_tile(const Isa &isa, const PackHeader &h, const uint8_t *panel, int width,
+                const void *const *pointers, int64_t ld, int rows, int64_t taps, int64_t inputs_of_tap,
+                float *acc) {
+    constexpr int64_t kInputs = 256;
+    const bool bytes = inputs_of_tapind == PackKind::dense_w8;
+    const int most = isa.mr(width), parts = (rows + most - 1) / most;
+    const int64_t all = std::max<int64_t>(1, inputs_of_tap); // a product of no inputs is zero
+    const int64_t inputs = div_up(all, div_up(all, kInputs)),
+                  taps_at_once = std::max<int64_t>(1, kInputs / all);
+    for (int64_t t = 0; t < taps; t += taps_at_once)
+        for (int64_t k = 0; k < all; k += inputs) {
+            const uint8_t *data = panel + (t * inputs_of_tap + k) * width * (bytes ? 1 : 4);
+            for (int i = 0; i < parts; ++i) {
+                const int r0 = rows * i / parts, mr = rows * (i + 1) / parts - r0;
+                isa.dot_f32(pointers + t * ld + r0, ld, mr, k, std::min(taps_at_once, taps - t),
+                            std::min(inputs, inputs_of_tap - k), data, bytes, width, t + k > 0,
+                            acc + r0 * kTileN);
+            }
+        }
 }
 
 } // namespace
@@ -161,13 +201,26 @@ void gemm_block_taps(const Isa &isa, const uint8_t *packed, int64_t group, const
         task.out_row = form.out_row;
         task.panels = 1;
     }
-    const int64_t whole = std::min(p1, h.n / h.nr) - p0;
-    if (fused && whole > 1 && taps == h.taps && k == h.k && row_by_row(task, out, whole * h.nr)) {
-        ProductI8 many = task;
-        many.panels = whole;
-        many.panel = reinterpret_cast<const int8_t *>(panel_data(packed, group, p0));
-        fused_panel(isa, many, out, m0, group * h.n + p0 * h.nr);
-        p0 += whole;
+    const bool floats = h.kind == PackKind::dense_f32 && !row_scale && !out.epilogue.w_scale;
+    if (const int64_t step = row_step(pointers, rows); (fused || floats) && taps == 1 && h.taps == 1 &&
+                                                       k == h.k && !task.flip && !task.out_row &&
+                                                       (rows == 1 || step != 0) && row_by_row(out, k)) {
+        const int64_t panel = panel_data(packed, group, 1) - panel_data(packed, group, 0);
+        const int64_t whole = std::min(p1, h.n / h.nr),
+                      most = std::max<int64_t>(2, kFromL2 / std::max<int64_t>(1, panel));
+        for (; p0 < whole; p0 += task.panels) {
+            const uint8_t *data = panel_data(packed, group, p0);
+            const int64_t n0 = group * h.n + p0 * h.nr;
+            task.panels = std::min(most, whole - p0);
+            if (floats) {
+                float_rows(isa, h, data, task.panels, out, pointers[0], step, rows, m0, n0);
+                continue;
+            }
+            task.panel = task.next = reinterpret_cast<const int8_t *>(data);
+            task.width = task.cols = h.nr;
+            fused_panel(isa, task, out, m0, n0);
+        }
+        task.panels = 1;
     }
     alignas(64) int32_t acc[kTileRows * kTileN];
     for (int64_t p = p0; p < p1; ++p) {
@@ -183,20 +236,19 @@ void gemm_block_taps(const Isa &isa, const uint8_t *packed, int64_t group, const
             fused_panel(isa, task, out, m0, group * h.n + p * h.nr);
             continue;
         }
-        const int most = isa.mr(width);
         for (int t0 = 0; t0 < rows; t0 += kTileRows) {
             const int tile = std::min(kTileRows, rows - t0);
-            // Rows are dealt out evenly: two tiles of 4 run faster than one of 6 and one of 2.
-            const int parts = (tile + most - 1) / most;
-            for (int i = 0; i < parts; ++i) {
-                const int r0 = tile * i / parts, mr = tile * (i + 1) / parts - r0;
-                const void *const *at = pointers + t0 + r0;
-                if (h.kind == PackKind::dense_i8)
-                    isa.dot_i8(at, ld, mr, taps, kq, reinterpret_cast<const int8_t *>(data), width,
-                               acc + r0 * kTileN);
-                else
-                    isa.dot_f32(at, ld, mr, taps, k, data, h.kind == PackKind::dense_w8, width,
-                                reinterpret_cast<float *>(acc) + r0 * kTileN);
+            if (h.kind != PackKind::dense_i8) {
+                float_tile(isa, h, data, width, pointers + t0, ld, tile, taps, k,
+                           reinterpret_cast<float *>(acc));
+            } else {
+                // Rows are dealt out evenly: two tiles of 4 run faster than one of 6 and one of 2.
+                const int most = isa.mr(width), parts = (tile + most - 1) / most;
+                for (int i = 0; i < parts; ++i) {
+                    const int r0 = tile * i / parts, mr = tile * (i + 1) / parts - r0;
+                    isa.dot_i8(pointers + t0 + r0, ld, mr, taps, kq, reinterpret_cast<const int8_t *>(data),
+                               width, acc + r0 * kTileN);
+                }
             }
             store_tile(isa, out, acc, kTileN, false, m0 + t0, tile, group * h.n + p * h.nr, cols,
                        row_scale ? row_scale + t0 : nullptr);

@@ -17,6 +17,21 @@ struct SparseScales {
     int64_t count; // outputs left; a last group of 4 may have fewer
 };
 
+// Float rows, x_step bytes apart, times `count` whole float panels that follow each other, with bias and
+// activation none or relu, to float rows of output that begin at output n0.
+struct RowsF32 {
+    const char *x;
+    int64_t x_step;
+    int rows;
+    int64_t k;
+    const float *panels;
+    int64_t count;
+    const Epilogue *epilogue;
+    int64_t n0;
+    char *out;
+    int64_t row_bytes;
+};
+
 struct Isa {
     const char *name;
     int32_t id;  // stored in packed weights
@@ -32,9 +47,12 @@ struct Isa {
     // rows point at act elements; kq = number of kr-groups per tap; acc is [mr][kTileN].
     void (*dot_i8)(const void *const *rows, int64_t ld, int mr, int64_t taps, int64_t kq, const int8_t *panel,
                    int width, int32_t *acc);
-    // The same with float rows; panel is float or (weight_i8) int8, [t][k][width]. k per tap.
-    void (*dot_f32)(const void *const *rows, int64_t ld, int mr, int64_t taps, int64_t k, const void *panel,
-                    bool weight_i8, int width, float *acc);
+    // The same with float rows from element `skip` on; panel is float or (weight_i8) int8, [t][k][width]. k
+    // per tap. Written to acc, or added to it where `add`.
+    void (*dot_f32)(const void *const *rows, int64_t ld, int mr, int64_t skip, int64_t taps, int64_t k,
+                    const void *panel, bool weight_i8, int width, bool add, float *acc);
+
+    void (*rows_f32)(const RowsF32 &);
 
     // Largest |x|; sets *finite to false if any element is NaN or Inf (then the value is meaningless).
     float (*amax)(const void *x, DType dtype, int64_t n, bool *finite);

@@ -9,11 +9,13 @@
 
 namespace tautorch {
 namespace {
+constexpr int kVectorsF32 = 4;
 inline __m256i depthwise_madd(__m256i acc, __m256i x, __m256i w) { return _mm256_dpbusd_epi32(acc, x, w); }
 } // namespace
 } // namespace tautorch
 #define TT_DEPTHWISE_512
 #include "kernels/common/depthwise_vnni.h"
+#include "kernels/common/dot_f32.h"
 
 namespace tautorch {
 namespace {
@@ -72,45 +74,7 @@ void dot_i8_t(const void *const *rows, int64_t ld, int64_t taps, int64_t kq, con
         }
 }
 
-template <int MR, int NV, bool I8>
-void dot_f32_t(const void *const *rows, int64_t ld, int64_t taps, int64_t k, const void *panel, float *out) {
-    __m512 acc[MR][NV];
-    for (int r = 0; r < MR; ++r)
-        for (int v = 0; v < NV; ++v)
-            acc[r][v] = _mm512_setzero_ps();
-    const float *bf = static_cast<const float *>(panel);
-    const int8_t *bi = static_cast<const int8_t *>(panel);
-    for (int64_t t = 0; t < taps; ++t) {
-        const float *a[MR];
-        for (int r = 0; r < MR; ++r)
-            a[r] = static_cast<const float *>(rows[t * ld + r]);
-        for (int64_t i = 0; i < k; ++i) {
-            __m512 w[NV];
-            for (int v = 0; v < NV; ++v) {
-                if constexpr (I8)
-                    w[v] = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(
-                        _mm_loadu_si128(reinterpret_cast<const __m128i *>(bi + 16 * v))));
-                else
-                    w[v] = _mm512_loadu_ps(bf + 16 * v);
-            }
-            bf += 16 * NV;
-            bi += 16 * NV;
-#pragma GCC unroll 12
-            for (int r = 0; r < MR; ++r) {
-                const __m512 x = _mm512_set1_ps(a[r][i]);
-#pragma GCC unroll 4
-                for (int v = 0; v < NV; ++v)
-                    acc[r][v] = _mm512_fmadd_ps(x, w[v], acc[r][v]);
-            }
-        }
-    }
-    for (int r = 0; r < MR; ++r)
-        for (int v = 0; v < NV; ++v)
-            _mm512_storeu_ps(out + r * kTileN + 16 * v, acc[r][v]);
-}
-
 using DotI8 = void (*)(const void *const *, int64_t, int64_t, int64_t, const int8_t *, int32_t *);
-using DotF32 = void (*)(const void *const *, int64_t, int64_t, int64_t, const void *, float *);
 
 // [vectors of the panel - 1][rows - 1]
 constexpr DotI8 kDotI8[4][12] = {
@@ -122,32 +86,10 @@ constexpr DotI8 kDotI8[4][12] = {
      dot_i8_t<7, 3>, dot_i8_t<8, 3>},
     {dot_i8_t<1, 4>, dot_i8_t<2, 4>, dot_i8_t<3, 4>, dot_i8_t<4, 4>, dot_i8_t<5, 4>, dot_i8_t<6, 4>},
 };
-template <bool I8>
-constexpr DotF32 kDotF32[4][12] = {
-    {dot_f32_t<1, 1, I8>, dot_f32_t<2, 1, I8>, dot_f32_t<3, 1, I8>, dot_f32_t<4, 1, I8>, dot_f32_t<5, 1, I8>,
-     dot_f32_t<6, 1, I8>, dot_f32_t<7, 1, I8>, dot_f32_t<8, 1, I8>, dot_f32_t<9, 1, I8>, dot_f32_t<10, 1, I8>,
-     dot_f32_t<11, 1, I8>, dot_f32_t<12, 1, I8>},
-    {dot_f32_t<1, 2, I8>, dot_f32_t<2, 2, I8>, dot_f32_t<3, 2, I8>, dot_f32_t<4, 2, I8>, dot_f32_t<5, 2, I8>,
-     dot_f32_t<6, 2, I8>, dot_f32_t<7, 2, I8>, dot_f32_t<8, 2, I8>, dot_f32_t<9, 2, I8>, dot_f32_t<10, 2, I8>,
-     dot_f32_t<11, 2, I8>, dot_f32_t<12, 2, I8>},
-    {dot_f32_t<1, 3, I8>, dot_f32_t<2, 3, I8>, dot_f32_t<3, 3, I8>, dot_f32_t<4, 3, I8>, dot_f32_t<5, 3, I8>,
-     dot_f32_t<6, 3, I8>, dot_f32_t<7, 3, I8>, dot_f32_t<8, 3, I8>},
-    {dot_f32_t<1, 4, I8>, dot_f32_t<2, 4, I8>, dot_f32_t<3, 4, I8>, dot_f32_t<4, 4, I8>, dot_f32_t<5, 4, I8>,
-     dot_f32_t<6, 4, I8>},
-};
-
 void dot_i8(const void *const *rows, int64_t ld, int mr, int64_t taps, int64_t kq, const int8_t *panel,
             int width, int32_t *acc) {
     kDotI8[width / 16 - 1][mr - 1](rows, ld, taps, kq, panel, acc);
 }
-void dot_f32(const void *const *rows, int64_t ld, int mr, int64_t taps, int64_t k, const void *panel,
-             bool weight_i8, int width, float *acc) {
-    // Not (weight_i8 ? one : other)[i][j]: GCC 12 indexes that wrongly in sanitizer builds.
-    const DotF32 dot =
-        weight_i8 ? kDotF32<true>[width / 16 - 1][mr - 1] : kDotF32<false>[width / 16 - 1][mr - 1];
-    dot(rows, ld, taps, k, panel, acc);
-}
-
 int64_t peak_i8(int64_t rounds) {
     int64_t n = rounds;
     asm volatile("1:\n\t.irp r,0,1,2,3,4,5,6,7,8,9,10,11,12,13,14,15,16,17,18,19,20,21,22,23\n\t"
@@ -172,6 +114,7 @@ const Isa isa_avx512vnni = {
     mr_of,
     dot_i8,
     dot_f32,
+    rows_f32,
     amax,
     quantize,
     to_f32,

@@ -29,26 +29,13 @@ inline __m256i depthwise_madd(__m256i acc, __m256i x, __m256i w) { return madd(a
 namespace tautorch {
 
 const Isa isa_avxvnni = {
-    "avxvnni",
-    2,
-    ActKind::u8_shifted,
-    16,
-    8,
-    kKr,
-    mr_of,
-    dot_i8,
-    dot_f32,
-    amax,
-    quantize,
-    to_f32,
-    epilogue,
-    transpose_u8,
-    transpose_32,
-    sparse_i8,
-    sparse_f32,
-    kPlainOrder,
-    peak_i8,
-    depthwise,
+    "avxvnni",    2,         ActKind::u8_shifted,
+    16,           8,         kKr,
+    mr_of,        dot_i8,    dot_f32,
+    rows_f32,     amax,      quantize,
+    to_f32,       epilogue,  transpose_u8,
+    transpose_32, sparse_i8, sparse_f32,
+    kPlainOrder,  peak_i8,   depthwise,
 };
 
 } // namespace tautorch

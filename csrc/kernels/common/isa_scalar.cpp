@@ -9,6 +9,13 @@
 
 namespace tautorch {
 namespace {
+constexpr int kVectorsF32 = 4;
+} // namespace
+} // namespace tautorch
+#include "kernels/common/dot_f32.h"
+
+namespace tautorch {
+namespace {
 
 int32_t mr_of(int32_t) { return 4; }
 
@@ -26,22 +33,6 @@ void dot_i8(const void *const *rows, int64_t ld, int mr, int64_t taps, int64_t k
             }
 }
 
-void dot_f32(const void *const *rows, int64_t ld, int mr, int64_t taps, int64_t k, const void *panel,
-             bool weight_i8, int width, float *acc) {
-    for (int r = 0; r < mr; ++r)
-        for (int n = 0; n < width; ++n)
-            acc[r * kTileN + n] = 0;
-    const float *wf = static_cast<const float *>(panel);
-    const int8_t *wi = static_cast<const int8_t *>(panel);
-    for (int64_t i = 0; i < taps * k; ++i)
-        for (int r = 0; r < mr; ++r) {
-            const float a = static_cast<const float *>(rows[i / k * ld + r])[i % k];
-            for (int n = 0; n < width; ++n)
-                acc[r * kTileN + n] +=
-                    a * (weight_i8 ? static_cast<float>(wi[i * width + n]) : wf[i * width + n]);
-        }
-}
-
 int64_t peak_i8(int64_t rounds) {
     int32_t acc[8] = {}, x = 3, w = 5;
     for (int64_t i = 0; i < rounds; ++i) {
@@ -57,26 +48,9 @@ int64_t peak_i8(int64_t rounds) {
 } // namespace
 
 const Isa isa_scalar = {
-    "scalar",
-    0,
-    ActKind::s16,
-    16,
-    8,
-    2,
-    mr_of,
-    dot_i8,
-    dot_f32,
-    amax,
-    quantize,
-    to_f32,
-    epilogue,
-    transpose_u8,
-    transpose_32,
-    sparse_i8_plain,
-    sparse_f32,
-    kPlainOrder,
-    peak_i8,
-    depthwise,
+    "scalar",        0,          ActKind::s16, 16,       8,         2,        mr_of,        dot_i8,
+    dot_f32,         rows_f32,   amax,         quantize, to_f32,    epilogue, transpose_u8, transpose_32,
+    sparse_i8_plain, sparse_f32, kPlainOrder,  peak_i8,  depthwise,
 };
 
 } // namespace tautorch

@@ -120,16 +120,31 @@ void Source::fill(int64_t g, int64_t m0, int rows, const void **pointers, int64_
         return;
     }
     const Geometry &o = geometry;
+    const int64_t right = o.dw * row_stride, below = o.dh * o.width * row_stride; // from a tap to the next
+    int64_t b = m0 / out_pixels, oy = m0 % out_pixels / out_width, ox = m0 % out_pixels % out_width;
     for (int r = 0; r < rows; ++r) {
-        const int64_t m = m0 + r, b = m / out_pixels, p = m % out_pixels;
-        const int64_t y0 = p / out_width * o.sh - o.ph, x0 = p % out_width * o.sw - o.pw;
+        const int64_t y0 = oy * o.sh - o.ph, x0 = ox * o.sw - o.pw;
         const char *sample = data + b * o.height * o.width * row_stride + shift;
         const void **to = pointers + r;
-        for (int64_t i = 0, y = y0; i < o.kh; ++i, y += o.dh) {
-            const bool inside = y >= 0 && y < o.height;
-            for (int64_t j = 0, x = x0; j < o.kw; ++j, x += o.dw, to += ld)
-                *to = inside && x >= 0 && x < o.width ? sample + (y * o.width + x) * row_stride
-                                                      : padding + shift;
+        if (y0 >= 0 && x0 >= 0 && y0 + o.dh * (o.kh - 1) < o.height && x0 + o.dw * (o.kw - 1) < o.width) {
+            const char *line = sample + (y0 * o.width + x0) * row_stride;
+            for (int64_t i = 0; i < o.kh; ++i, line += below)
+                for (int64_t j = 0; j < o.kw; ++j, to += ld)
+                    *to = line + j * right;
+        } else {
+            for (int64_t i = 0, y = y0; i < o.kh; ++i, y += o.dh) {
+                const bool inside = y >= 0 && y < o.height;
+                for (int64_t j = 0, x = x0; j < o.kw; ++j, x += o.dw, to += ld)
+                    *to = inside && x >= 0 && x < o.width ? sample + (y * o.width + x) * row_stride
+                                                          : padding + shift;
+            }
+        }
+        if (++ox == out_width) {
+            ox = 0;
+            if (++oy * out_width == out_pixels) {
+                oy = 0;
+                ++b;
+            }
         }
     }
 }
@@ -216,6 +231,13 @@ Source image_source(const Isa &isa, const ActQuant &q, OperandKind kind, const v
     s.group_stride = padded * size;
     s.row_stride = groups * s.group_stride;
     s.rows_per_scale = s.out_pixels;
+    if (kind == OperandKind::f32 && q.dtype == DType::f32 && channels_last) { // as it is
+        s.data = static_cast<const char *>(x);
+        s.padding =
+            static_cast<char *>(std::memset(scratch(Scratch::image, static_cast<size_t>(s.row_stride)), 0,
+                                            static_cast<size_t>(s.row_stride)));
+        return s;
+    }
     const int64_t bytes = g.batch * pixels * s.row_stride;
     char *image =
         static_cast<char *>(scratch(Scratch::image, static_cast<size_t>(bytes + s.row_stride + 64)));
