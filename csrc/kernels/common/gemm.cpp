@@ -151,22 +151,21 @@ void float_rows(const Isa &isa, const PackHeader &h, const uint8_t *panels, int6
 // Float operands: a tile of rows goes over the inputs in blocks, each of which stays in cache while all rows
 // of the tile take it.
 void float_tile(const Isa &isa, const PackHeader &h, const uint8_t *panel, int width,
-                const void *const *pointers, int64_t ld, int rows, int64_t taps, int64_t inputs_of_tap,
+                const void *const *pointers, int64_t ld, int rows, int64_t taps, int64_t per_tap,
                 float *acc) {
     constexpr int64_t kInputs = 256;
-    const bool bytes = inputs_of_tapind == PackKind::dense_w8;
+    const bool bytes = h.kind == PackKind::dense_w8;
     const int most = isa.mr(width), parts = (rows + most - 1) / most;
-    const int64_t all = std::max<int64_t>(1, inputs_of_tap); // a product of no inputs is zero
+    const int64_t all = std::max<int64_t>(1, per_tap); // a product of no inputs is zero
     const int64_t inputs = div_up(all, div_up(all, kInputs)),
                   taps_at_once = std::max<int64_t>(1, kInputs / all);
     for (int64_t t = 0; t < taps; t += taps_at_once)
         for (int64_t k = 0; k < all; k += inputs) {
-            const uint8_t *data = panel + (t * inputs_of_tap + k) * width * (bytes ? 1 : 4);
+            const uint8_t *data = panel + (t * per_tap + k) * width * (bytes ? 1 : 4);
             for (int i = 0; i < parts; ++i) {
                 const int r0 = rows * i / parts, mr = rows * (i + 1) / parts - r0;
                 isa.dot_f32(pointers + t * ld + r0, ld, mr, k, std::min(taps_at_once, taps - t),
-                            std::min(inputs, inputs_of_tap - k), data, bytes, width, t + k > 0,
-                            acc + r0 * kTileN);
+                            std::min(inputs, per_tap - k), data, bytes, width, t + k > 0, acc + r0 * kTileN);
             }
         }
 }
@@ -203,7 +202,7 @@ void gemm_block_taps(const Isa &isa, const uint8_t *packed, int64_t group, const
     }
     const bool floats = h.kind == PackKind::dense_f32 && !row_scale && !out.epilogue.w_scale;
     if (const int64_t step = row_step(pointers, rows); (fused || floats) && taps == 1 && h.taps == 1 &&
-                                                       k == h.k && !task.flip && !task.out_row &&
+                                                       k == h.k && !form.flip && !form.out_row &&
                                                        (rows == 1 || step != 0) && row_by_row(out, k)) {
         const int64_t panel = panel_data(packed, group, 1) - panel_data(packed, group, 0);
         const int64_t whole = std::min(p1, h.n / h.nr),
