@@ -73,15 +73,28 @@ def test_unstructured_int8(table: Table, sparsity: float, m: int) -> None:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("pattern", ["16x16", "32x32"])
-def test_blocks_int8(table: Table, pattern: str) -> None:
+@pytest.mark.parametrize("m", [64, 128, 512])
+@pytest.mark.parametrize("pattern", ["16x16", "32x32", "64x64"])
+def test_blocks_int8(table: Table, pattern: str, m: int) -> None:
     linear, ours = sparse_layer(4096, 4096, pattern, 0.9)
     _, dense = dense_layer(4096, 4096)
-    x = torch.randn(64, 4096)
+    x = torch.randn(m, 4096)
     check(ours, linear, x)
     table.compare(
-        "sparse_linear", f"{pattern} 90% int8 64x4096x4096", lambda: ours(x),
+        "sparse_linear", f"{pattern} 90% int8 {m}x4096x4096", lambda: ours(x),
         {"Int8Linear": lambda: dense(x)}, target=("Int8Linear", 7.0), kernel=ours.kernel(),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("m", [4, 16, 64, 512])
+def test_2_4_int8(table: Table, m: int) -> None:
+    linear, ours = sparse_layer(4096, 4096, "2:4", 0.5)
+    _, dense = dense_layer(4096, 4096)
+    x = torch.randn(m, 4096)
+    check(ours, linear, x)
+    table.compare(
+        "sparse_linear", f"2:4 int8 {m}x4096x4096", lambda: ours(x),
+        {"Int8Linear": lambda: dense(x)}, target=("Int8Linear", 1.0), kernel=ours.kernel(),
     )  # fmt: skip
 
 

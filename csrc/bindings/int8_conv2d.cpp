@@ -15,7 +15,7 @@ void bind_int8_conv2d(py::module_ &m) {
     m.def("int8_conv2d_plan", [](int64_t packed, int64_t bytes, const py::tuple &geometry,
                                  const py::dict &tail) {
         const PackHeader &h = checked_pack("int8_conv2d", at<const uint8_t>(packed), bytes);
-        if (h.kind == PackKind::sparse_i8 || h.kind == PackKind::sparse_f32)
+        if (h.kind == PackKind::sparse_i8 || h.kind == PackKind::sparse_f32 || h.kind == PackKind::pairs_i8)
             throw py::value_error("int8_conv2d: packed weights are of another kind");
         Plan<ConvArgs> p;
         fill_conv("int8_conv2d", p.args, h, at<const uint8_t>(packed), h.groups * h.n, geometry, tail, true);

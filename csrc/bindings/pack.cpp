@@ -1,5 +1,6 @@
 // Packing and unpacking of weights, shared by the operators.
 #include "bindings/call.h"
+#include "kernels/common/pairs.h"
 
 namespace tautorch::bindings {
 namespace {
@@ -16,12 +17,16 @@ const Isa &isa_of(const std::string &kernel) {
 PackHeader checked_dense(const std::string &kernel, int kind, int64_t groups, int64_t n, int64_t k,
                          int64_t taps) {
     const auto pack_kind = static_cast<PackKind>(kind);
-    const bool depthwise = pack_kind == PackKind::depthwise_i8;
-    if ((!depthwise && (kind < 0 || pack_kind > PackKind::dense_w8)) || (depthwise && (n != 1 || k != 1)))
+    const bool depthwise = pack_kind == PackKind::depthwise_i8, pairs = pack_kind == PackKind::pairs_i8;
+    if ((!depthwise && !pairs && (kind < 0 || pack_kind > PackKind::dense_w8)) ||
+        (depthwise && (n != 1 || k != 1)) || (pairs && (groups != 1 || taps != 1)))
         throw py::value_error("dense_pack: no dense kind of these sizes");
     if (!sizes_fit(groups, n, k, taps))
         throw py::value_error("dense_pack: sizes are out of range");
-    return dense_header(isa_of(kernel), pack_kind, groups, n, k, taps);
+    const Isa &isa = isa_of(kernel);
+    if (pairs && !isa.strip_i8)
+        throw py::value_error("dense_pack: kernel '" + kernel + "' has no 2:4 form");
+    return dense_header(isa, pack_kind, groups, n, k, taps);
 }
 
 PackHeader checked_sparse(const std::string &kernel, int kind, int gs, int64_t groups, int64_t n, int64_t k,
@@ -34,9 +39,9 @@ PackHeader checked_sparse(const std::string &kernel, int kind, int gs, int64_t g
     if (!entries_valid(gs, groups, n, taps * k, e))
         throw py::value_error("sparse_pack: start must ascend from 0, one for each group of outputs, and the "
                               "inputs of each group must ascend");
-    if (form < 0 || form > static_cast<int>(SparseForm::both))
+    if (form < 0 || form > static_cast<int>(SparseForm::cells))
         throw py::value_error(
-            "sparse_pack: form must be 0 (automatic), 1 (lists), 2 (SELL) or 3 (both), got " +
+            "sparse_pack: form must be 0 (automatic), 1 (lists), 2 (SELL), 3 (both) or 4 (cells), got " +
             std::to_string(form));
     return sparse_header(isa_of(kernel), pack_kind, gs, groups, n, k, taps, e, static_cast<SparseForm>(form));
 }
@@ -51,9 +56,14 @@ void bind_pack(py::module_ &m) {
     m.def("dense_pack", [](const std::string &kernel, int kind, int64_t groups, int64_t n, int64_t k,
                            int64_t taps, int64_t w, int64_t sn, int64_t sk, int64_t st, int64_t out) {
         const PackHeader h = checked_dense(kernel, kind, groups, n, k, taps);
+        if (h.kind == PackKind::pairs_i8 && !fits_pairs(n, k, at<const int8_t>(w), {sn, sk, st}))
+            throw py::value_error("dense_pack: 2:4 keeps at most two of each four inputs");
         py::gil_scoped_release release;
         dense_pack(h, at<const void>(w), {sn, sk, st}, at<uint8_t>(out));
     });
+    // Whether kernel has a 2:4 form that beats the dense one for n outputs of k inputs.
+    m.def("pairs_pay",
+          [](const std::string &kernel, int64_t n, int64_t k) { return pairs_pay(isa_of(kernel), n, k); });
     m.def("dense_unpack", [](int64_t packed, int64_t bytes, int64_t w, int64_t sn, int64_t sk, int64_t st) {
         const PackHeader &h = checked_header("unpack", at<const uint8_t>(packed), bytes);
         if (h.kind == PackKind::sparse_i8 || h.kind == PackKind::sparse_f32)
@@ -105,6 +115,9 @@ void bind_pack(py::module_ &m) {
         d["slots"] = h.slots;
         d["blocks"] = h.blocks;
         d["sell_offset"] = h.sell_off;
+        d["cells"] = h.cells;
+        d["cell_outputs"] = h.cell_outputs;
+        d["cell_offset"] = h.cell_off;
         d["start_offset"] = h.start_off;
         d["index_offset"] = h.index_off;
         return d;

@@ -1,4 +1,5 @@
 #include "bindings/plan.h"
+#include "kernels/common/cells.h"
 #include "kernels/common/conv.h"
 
 #include <cstdint>
@@ -6,6 +7,8 @@
 namespace tautorch::bindings {
 
 int64_t macs_of(const PackHeader &h) {
+    if (h.cells > 0)
+        return h.cells * cell_bytes(h);
     if (h.kind == PackKind::sparse_i8 || h.kind == PackKind::sparse_f32)
         return h.entries * h.gs * (h.kind == PackKind::sparse_i8 ? 4 : 1);
     return h.groups * h.n * h.k * h.taps;

@@ -19,6 +19,7 @@ from tautorch.testing.values import int8_values
 
 KERNELS = [name for name, available in _C.isas().items() if available]
 N, K = 40, 33
+SPARSE = (lib.SPARSE_I8, lib.SPARSE_F32, lib.PAIRS_I8)
 
 
 def tail(mode: int = lib.DYNAMIC, **changes: int) -> dict[str, int]:
@@ -37,6 +38,21 @@ def sparse_pack(kernel: str, dtype: torch.dtype = torch.int8) -> Tensor:
     return sparse_entries.pack(values, crow, col, "4x1", (N, K), kernel=kernel, op="sparse_linear")
 
 
+def block_pack(kernel: str) -> Tensor:
+    """A 16x16 pack of [N, K], in cells where the kernel has them."""
+    weight = int8_values((N, K), low=-127)
+    weight[:16, 16:] = 0
+    return sparse_entries.pack(*encode(weight, None, "16x16", 1), "16x16", (N, K), kernel=kernel, op="test")
+
+
+def pairs_pack(kernel: str) -> Tensor:
+    """A 2:4 pack of [N, K], dense where the kernel has no other."""
+    weight = int8_values((N, K), low=-127)
+    weight[:, ::4] = weight[:, 3::4] = 0
+    kind = lib.PAIRS_I8 if _C.pairs_pay(kernel, 512, 512) else lib.DENSE_I8
+    return lib.dense_pack(kernel, kind, weight, 1, N, K, 1, (K, 1, 1))
+
+
 def conv_pack(kernel: str, groups: int = 2, taps: int = 3) -> Tensor:
     """A dense pack of [N, K, 1, taps]."""
     w = int8_values((groups * N, K, taps), low=-127)
@@ -45,7 +61,7 @@ def conv_pack(kernel: str, groups: int = 2, taps: int = 3) -> Tensor:
 
 def plan(packed: Tensor) -> bytes:
     """A plan of the operator the pack is for."""
-    sparse = lib.pack_info(packed)["kind"] in (lib.SPARSE_I8, lib.SPARSE_F32)
+    sparse = lib.pack_info(packed)["kind"] in SPARSE
     make = _C.sparse_linear_plan if sparse else _C.int8_linear_plan
     kind = lib.pack_info(packed)["kind"]
     mode = lib.NONE if kind in (lib.DENSE_F32, lib.DENSE_W8, lib.SPARSE_F32) else lib.DYNAMIC
@@ -60,13 +76,13 @@ def run_or_refuse(packed: Tensor) -> bool:
         assert "packed weights" in str(error)
         return True
     x, out = torch.randn(3, K), torch.empty(3, int(info["n"]))
-    sparse = info["kind"] in (lib.SPARSE_I8, lib.SPARSE_F32)
+    sparse = info["kind"] in SPARSE
     run = _C.sparse_linear_run if sparse else _C.int8_linear_run
     run(made, x.data_ptr(), 0, 3, K, out.data_ptr(), 0)
     return False
 
 
-HEADER = 112  # bytes
+HEADER = 160  # bytes
 ISA, SIZE_N = 3, 10  # 32-bit words of it
 PACKS: dict[str, Callable[[str], Tensor]] = {
     "dense_i8": lambda kernel: pack(int8_values((N, K), low=-127), kernel=kernel),
@@ -74,6 +90,8 @@ PACKS: dict[str, Callable[[str], Tensor]] = {
     "dense_f32": lambda kernel: pack(torch.randn(N, K), kernel=kernel),
     "sparse_i8": sparse_pack,
     "sparse_f32": lambda kernel: sparse_pack(kernel, torch.float32),
+    "blocks_i8": block_pack,
+    "pairs_i8": pairs_pack,
 }
 
 
@@ -263,7 +281,7 @@ def test_impossible_sizes_are_refused(sizes: tuple[int, int, int, int]) -> None:
     for kind in (lib.DENSE_I8, lib.DENSE_F32, lib.DENSE_W8):
         with pytest.raises(ValueError, match="sizes are out of range"):
             _C.dense_pack_bytes("scalar", kind, *sizes)
-    for kind in (-1, lib.SPARSE_I8, 6, lib.DEPTHWISE_I8):
+    for kind in (-1, lib.SPARSE_I8, 7, lib.DEPTHWISE_I8):
         with pytest.raises(ValueError, match=r"no dense kind|sizes"):
             _C.dense_pack_bytes("scalar", kind, 1, 2, 2, 1)
     index = torch.tensor([0, 3], dtype=torch.int16)
@@ -284,7 +302,7 @@ def test_impossible_sizes_are_refused(sizes: tuple[int, int, int, int]) -> None:
     with pytest.raises(ValueError, match="inputs of each group must ascend"):
         _C.sparse_pack_bytes("scalar", lib.SPARSE_I8, 1, 1, 2, 5, 1, 2, at.data_ptr(), twice.data_ptr(), 0)
     with pytest.raises(ValueError, match="form must be 0"):
-        _C.sparse_pack_bytes("scalar", lib.SPARSE_I8, 1, 1, 2, 5, 1, 2, at.data_ptr(), index.data_ptr(), 4)
+        _C.sparse_pack_bytes("scalar", lib.SPARSE_I8, 1, 1, 2, 5, 1, 2, at.data_ptr(), index.data_ptr(), 5)
     with pytest.raises(ValueError, match="rounds must be at least 1"):
         _C.peak_i8("scalar", 0)
 

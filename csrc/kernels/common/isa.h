@@ -3,6 +3,7 @@
 #pragma once
 
 #include "kernels/common/product_i8.h"
+#include "kernels/common/strip_i8.h"
 
 namespace tautorch {
 
@@ -108,6 +109,9 @@ struct Isa {
 
     // The same for groups of few channels.
     void (*grouped_i8)(const GroupedI8 &) = nullptr;
+
+    // A strip of cells or of 2:4 weights times a tile of rows. Null where there is none.
+    void (*strip_i8)(const StripI8 &) = nullptr;
 };
 
 extern const Isa isa_scalar;

@@ -129,6 +129,7 @@ const Isa isa_avx512vnni = {
     product_i8_avx512vnni,
     sparse_i8_scaled_avx512vnni,
     grouped_i8_avx512vnni,
+    strip_i8_avx512vnni,
 };
 
 } // namespace tautorch

@@ -2,6 +2,8 @@
 
 #include "core/arch.h"
 #include "core/memory.h"
+#include "kernels/common/cells.h"
+#include "kernels/common/pairs.h"
 #include "kernels/common/sell.h"
 #include "kernels/common/sparse_f32.h"
 
@@ -32,7 +34,8 @@ PackHeader base_header(const Isa &isa, PackKind kind, int64_t groups, int64_t n,
 }
 
 bool has_colsum(PackKind k) {
-    return k == PackKind::dense_i8 || k == PackKind::sparse_i8 || k == PackKind::depthwise_i8;
+    return k == PackKind::dense_i8 || k == PackKind::sparse_i8 || k == PackKind::depthwise_i8 ||
+           k == PackKind::pairs_i8;
 }
 
 int64_t after_colsum(const PackHeader &h) {
@@ -98,6 +101,18 @@ PackHeader sparse_layout(const Isa &isa, PackKind kind, int gs, int64_t groups, 
     return h;
 }
 
+// Header of a pack of cells alone.
+PackHeader cells_layout(const Isa &isa, int64_t groups, int64_t n, int64_t k, int64_t cells,
+                        int64_t outputs) {
+    PackHeader h = base_header(isa, PackKind::sparse_i8, groups, n, k, 1);
+    h.gs = 4;
+    h.cells = cells;
+    h.cell_outputs = outputs;
+    h.cell_off = after_colsum(h);
+    h.total = round_up(cell_data_off(h) + cells * cell_bytes(h), 64);
+    return h;
+}
+
 } // namespace
 
 bool sizes_fit(int64_t groups, int64_t n, int64_t k, int64_t taps) {
@@ -115,6 +130,14 @@ bool header_consistent(const Isa &isa, const PackHeader &h) {
     PackHeader made;
     switch (h.kind) {
     case PackKind::sparse_i8:
+        if (h.cells != 0) {
+            if (!isa.strip_i8 || h.cells < 0 || h.cells > int64_t{1} << 32 || h.k > kMaxSparseInputs ||
+                (h.cell_outputs != 16 && h.cell_outputs != 32))
+                return false;
+            made = cells_layout(isa, h.groups, h.n, h.k, h.cells, h.cell_outputs);
+            break;
+        }
+        [[fallthrough]];
     case PackKind::sparse_f32:
         if ((h.gs != 1 && h.gs != 4) || h.taps * h.k > kMaxSparseInputs || h.entries < 0 ||
             h.entries > int64_t{1} << 32 || h.slots < 0 || h.slots > int64_t{1} << 32)
@@ -129,6 +152,10 @@ bool header_consistent(const Isa &isa, const PackHeader &h) {
         break;
     case PackKind::depthwise_i8:
         if (h.n != 1 || h.k != 1)
+            return false;
+        [[fallthrough]];
+    case PackKind::pairs_i8:
+        if (h.kind == PackKind::pairs_i8 && (!isa.strip_i8 || h.groups != 1 || h.taps != 1))
             return false;
         [[fallthrough]];
     case PackKind::dense_i8:
@@ -148,6 +175,8 @@ bool entries_consistent(const uint8_t *packed) {
         return sparse_f32_consistent(packed);
     if (h.kind != PackKind::sparse_i8)
         return true;
+    if (h.cells > 0)
+        return cells_consistent(packed);
     if (!sell_consistent(packed))
         return false;
     if (h.blocks == 0)
@@ -179,6 +208,8 @@ PackHeader dense_header(const Isa &isa, PackKind kind, int64_t groups, int64_t n
     h.data_off = after_colsum(h);
     if (kind == PackKind::depthwise_i8)
         h.total = h.data_off + round_up(groups, kTileN) * round_up(taps, 4);
+    else if (kind == PackKind::pairs_i8)
+        h.total = h.data_off + pair_bytes(h);
     else
         h.total = h.data_off + groups * group_bytes(h);
     // Vector loads of a last, partial group may look past the data.
@@ -201,6 +232,8 @@ void dense_pack(const PackHeader &h, const void *w, WeightStrides s, uint8_t *ou
             }
         return;
     }
+    if (h.kind == PackKind::pairs_i8)
+        return pairs_pack(h, wi, s, out);
     const auto at = [&](int64_t g, int64_t n, int64_t k, int64_t t) {
         return (g * h.n + n) * s.n + k * s.k + t * s.tap;
     };
@@ -230,6 +263,8 @@ void dense_unpack(const uint8_t *packed, void *w, WeightStrides s) {
                 wi[g * s.n + t * s.tap] = static_cast<int8_t>(packed[h.data_off + depthwise_at(h, g, t)]);
         return;
     }
+    if (h.kind == PackKind::pairs_i8)
+        return pairs_unpack(packed, wi, s);
     const auto at = [&](int64_t g, int64_t n, int64_t k, int64_t t) {
         return (g * h.n + n) * s.n + k * s.k + t * s.tap;
     };
@@ -268,6 +303,13 @@ PackHeader sparse_header(const Isa &isa, PackKind kind, int gs, int64_t groups, 
                          int64_t taps, const SparseEntries &e, SparseForm form) {
     if (kind == PackKind::sparse_f32)
         return sparse_layout(isa, kind, gs, groups, n, k, taps, 0, e.start[e.sparse_groups], 0);
+    // Whole blocks run at the dense rate for any number of rows, and one row reads no byte but weights.
+    if ((form == SparseForm::automatic || form == SparseForm::cells) && gs == 4 && taps == 1 &&
+        isa.strip_i8) {
+        const CellShape shape = cell_shape(groups, n, k, e);
+        if (shape.cells > 0 && (form == SparseForm::cells || 2 * n >= shape.outputs))
+            return cells_layout(isa, groups, n, k, shape.cells, shape.outputs);
+    }
     const double kept = static_cast<double>(e.start[e.sparse_groups]) /
                         static_cast<double>(std::max<int64_t>(1, e.sparse_groups * taps * k));
     const int64_t blocks = input_blocks(taps * k, list_inputs(gs, kept));
@@ -289,7 +331,7 @@ PackHeader sparse_header(const Isa &isa, PackKind kind, int gs, int64_t groups, 
     const bool sell = taps == 1 && form != SparseForm::lists && sell_supported(isa);
     const int64_t slots = sell ? sell_count(gs, groups, n, e) : 0;
     const PackHeader both = layout(blocks, slots);
-    if (slots == 0 || form == SparseForm::lists)
+    if (slots == 0 || form == SparseForm::lists || form == SparseForm::cells)
         return layout(blocks, 0);
     if (form == SparseForm::both)
         return both;
@@ -314,6 +356,8 @@ void sparse_pack(const PackHeader &h, const SparseEntries &e, uint8_t *out) {
     const int64_t per_group = div_up(h.n, h.gs);
     if (h.slots > 0)
         sell_pack(h, e, out);
+    if (h.cells > 0)
+        cells_pack(h, e, out);
     for (int64_t s = 0; s < e.sparse_groups; ++s) {
         const int64_t first = s / per_group * h.n + s % per_group * h.gs;
         const int64_t outputs = std::min<int64_t>(h.gs, h.n - s % per_group * h.gs);
@@ -350,6 +394,8 @@ int64_t sparse_unpack(const uint8_t *packed, uint32_t *start, uint16_t *index, v
     const PackHeader &h = header_of(packed);
     if (h.kind == PackKind::sparse_f32)
         return sparse_f32_unpack(packed, start, index, static_cast<float *>(values));
+    if (h.cells > 0)
+        return cells_unpack(packed, start, index, static_cast<int8_t *>(values));
     if (h.blocks == 0)
         return sell_unpack(packed, start, index, static_cast<int8_t *>(values));
     const uint32_t *from = reinterpret_cast<const uint32_t *>(packed + h.start_off);

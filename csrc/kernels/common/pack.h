@@ -13,6 +13,7 @@ enum class PackKind : int32_t {
     sparse_i8 = 3,    // quads of kept inputs for sparse_i8
     sparse_f32 = 4,   // kept inputs by blocks, see sparse_f32.h
     depthwise_i8 = 5, // [64 channels][quad of taps][channel][4 taps]
+    pairs_i8 = 6,     // 2:4, see pairs.h
 };
 
 struct PackHeader {
@@ -32,9 +33,11 @@ struct PackHeader {
     int64_t index_off;  // sparse_i8: uint16
     int64_t data_off;
     int64_t sell_off; // sparse_i8: uint32 [strips + 1], uint16 [slots], then the slots
-    int64_t total;    // bytes
+    int64_t cells;    // sparse_i8: of the form in cells.h; 0 where it is not that
+    int64_t cell_outputs, cell_off;
+    int64_t total; // bytes
 };
-static_assert(sizeof(PackHeader) == 8 * 4 + 13 * 8, "no padding: headers are compared as bytes");
+static_assert(sizeof(PackHeader) == 8 * 4 + 16 * 8, "no padding: headers are compared as bytes");
 constexpr uint32_t kPackMagic = 0x4b505454; // "TTPK"
 constexpr int32_t kPackVersion = 3;
 
@@ -71,7 +74,7 @@ inline int64_t depthwise_at(const PackHeader &h, int64_t c, int64_t t) {
 
 // Header with every offset and the total size filled in.
 PackHeader dense_header(const Isa &isa, PackKind kind, int64_t groups, int64_t n, int64_t k, int64_t taps);
-// w is float for dense_f32, int8 otherwise. out has header.total bytes.
+// w is float for dense_f32, int8 otherwise (for pairs_i8 one that fits_pairs). out has header.total bytes.
 void dense_pack(const PackHeader &h, const void *w, WeightStrides s, uint8_t *out);
 void dense_unpack(const uint8_t *packed, void *w, WeightStrides s);
 
@@ -103,7 +106,7 @@ struct SparseEntries {
 bool entries_valid(int gs, int64_t groups, int64_t n, int64_t inputs, const SparseEntries &e);
 bool starts_ascend(int64_t lists, const uint32_t *start);
 // Which forms a sparse_i8 pack holds; `automatic` keeps what some number of rows runs fastest with.
-enum class SparseForm : int32_t { automatic = 0, lists = 1, sell = 2, both = 3 };
+enum class SparseForm : int32_t { automatic = 0, lists = 1, sell = 2, both = 3, cells = 4 };
 // Throws nothing: a form this CPU cannot run is left out.
 PackHeader sparse_header(const Isa &isa, PackKind kind, int gs, int64_t groups, int64_t n, int64_t k,
                          int64_t taps, const SparseEntries &e, SparseForm form);

@@ -4,6 +4,7 @@
 #include "kernels/common/panel_store.h"
 #include "kernels/common/sell.h"
 #include "kernels/common/sparse_f32.h"
+#include "kernels/common/strips.h"
 
 #include <algorithm>
 #include <limits>
@@ -229,6 +230,8 @@ void product(const uint8_t *packed, const Source &x, const Output &out) {
     const Isa &isa = *find_isa(h.isa);
     if (h.kind == PackKind::sparse_f32)
         sparse_f32_product(isa, packed, x, out);
+    else if (runs_by_strips(h))
+        strips_product(isa, packed, x, out);
     else if (h.kind == PackKind::sparse_i8)
         sparse_product(isa, packed, x, out);
     else
@@ -239,6 +242,8 @@ void product(const LinearArgs &a, const Output &out) {
     const PackHeader &h = header_of(a.packed);
     if (a.m == 0 || h.n == 0)
         return;
+    if (runs_by_strips(h))
+        return strips_linear(a, out);
     if (h.kind == PackKind::sparse_i8 && !sell_preferred(h, a.m)) {
         constexpr int64_t kMostParts = 4; // that each quantise the same rows
         const int64_t parts = div_up(lists_threads(h, a.m), RowBlocks{a.m}.count());

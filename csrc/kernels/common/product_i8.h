@@ -5,7 +5,19 @@
 
 namespace tautorch {
 
-struct ProductI8 {
+// Where a tile of int32 sums goes. Activation none or relu. Out has row_bytes from one row to the next and
+// gets `cols` outputs, whose scale, bias and column sums are at n0.
+struct ToOutput {
+    const Epilogue *epilogue;
+    int64_t n0;
+    int cols;
+    const float *row_scale; // of each row
+    char *out;
+    int64_t row_bytes;
+    const int32_t *out_row; // where in out each row goes; null: one after another
+};
+
+struct ProductI8 : ToOutput {
     const void *const *rows; // [taps][ld] operands, u8_shifted, or int8 as it is (flip)
     bool flip;               // turn the top bit of what rows say as it is read
     int64_t ld;
@@ -16,15 +28,6 @@ struct ProductI8 {
     int64_t gap;        // bytes of the panel that are left out after each tap
     int width;          // a multiple of 16, at most 64
     const int8_t *next; // the panel after this one, or this one again: fetched into L2 meanwhile
-    // Activation none or relu. Out has row_bytes from one row to the next and gets `cols` outputs, whose
-    // scale, bias and column sums are at n0.
-    const Epilogue *epilogue;
-    int64_t n0;
-    int cols;
-    const float *row_scale; // [count]
-    char *out;
-    int64_t row_bytes;
-    const int32_t *out_row; // where in out each row goes; null: one after another
 
     // More than 1: whole panels of 64 outputs that follow each other, for even rows and float output.
     int64_t panels;

@@ -32,8 +32,8 @@ from tautorch.reference.layouts import (
 
 from . import library as lib
 
-LISTS, SELL, BOTH = 1, 2, 3
-"""Forms of a sparse int8 pack besides 0, which keeps what runs fastest; see csrc/kernels/common/sell.h."""
+LISTS, SELL, BOTH, CELLS = 1, 2, 3, 4
+"""Forms of a sparse int8 pack besides 0, which keeps what runs fastest; see sell.h and cells.h."""
 
 MAX_INPUTS = 65_536
 """Inputs (taps * channels) that the uint16 indices of a pack can name."""
@@ -59,7 +59,7 @@ def group_size(pattern: str) -> int:
 
 
 def packs_dense(pattern: str, shape: Sequence[int]) -> bool:
-    """Whether a weight is expanded and packed dense: 2:4, which no CPU has a unit for, and wide ones."""
+    """Whether a weight goes into its pack expanded, without indices: 2:4, and wide ones."""
     return pattern == "2:4" or math.prod(shape[1:]) > MAX_INPUTS
 
 
@@ -204,8 +204,8 @@ def pack(
         kernel: the kernel's name.
         op: the name that errors begin with.
         as_float: pack int8 values as fp32, for float activations.
-        form: of int8 values: ``LISTS``, ``SELL`` (where the kernel has it), ``BOTH``, or 0: those that some
-            number of rows runs fastest with.
+        form: of int8 values: ``LISTS``, ``SELL`` (where the kernel has it), ``BOTH``, ``CELLS`` (where the
+            blocks are whole), or 0: those that some number of rows runs fastest with.
 
     Returns:
         uint8 ``[bytes]``, self-describing.
@@ -219,7 +219,7 @@ def pack(
         values = values.to(torch.float32)
     if crow_indices is None or packs_dense(pattern, shape):
         dense = decode(values, crow_indices, col_indices, pattern, shape, groups, check=False, op=op)
-        return _dense_pack(dense, groups, kernel)
+        return _dense_pack(dense, groups, kernel, pattern)
     n, k, taps = _geometry(shape, groups)
     e = to_entries(values, crow_indices, col_indices, pattern, shape, groups)
     kind = lib.SPARSE_I8 if values.dtype == torch.int8 else lib.SPARSE_F32
@@ -229,9 +229,11 @@ def pack(
     return out
 
 
-def _dense_pack(dense: Tensor, groups: int, kernel: str) -> Tensor:
+def _dense_pack(dense: Tensor, groups: int, kernel: str, pattern: str) -> Tensor:
     n, k, taps = _geometry(dense.shape, groups)
     kind = lib.DENSE_I8 if dense.dtype == torch.int8 else lib.DENSE_F32
+    if kind == lib.DENSE_I8 and pattern == "2:4" and dense.dim() == 2 and _C.pairs_pay(kernel, n, k):
+        kind = lib.PAIRS_I8
     return lib.dense_pack(kernel, kind, dense, groups, n, k, taps, (k * taps, taps, 1))
 
 
@@ -332,7 +334,7 @@ def repack(
 ) -> Tensor:
     """The same weight packed for another kernel."""
     if packs_dense(pattern, shape):
-        return _dense_pack(unpack_dense(packed, shape), groups, kernel)
+        return _dense_pack(unpack_dense(packed, shape), groups, kernel, pattern)
     return pack(*unpack(packed, pattern, shape, groups), pattern, shape, groups, kernel=kernel, op=op)
 
 
