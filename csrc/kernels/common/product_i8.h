@@ -43,9 +43,9 @@ void product_i8_rows_avx512vnni(const ProductI8 &p);
 // Rows are row_step apart; rows[t] is the first one under tap t.
 struct GroupedI8 {
     ProductI8 p; // panel: these weights; taps, row_step, count, and from epilogue on as there
-    int quads;   // 1, 2 or 4
+    int quads;   // 1 or 2
     bool wide;   // the inputs are 64 bytes, not 16
-    alignas(64) int32_t spread[4][16];
+    alignas(64) int32_t spread[2][16];
 };
 void grouped_i8_avx512vnni(const GroupedI8 &g);
 

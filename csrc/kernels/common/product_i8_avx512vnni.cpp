@@ -146,14 +146,14 @@ template <int MR, int Q, bool Wide> void grouped_tile(const GroupedI8 &g, int r0
 #pragma GCC unroll 12
     for (int r = 0; r < MR; ++r)
         c[r][0] = from;
-#pragma GCC unroll 4
+#pragma GCC unroll 2
     for (int q = 0; q < Q; ++q)
         spread[q] = _mm512_load_si512(g.spread[q]);
     const int8_t *b = p.panel;
     for (int64_t t = 0; t < p.taps; ++t) {
         Rows<MR, true> x(p, t, r0);
         __m512i w[Q];
-#pragma GCC unroll 4
+#pragma GCC unroll 2
         for (int q = 0; q < Q; ++q, b += 64)
             w[q] = _mm512_loadu_si512(b);
 #pragma GCC unroll 12
@@ -161,7 +161,7 @@ template <int MR, int Q, bool Wide> void grouped_tile(const GroupedI8 &g, int r0
             const __m512i in =
                 Wide ? _mm512_loadu_si512(x[r])
                      : _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i *>(x[r])));
-#pragma GCC unroll 4
+#pragma GCC unroll 2
             for (int q = 0; q < Q; ++q)
                 c[r][0] = _mm512_dpbusd_epi32(c[r][0], _mm512_permutexvar_epi32(spread[q], in), w[q]);
         }
