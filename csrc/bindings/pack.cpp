@@ -29,6 +29,21 @@ PackHeader checked_dense(const std::string &kernel, int kind, int64_t groups, in
     return dense_header(isa, pack_kind, groups, n, k, taps);
 }
 
+// Whether some int32 sum of a dense pack could overflow although K <= kMaxK.
+bool too_low(const PackHeader &h, const int8_t *w, WeightStrides s) {
+    const bool integer =
+        h.kind == PackKind::dense_i8 || h.kind == PackKind::depthwise_i8 || h.kind == PackKind::pairs_i8;
+    if (!integer || h.taps * h.k <= kMaxKLowest)
+        return false;
+    for (int64_t n = 0; n < h.groups * h.n; ++n)
+        for (int64_t k = 0; k < h.k; ++k)
+            for (int64_t t = 0; t < h.taps; ++t)
+                if (w[n * s.n + k * s.k + t * s.tap] == -128)
+                    return true;
+    return false;
+}
+static_assert(kMaxSparseInputs <= kMaxKLowest, "sparse packs would need the same check");
+
 PackHeader checked_sparse(const std::string &kernel, int kind, int gs, int64_t groups, int64_t n, int64_t k,
                           int64_t taps, const SparseEntries &e, int form) {
     const auto pack_kind = static_cast<PackKind>(kind);
@@ -58,6 +73,10 @@ void bind_pack(py::module_ &m) {
         const PackHeader h = checked_dense(kernel, kind, groups, n, k, taps);
         if (h.kind == PackKind::pairs_i8 && !fits_pairs(n, k, at<const int8_t>(w), {sn, sk, st}))
             throw py::value_error("dense_pack: 2:4 keeps at most two of each four inputs");
+        if (too_low(h, at<const int8_t>(w), {sn, sk, st}))
+            throw py::value_error(
+                "dense_pack: weight must be in [-127, 127] where K is above " + std::to_string(kMaxKLowest) +
+                ", got -128 with K=" + std::to_string(taps * k) + "; clamp it to -127 or split the layer");
         py::gil_scoped_release release;
         dense_pack(h, at<const void>(w), {sn, sk, st}, at<uint8_t>(out));
     });

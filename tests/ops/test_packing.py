@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
-from tautorch import _C, ops
+from tautorch import _C, dispatch, ops
 from tautorch.ops import library as lib
 from tautorch.ops.int8_linear import pack, unpack
+from tautorch.reference.layouts import encode
+from tautorch.reference.quantizer import MAX_K, MAX_K_LOWEST
 from tautorch.testing.values import LINEAR_SIZES, float_values, int8_values
 
 KERNELS = [name for name, available in _C.isas().items() if available]
@@ -68,3 +72,42 @@ def test_large_packs_start_on_a_huge_page() -> None:
     for size in (2 << 20, (5 << 20) + 3):
         buffer = lib.pack_buffer(size)
         assert buffer.numel() == size and buffer.data_ptr() % (2 << 20) == 0
+
+
+@pytest.mark.parametrize("kernel", [*KERNELS, "reference"])
+def test_minus_128_is_refused_where_int32_sums_could_overflow(kernel: str) -> None:
+    assert 255 * 128 * MAX_K_LOWEST < 2**31 <= 255 * 128 * (MAX_K_LOWEST + 1)
+    scale, point = torch.ones(1), torch.tensor([-128], dtype=torch.int32)
+    static: dict[str, Any] = {"x_scale": scale, "x_zero_point": point, "out_dtype": torch.int32}
+
+    def linear(k: int, fill: int) -> torch.Tensor:
+        x = torch.full((1, k), 127, dtype=torch.int8)
+        with dispatch.force("int8_linear", kernel):
+            return ops.int8_linear(x, torch.full((1, k), fill, dtype=torch.int8), scale, **static)
+
+    def conv(k: int, groups: int, fill: int) -> torch.Tensor:
+        x = torch.full((1, groups * k, 1, 2), 127, dtype=torch.int8)
+        weight = torch.full((groups, k, 1, 2), fill, dtype=torch.int8)
+        with dispatch.force("int8_conv2d", kernel):
+            return ops.int8_conv2d(x, weight, torch.ones(groups), groups=groups, **static)
+
+    def sparse(k: int, fill: int) -> torch.Tensor:
+        values, crow, col = encode(torch.full((1, k), fill, dtype=torch.int8), None, "unstructured", 1)
+        x = torch.full((1, k), 127, dtype=torch.int8)
+        with dispatch.force("sparse_linear", kernel):
+            return ops.sparse_linear(
+                x, values, crow, col, scale, pattern="unstructured", out_features=1, **static
+            )
+
+    assert linear(MAX_K_LOWEST, -128).item() == -255 * 128 * MAX_K_LOWEST
+    assert linear(MAX_K, -127).item() == -255 * 127 * MAX_K
+    half = MAX_K_LOWEST // 2
+    assert conv(half, 1, -128).item() == -255 * 128 * 2 * half
+    assert (conv(half, 2, -128) == -255 * 128 * 2 * half).all()  # each group by itself
+    message = r"weight must be in \[-127, 127\] where K is above 65793, got -128 with K="
+    with pytest.raises(ValueError, match=message + "65794; clamp it to -127 or split the layer"):
+        linear(MAX_K_LOWEST + 1, -128)
+    with pytest.raises(ValueError, match=message + "65794"):
+        conv(half + 1, 1, -128)
+    with pytest.raises(ValueError, match=message + "65794"):
+        sparse(MAX_K_LOWEST + 1, -128)

@@ -21,5 +21,7 @@ static inline int64_t div_up(int64_t n, int64_t d) { return (n + d - 1) / d; }
 
 // Largest K with 255 * 127 * K < 2^31: the shifted operand is at most 255, weights at most 127.
 constexpr int64_t kMaxK = 66311;
+// The same with weights of -128, which quantising never gives.
+constexpr int64_t kMaxKLowest = 65793;
 
 } // namespace tautorch

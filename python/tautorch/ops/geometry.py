@@ -11,6 +11,7 @@ from torch.nn.grad import conv2d_input
 
 from tautorch import _C
 from tautorch.reference.common import pair
+from tautorch.reference.quantizer import MAX_K_LOWEST
 
 from . import library as lib
 from .library import Tail
@@ -254,7 +255,7 @@ def pack_forms(weight: Tensor, groups: int, dilation: int, kind: int, kernel: st
     still fit the vector that one of them would have left empty. Of a single group without dilation along a
     row, a whole row of the filter becomes one tap: channels are then padded to a kernel's step once a row.
     """
-    merged = _merged(groups, weight.shape[0] // groups, kernel) if kind == lib.DENSE_I8 else 1
+    merged = _merged(groups, weight, kernel) if kind == lib.DENSE_I8 else 1
     if merged > 1:
         weight, groups = _merge(weight, groups, merged), groups // merged
     o, i, kh, kw = weight.shape
@@ -263,10 +264,11 @@ def pack_forms(weight: Tensor, groups: int, dilation: int, kind: int, kernel: st
     return _pack_matrix(weight.permute(0, 3, 1, 2).reshape(o, kw * i, kh), groups, kind, kernel)
 
 
-def _merged(groups: int, outputs: int, kernel: str) -> int:
-    """How many groups of so many outputs to pack as one."""
-    lanes = 16 if kernel == "avx512vnni" else 8
-    return max(f for f in range(1, groups + 1) if groups % f == 0 and (f == 1 or f * outputs <= lanes))
+def _merged(groups: int, weight: Tensor, kernel: str) -> int:
+    """How many groups of a weight to pack as one: those that fill a vector, within what a pack may sum."""
+    most = (16 if kernel == "avx512vnni" else 8) // (weight.shape[0] // groups)
+    most = min(most, MAX_K_LOWEST // max(1, weight[0].numel()))
+    return max(f for f in range(1, groups + 1) if groups % f == 0 and (f == 1 or f <= most))
 
 
 def _merge(weight: Tensor, groups: int, merged: int) -> Tensor:

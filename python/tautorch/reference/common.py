@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .quantizer import MAX_K, quantize_rows, quantize_samples, quantize_static, requantize
+from .quantizer import MAX_K, MAX_K_LOWEST, quantize_rows, quantize_samples, quantize_static, requantize
 
 ACTIVATIONS: tuple[str, ...] = ("none", "relu", "gelu", "gelu_tanh", "silu")
 FLOAT_DTYPES: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)
@@ -85,12 +85,20 @@ def over(vector: Tensor, like: Tensor, dim: int) -> Tensor:
     return vector.reshape(shape)
 
 
-def check_k(op: str, k: int) -> None:
-    """ValueError where an int32 accumulator could overflow."""
-    if k > MAX_K:
-        raise ValueError(
-            f"{op}: inner dimension must be at most {MAX_K} (255 * 127 * K < 2**31), got {k}; split the layer"
-        )
+def check_k(op: str, **weights: Tensor) -> None:
+    """ValueError where an int32 accumulator could overflow. Weights are ``[N, K]``, by argument name."""
+    for name, weight in weights.items():
+        k = weight.shape[1]
+        if k > MAX_K:
+            raise ValueError(
+                f"{op}: inner dimension must be at most {MAX_K} (255 * 127 * K < 2**31), got {k}; "
+                "split the layer"
+            )
+        if k > MAX_K_LOWEST and bool((weight == -128).any()):
+            raise ValueError(
+                f"{op}: {name} must be in [-127, 127] where K is above {MAX_K_LOWEST}, got -128 with K={k}; "
+                "clamp it to -127 or split the layer"
+            )
 
 
 def check_float(op: str, x: Tensor, what: str) -> None:

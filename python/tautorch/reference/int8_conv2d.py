@@ -70,7 +70,7 @@ def int8_conv2d(
         patches, size = geometry.patches(_OP, images.double())
         y = grouped_product(patches, matrix).to(torch.float32)
     else:
-        check_k(_OP, matrix.shape[1])
+        check_k(_OP, weight=matrix)
         centred, scale = centred_input(_OP, images, x_scale, x_zero_point, samples=True)
         patches, size = geometry.patches(_OP, centred)
         acc = grouped_product(patches, matrix).to(torch.int32)

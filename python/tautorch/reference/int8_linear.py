@@ -57,7 +57,7 @@ def int8_linear(
         check_float(_OP, x, "weight_only")
         y = (rows.double() @ weight.double().T).to(torch.float32)
     else:
-        check_k(_OP, k)
+        check_k(_OP, weight=weight)
         centred, scale = centred_input(_OP, rows, x_scale, x_zero_point)
         acc = (centred @ weight.double().T).to(torch.int32)
         if out_dtype == torch.int32:

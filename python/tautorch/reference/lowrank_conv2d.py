@@ -78,7 +78,7 @@ def lowrank_conv2d(
         inner = grouped_product(patches, first).to(torch.float32)
         y = grouped_product(_pixels(inner, groups).double(), second).to(torch.float32)
     else:
-        check_k(_OP, max(first.shape[1], second.shape[1]))
+        check_k(_OP, down=first, up=second)
         centred, scale = centred_input(_OP, images, x_scale, x_zero_point, samples=True)
         patches, size = geometry.patches(_OP, centred)
         acc = grouped_product(patches, first).to(torch.int32)

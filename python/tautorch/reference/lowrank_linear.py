@@ -72,7 +72,7 @@ def lowrank_linear(
         inner = (rows.double() @ down.double().T).to(torch.float32)
         y = (inner.double() @ up.double().T).to(torch.float32)
     else:
-        check_k(_OP, max(k, rank))
+        check_k(_OP, down=down, up=up)
         centred, scale = centred_input(_OP, rows, x_scale, x_zero_point)
         acc = (centred @ down.double().T).to(torch.int32)
         q, inner_scale = quantize_rows(acc.to(torch.float32) * over(scale, acc, 0) * over(down_scale, acc, 1))

@@ -24,6 +24,9 @@ TINY = 2.0**-100
 MAX_K = 66_311
 """The longest inner product that int32 holds: 255 * 127 * K < 2**31."""
 
+MAX_K_LOWEST = 65_793
+"""The longest with weights of -128, which quantising never gives: 255 * 128 * K < 2**31."""
+
 
 def _scale_and_inverse(amax: Tensor) -> tuple[Tensor, Tensor]:
     """fp32 ``scale = amax / 127`` and ``inv = 127 / amax``; 1 and 0 where amax counts as zero."""
