@@ -144,13 +144,16 @@ def test_another_view_under_the_same_name_is_seen(op: str) -> None:
 @pytest.mark.parametrize(("op", "mode"), CALLS)
 def test_freed_tensors_are_not_mistaken_for_new_ones(op: str, mode: str) -> None:
     """Objects and memory of one case are used again by the next."""
-    addresses = set()
-    for seed in range(12):
+    addresses: set[int] = set()
+    for seed in range(200):  # the allocator may take a while to come back to an address
         case = case_of(op, mode, seed)
+        seen = case.args[1].data_ptr() in addresses
         addresses.add(case.args[1].data_ptr())
         right(case)
         del case
-    assert len(addresses) < 12, "nothing was reused: this test shows nothing"
+        if seen and seed >= 12:
+            return
+    pytest.fail("nothing was reused: this test shows nothing")
 
 
 @pytest.mark.parametrize(("op", "mode"), CALLS)
