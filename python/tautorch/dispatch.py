@@ -342,6 +342,17 @@ def _refuse_conv(problem: Problem) -> str | None:
         return "it quantises its input, which a weight-only layer must not"
     if problem.details.get("groups", 1) != 1:
         return "groups have no GPU kernel yet; keep the float layer"
+    return _refuse_rows(problem)
+
+
+# A tile is at most 256 rows high, and its last row is counted in 32 bits.
+MAX_TRITON_ROWS = 2**31 - 256
+
+
+def _refuse_rows(problem: Problem) -> str | None:
+    rows = _number(problem, "rows")
+    if rows > MAX_TRITON_ROWS:
+        return f"it counts at most {MAX_TRITON_ROWS} rows, these are {rows}; split the batch"
     return None
 
 
@@ -349,7 +360,7 @@ def _refuse_conv(problem: Problem) -> str | None:
 register(_int8_linear_row("cuda"))
 register(_sparse_linear_row("cuda"))
 register(_int8_conv2d_row("cuda"))
-register(Kernel("int8_linear", "triton", "cuda", _triton_supports))
+register(_triton_row("int8_linear", _refuse_rows))
 register(_triton_row("lowrank_linear", _refuse_lowrank))
 register(_triton_row("sparse_linear", _refuse_sparse))
 register(_triton_row("int8_conv2d", _refuse_conv))

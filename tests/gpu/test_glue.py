@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import ctypes
 import pickle
+import weakref
 from collections.abc import Iterator
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -27,6 +29,7 @@ from tautorch.ops import library as lib
 from tautorch.reference.int8_conv2d import int8_conv2d as conv_reference
 from tautorch.reference.int8_linear import int8_linear as reference
 from tautorch.reference.layouts import decode, encode
+from tautorch.reference.quantizer import MAX_K_LOWEST
 from tautorch.reference.sparse_linear import sparse_linear as sparse_reference
 from tautorch.testing.cases import Case, linear_case
 from tautorch.testing.tolerances import assert_close
@@ -97,7 +100,7 @@ class Extension:
         def value(name: str, dtype: torch.dtype, count: int = 1) -> Tensor | None:
             return view(tail[name], dtype, (count,), (1,)).clone() if tail[name] else None
 
-        w = view(weight, torch.int8, (n, ldw), (ldw, 1))
+        w = view(weight, torch.int8, (n, up(k, 16)), (ldw, 1))
         assert not w[:, k:].any()
         zero_point = value("x_zero_point", torch.int32)
         if zero_point is not None:
@@ -263,6 +266,70 @@ def test_aligned_weights_are_read_where_they_are(extension: Extension) -> None:
     case = linear_case(OP, 4, 8, 64)
     check(case)
     assert extension.calls == ["run"]
+
+
+@pytest.mark.parametrize(
+    "width,start,k", [(112, 0, 100), (112, 0, 96), (112, 16, 96), (80, 1, 64), (80, 0, 61)]
+)
+def test_views_of_weights_are_padded_with_zeros(extension: Extension, width: int, start: int, k: int) -> None:
+    for mode in ("int8", "static", "weight_only"):
+        case = linear_case(OP, 4, 8, k, mode=mode)
+        wide = torch.full((8, width), 99, dtype=torch.int8)
+        wide[:, start : start + k] = case.args[1]
+        extension.calls.clear()
+        check(replace(case, args=(case.x, wide[:, start : start + k], *case.args[2:])))
+        assert ("pack" in extension.calls) == (k % 16 != 0 or start % 16 != 0)
+    overlapping = torch.randint(-127, 128, (64,), dtype=torch.int8).expand(8, 64)
+    check(replace(case, args=(torch.randn(4, 64), overlapping, *case.args[2:])))
+
+
+def test_one_int8_row_is_not_read_past_its_end(extension: Extension, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    workspace = extension.int8_linear_workspace
+    monkeypatch.setattr(
+        extension, "int8_linear_workspace", lambda *a: asked.append(workspace(*a)) or workspace(*a)
+    )
+    for k in (33, 48):
+        check(linear_case(OP, 1, 8, k, mode="int8"))
+    assert asked[0] > 0 and asked[1] == 0
+
+
+@pytest.mark.parametrize("value", [-128, -127])
+def test_the_lowest_weight_is_refused_where_sums_could_overflow(
+    extension: Extension, monkeypatch: pytest.MonkeyPatch, value: int
+) -> None:
+    k = MAX_K_LOWEST + 15  # 65808: a multiple of 16
+    case = linear_case(OP, 1, 2, k, mode="static")
+    case.args[1][1, 7] = value
+    capturing = [True]
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing[0])
+    with pytest.raises(ValueError, match="call the layer once before capturing"):
+        call(case)
+    capturing[0] = False
+    if value == -127:
+        call(case)
+        capturing[0] = True
+        call(case)
+        return
+    with pytest.raises(ValueError, match=r"weight must be in \[-127, 127\] where K is above 65793"):
+        call(case)
+    floats = linear_case(OP, 1, 2, k, mode="weight_only")
+    floats.args[1][1, 7] = value
+    call(floats)
+
+
+def test_a_pack_that_a_capture_reads_is_kept(extension: Extension, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_gpu, "_captured", {})
+    cache, weight = lib.PackCache(), torch.zeros(3)
+    pack = _gpu.once(cache, weight, lambda: torch.ones(2))
+    alive = weakref.ref(pack)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert _gpu.once(cache, weight, lambda: torch.zeros(2)) is pack
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    weight.add_(1)
+    assert _gpu.once(cache, weight, lambda: torch.zeros(2)) is not pack
+    del pack
+    assert alive() is not None
 
 
 def test_sums_and_packs_are_made_once_and_waited_for(extension: Extension) -> None:
@@ -456,6 +523,8 @@ def test_triton_declines_what_it_cannot_do(monkeypatch: pytest.MonkeyPatch) -> N
     assert row("triton").supports(problem(103, weight_only=True)) is None
     assert "7.5" in refusal("triton", problem(75))
     assert "almost no int8" in refusal("triton", problem(103))
+    assert row("triton").supports(problem(90, rows=2**31 - 256)) is None
+    assert "at most 2147483392 rows" in refusal("triton", problem(90, rows=2**31 - 255))
     monkeypatch.setattr(dispatch.importlib.util, "find_spec", lambda name: None)
     assert "pip install triton" in refusal("triton", problem(90))
 

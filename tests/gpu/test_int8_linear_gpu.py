@@ -155,7 +155,7 @@ def _like(x: Tensor) -> Tensor:
 
 def test_int8_rows_off_16_bytes(kernel: str) -> None:
     case = linear_case(OP, 9, 33, 61, mode="int8")
-    wide = torch.zeros(9, 80, dtype=torch.int8)
+    wide = torch.full((9, 80), 99, dtype=torch.int8)
     wide[:, 3:64] = case.x
     there = on_gpu(case)
     raw = there.with_x(wide.cuda()[:, 3:64]).raw()
@@ -163,12 +163,20 @@ def test_int8_rows_off_16_bytes(kernel: str) -> None:
 
 
 def test_weight_rows_off_16_bytes(kernel: str) -> None:
-    case = linear_case(OP, 9, 33, 64, mode="int8")
-    there = on_gpu(case)
-    wide = torch.zeros(33, 80, dtype=torch.int8, device="cuda")
-    wide[:, 1:65] = there.args[1]
-    shifted = replace(there, args=(there.args[0], wide[:, 1:65], *there.args[2:])).raw()
-    assert torch.equal(shifted(ops.int8_linear).cpu(), case.raw()(reference))
+    for k, start in (
+        (64, 1),
+        (61, 0),
+        (64, 0),
+        (61, 16),
+    ):  # rows start on 16 bytes, end on them, both, neither
+        case = linear_case(OP, 9, 33, k, mode="int8")
+        there = on_gpu(case)
+        wide = torch.full((33, 80), 99, dtype=torch.int8, device="cuda")
+        wide[:, start : start + k] = there.args[1]
+        x = torch.full((9, 80), 99, dtype=torch.int8, device="cuda")
+        x[:, :k] = there.x
+        inside = replace(there, args=(x[:, :k], wide[:, start : start + k], *there.args[2:])).raw()
+        assert torch.equal(inside(ops.int8_linear).cpu(), case.raw()(reference))
 
 
 @pytest.mark.parametrize("shape", [(48,), (0, 48), (2, 0, 48), (2, 3, 5, 48)])

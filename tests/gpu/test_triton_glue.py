@@ -268,3 +268,6 @@ def test_conv_refusals(by_reference: None) -> None:
         run_conv(conv_case("int8_conv2d", (2, 4, 7, 5), (6, 2, 3, 3), groups=2))
     with pytest.raises(ValueError, match="weight-only layer must not"):
         run_conv(conv_case("int8_conv2d", (2, 3, 7, 5), (6, 3, 3, 3), mode="weight_only"))
+    case = conv_case("int8_conv2d", (1, 3, 7, 5), (6, 3, 3, 3))
+    with pytest.raises(ValueError, match="at most 2147483392 rows"):
+        run_conv(case.with_x(case.x.expand(2**28, 3, 7, 5)))

@@ -8,7 +8,12 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from tautorch.reference.quantizer import MAX_K_LOWEST
+
 from . import library as lib
+
+_lowest = lib.PackCache()
+_captured: dict[int, Tensor] = {}  # by id: graphs go on reading these after their weights were packed anew
 
 
 @functools.lru_cache(maxsize=64)
@@ -37,6 +42,30 @@ def refuse_pack(op: str, name: str, t: Tensor | None) -> None:
         raise ValueError(f"{op}: {name} must be canonical on CUDA, got a pack; CPU packs do not run there")
 
 
+def check_lowest(op: str, name: str, weight: Tensor, k: int) -> None:
+    """ValueError for weights of -128 where int32 sums of ``k`` products could overflow.
+
+    A weight is looked at once, which waits for the device, and only where ``k`` is that long.
+    """
+    if k <= MAX_K_LOWEST or weight.dtype != torch.int8:
+        return
+    if torch.cuda.is_current_stream_capturing() and _lowest.peek(weight, k) is None:
+        raise ValueError(
+            f"{op}: {name} of K={k} is checked at the first call with it, which a graph cannot capture; "
+            "call the layer once before capturing (tautorch.warmup)"
+        )
+
+    def look() -> Tensor:
+        if bool((weight == -128).any()):
+            raise ValueError(
+                f"{op}: {name} must be in [-127, 127] where K is above {MAX_K_LOWEST}, got -128 with K={k}; "
+                "clamp it to -127 or split the layer"
+            )
+        return weight.new_empty(0)
+
+    _lowest.get(weight, k, look)
+
+
 def adjacent(t: Tensor) -> Tensor:
     """A vector with adjacent elements."""
     return t.detach().contiguous()
@@ -58,7 +87,9 @@ def once(
     if torch.cuda.is_current_stream_capturing():
         # What a graph makes exists only after its replay, so it is not remembered.
         found = cache.peek(weight, key, also)
-        return make() if found is None else found
+        if found is None:
+            return make()
+        return _captured.setdefault(id(found), found)
 
     def finished() -> Tensor:
         made = make()

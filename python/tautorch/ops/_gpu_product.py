@@ -34,8 +34,10 @@ def product(
     as_it_is = x.dtype == torch.int8 or weight_only
     if as_it_is and ((k > 1 and rows.stride(1) != 1) or (m > 1 and rows.stride(0) < k)):
         rows = rows.contiguous()  # the extension copies rows that are apart, not columns or overlapping rows
-    # stride_m, stride_k; a dimension of one element has any stride
-    strides = (rows.stride(0) if m > 1 else lib.round_up(k, 16), rows.stride(1) if k > 1 else 1)
+    # stride_m, stride_k; a dimension of one element has any stride. The last 16 bytes of a
+    # single int8 row could end past its memory, so it is not said to be padded.
+    alone = k if m == 1 and x.dtype == torch.int8 else lib.round_up(k, 16)
+    strides = (rows.stride(0) if m > 1 else alone, rows.stride(1) if k > 1 else 1)
     # Rows of the output start on 16 bytes; where n does not give that, the kernel writes wider ones.
     ldy = lib.round_up(n, 16 // dtype.itemsize)
     y = torch.empty((m, ldy), dtype=dtype, device=x.device)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -32,8 +34,14 @@ def run(
         out_scale=tail.out_scale,
         out_zero_point=tail.out_zero_point,
     )
+    if not tail.weight_only:
+        _gpu.check_lowest(OP, "weight", weight, weight[0].numel())
     details = _gpu.details(
-        x.get_device(), groups=geometry.groups, taps=geometry.taps, weight_only=tail.weight_only
+        x.get_device(),
+        groups=geometry.groups,
+        taps=geometry.taps,
+        weight_only=tail.weight_only,
+        rows=x.shape[:-3].numel() * math.prod(geometry.out_size(*x.shape[-2:])),
     )
     kernel = dispatch.choose(Problem(OP, "cuda", geometry.weight_shape[0], geometry.k, details))
     if kernel == "reference":

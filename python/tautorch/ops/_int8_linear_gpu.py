@@ -12,6 +12,7 @@ from tautorch.dispatch import Problem
 from tautorch.reference import int8_linear as reference
 
 from . import library as lib
+from ._gpu import check_lowest
 from ._gpu import facts as _facts
 from ._gpu import once as _once
 from ._gpu_product import product
@@ -55,6 +56,8 @@ def run(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, ta
         out_zero_point=tail.out_zero_point,
     )
     (n, k), m = weight.shape, x.shape[:-1].numel()
+    if not tail.weight_only:
+        check_lowest(OP, "weight", weight, k)
     kernel = dispatch.choose(problem(x.get_device(), m, n, k, tail.weight_only, x.dtype))
     if kernel not in ("reference", "triton"):
         return _extension(kernel, x, weight, weight_scale, bias, tail)
@@ -90,7 +93,9 @@ def _operand(weight: Tensor, with_sums: bool, index: int, stream: int) -> tuple[
     """Address and row stride of a weight the kernels can read, address of its sums, and what holds them."""
     n, k = weight.shape
     ext = dispatch.cuda
-    if weight.stride(1) == 1 and weight.stride(0) % 16 == 0 and weight.data_ptr() % 16 == 0:
+    # Rows are read in pieces of 16 bytes: in a view, what follows a row within its last piece is not zero.
+    whole = k % 16 == 0 and weight.stride(1) == 1 and weight.stride(0) >= k
+    if whole and weight.stride(0) % 16 == 0 and weight.data_ptr() % 16 == 0:
         if not with_sums:
             return weight.data_ptr(), weight.stride(0), 0, [weight]
 

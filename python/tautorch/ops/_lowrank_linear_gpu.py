@@ -35,6 +35,9 @@ def run(
         _gpu.refuse_pack(OP, name, t)
     _gpu.check_devices(OP, x, up_scale=scales[1])
     (r, k), n = down.shape, up.shape[0]
+    for name, t, terms in (("down", down, k), ("up", up, r), ("residual", values, k)):
+        if t is not None:
+            _gpu.check_lowest(OP, name, t, terms)
     more: dict[str, object] = {"rank": r, "weight_dtype": "float32" if scales[0] is None else "int8"}
     if values is not None:
         more["residual"] = pattern or "int8"

@@ -38,6 +38,7 @@ def run(
     ext, index, k = dispatch.cuda, x.get_device(), x.shape[-1]
     codes, keep = tail.codes(x, weight_scale, bias, False)
     stream = torch.cuda.current_stream(index).cuda_stream
+    _gpu.check_lowest(OP, "values", values, k)
     packed = _packed(values, places, (out_features, k), index, stream)
     plan = ext.sparse_linear_plan(packed.data_ptr(), out_features, k, codes)
     y = product(

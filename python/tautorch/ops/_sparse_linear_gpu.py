@@ -56,6 +56,8 @@ def run(
     from tautorch.triton_kernels import sparse_linear as kernels  # imports Triton: optional, and slow
 
     with torch.cuda.device(x.device):
+        if weight_scale is not None and not tail.weight_only:
+            _gpu.check_lowest(OP, "values", values, shape[1])
         sums = check(values, crow, col, pattern, shape)
         assert crow is not None and col is not None  # by check
         arguments = tail._asdict()

@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tautorch import tuning
+from tautorch.dispatch import MAX_TRITON_ROWS as MAX_ROWS
 
 from .int8_linear import ACTIVATIONS, Config, _activate, _store, _tile, quantize_rows
 
@@ -164,8 +165,8 @@ def int8_conv2d(
     y = torch.empty((b, oh, ow, n), dtype=dtype, device=x.device)
     if m == 0:
         return y.permute(0, 3, 1, 2)
-    if m >= 2**31:
-        raise ValueError(f"int8_conv2d: x must have fewer pixels, got {m} outputs; split the batch")
+    if m > MAX_ROWS:
+        raise ValueError(f"int8_conv2d: x must give at most {MAX_ROWS} pixels, got {m}; split the batch")
     image = x.permute(0, 2, 3, 1).contiguous()
     if image.is_floating_point():
         given = x_scale

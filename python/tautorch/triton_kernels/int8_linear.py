@@ -24,6 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tautorch import tuning
+from tautorch.dispatch import MAX_TRITON_ROWS as MAX_ROWS
 
 ACTIVATIONS = {"none": 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4}
 MAX_K = 66311
@@ -333,6 +334,11 @@ def _check_last_stride(name: str, t: Tensor) -> None:
         )
 
 
+def _check_rows(m: int) -> None:
+    if m > MAX_ROWS:
+        raise ValueError(f"int8_linear: x must have at most {MAX_ROWS} rows, got {m}; split the batch")
+
+
 def quantize_rows(
     x: Tensor, x_scale: Tensor | None = None, x_zero_point: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -403,6 +409,7 @@ def matmul(
             f"int8_linear: out_dtype must be int8 with an out_scale and float or int32 without, got "
             f"{out_dtype} and out_scale {given}"
         )
+    _check_rows(m)
     y = torch.empty((m, n), dtype=out_dtype, device=q.device)
     if m == 0 or n == 0:
         return y
@@ -479,6 +486,7 @@ def weight_only_matmul(
         raise ValueError(
             f"int8_linear: out_dtype must be float where weight_only, got {dtype}; give out_scale for int8"
         )
+    _check_rows(m)
     y = torch.empty((m, n), dtype=dtype, device=x.device)
     if m == 0 or n == 0:
         return y
