@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import warnings
 from collections.abc import Iterator
 from dataclasses import astuple, dataclass
@@ -135,7 +137,10 @@ def test_a_bad_file_is_one_line_and_replaced_by_what_is_measured(stand: Stand, t
         assert stand.choose() == FAST
 
 
-@pytest.mark.parametrize("tile", [[3, 1], [16], [16, 1, 1], ["16", 1], [0, 1], [4096, 1], None, 7, [True, 1]])
+@pytest.mark.parametrize(
+    "tile",
+    [[3, 1], [16], [16, 1, 1], ["16", 1], [0, 1], [8, 1], [512, 1], [4096, 1], [16, 65], None, 7, [True, 1]],
+)
 def test_a_bad_tile_is_not_used(stand: Stand, tile: Any) -> None:
     ship(tile, measured=True)
     assert stand.choose() == RULE
@@ -148,6 +153,40 @@ def test_a_folder_that_cannot_be_written_does_not_stop_a_call(
     monkeypatch.setenv("TAUTORCH_CACHE", str(tmp_path / "file"))
     with tuning.measuring(), pytest.warns(UserWarning, match="cannot be written"):
         assert stand.choose() == FAST
+
+
+def test_a_write_that_fails_leaves_no_file_behind(stand: Stand, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no(*_: Any) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(tuning.os, "replace", no)
+    with tuning.measuring(), pytest.warns(UserWarning, match="disk full"):
+        assert stand.choose() == FAST
+    assert not list(tuning.cache_file().parent.iterdir())
+    assert stand.choose() == FAST
+
+
+def test_processes_that_write_take_turns(stand: Stand) -> None:
+    script = (
+        "import sys, pathlib; from tautorch import tuning; p = pathlib.Path(sys.argv[1])\n"
+        "for i in range(20): tuning._write(p, f'{sys.argv[2]}{i}', [16])"
+    )
+    path = tuning.cache_file()
+    both = [subprocess.Popen([sys.executable, "-c", script, str(path), name]) for name in "ab"]
+    assert [p.wait(120) for p in both] == [0, 0]
+    assert len(json.loads(path.read_text())["choices"]) == 40
+
+
+def test_no_room_to_measure_in_is_the_rule_and_not_kept(
+    stand: Stand, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(calls: list[Any]) -> list[float]:
+        raise torch.cuda.OutOfMemoryError("256 MiB")
+
+    monkeypatch.setattr(tuning, "_time", full)
+    with tuning.measuring():
+        assert stand.choose() == RULE
+    assert not tuning.cache_file().exists()
 
 
 def test_nothing_is_measured_in_a_capture_or_on_the_cpu(

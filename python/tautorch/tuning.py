@@ -9,6 +9,7 @@ call pays for it unasked. The file is ``gpu-tiles-1.json`` in ``$TAUTORCH_CACHE`
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import functools
 import json
 import os
@@ -62,7 +63,7 @@ def rows_of(m: int) -> int:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """A table: ``choices`` by key, ``measured``. A file that cannot be used is left alone, with one line."""
+    """A table: ``choices`` by key, ``measured``. A bad file costs one line, until a write replaces it."""
     if path not in _tables:
         table: dict[str, Any] = {"choices": {}, "measured": True}
         try:
@@ -79,20 +80,45 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _write(path: Path, key: str, choice: Any) -> None:
-    """Add a choice to the file, whole or not at all: another process may write it at the same time."""
-    _tables.pop(path, None)  # what others have written since
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # said when it was first read; it is replaced now
-        choices = {**_read(path)["choices"], key: choice}
-    _tables[path] = {"choices": choices, "measured": True}
+    """Add a choice to the file, whole or not at all; processes that do at the same time take turns."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name)
+        with _locked(path.parent):
+            _replace(path, {**_read_again(path)["choices"], key: choice})
+    except OSError as error:
+        _tables[path] = {"choices": {**_read_again(path)["choices"], key: choice}, "measured": True}
+        warnings.warn(f"tautorch: {path} cannot be written ({error}); tiles are not kept", stacklevel=2)
+
+
+def _read_again(path: Path) -> dict[str, Any]:
+    """The table with what others have written since."""
+    _tables.pop(path, None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # said when it was first read; it is replaced now
+        return _read(path)
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Inside, no other process is; the folder itself is locked, so no file is left behind."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _replace(path: Path, choices: dict[str, Any]) -> None:
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name)
+    try:
         with os.fdopen(handle, "w") as file:
             json.dump({"version": VERSION, "measured": True, "choices": choices}, file, indent=0)
         os.replace(name, path)
-    except OSError as error:
-        warnings.warn(f"tautorch: {path} cannot be written ({error}); tiles are not kept", stacklevel=2)
+    except BaseException:
+        os.unlink(name)
+        raise
+    _tables[path] = {"choices": choices, "measured": True}
 
 
 def choose(
@@ -123,7 +149,10 @@ def choose(
         return found  # type: ignore[no-any-return]
     if not _measuring or torch.cuda.is_current_stream_capturing():
         return rule()
-    best = _fastest([rule(), *candidates()], run)
+    try:
+        best = _fastest([rule(), *candidates()], run)
+    except torch.cuda.OutOfMemoryError:  # no room to flush L2 with; not remembered
+        return rule()
     _found[full] = best, True
     _write(cache_file(), "|".join(str(part) for part in full), astuple(best))  # type: ignore[call-overload]
     return best
@@ -144,12 +173,25 @@ def _device_name(index: int) -> str:
     return str(torch.cuda.get_device_name(index))
 
 
+# Least and largest value of a tile's field, and whether it may be other than a power of two.
+_RANGES = {
+    "block_m": (16, 256, False),
+    "block_n": (16, 256, False),
+    "block_k": (16, 256, False),
+    "chunk": (1, 16, False),
+    "num_warps": (1, 16, False),
+    "num_stages": (1, 8, True),
+    "splits": (1, 64, True),
+    "group_m": (1, 64, True),
+}
+
+
 def tile(kind: type[T], values: Any) -> T:
-    """A dataclass of integers from its values; ValueError unless a kernel could be compiled for it."""
+    """A dataclass of integers from its values; ValueError where one is out of its field's range."""
     names = [field.name for field in fields(kind)]  # type: ignore[arg-type]
     for name, value in zip(names, values, strict=True):
-        free = name in ("splits", "num_stages", "group_m")
-        if type(value) is not int or not 0 < value <= 1024 or not (free or value.bit_count() == 1):
+        low, high, any_number = _RANGES[name]
+        if type(value) is not int or not low <= value <= high or not (any_number or value.bit_count() == 1):
             raise ValueError(f"{name} {value!r}")
     return kind(*values)
 
