@@ -345,7 +345,7 @@ def _refuse_conv(problem: Problem) -> str | None:
     return _refuse_rows(problem)
 
 
-# A tile is at most 256 rows high, and its last row is counted in 32 bits.
+# MAX_ROWS of triton_kernels, which import Triton.
 MAX_TRITON_ROWS = 2**31 - 256
 
 

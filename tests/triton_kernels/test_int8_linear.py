@@ -148,3 +148,15 @@ def test_weight_only_compiles(capability: int, dtype: str, m: int, tmp_path: Pat
     check_resources(compiled, capability, tmp_path)
     has_tensor_core = re.search(r"mma\.(sync|async)|mma_async", compiled.asm["ptx"]) is not None
     assert has_tensor_core == (dtype != "float32"), "fp32 activations must not be rounded to tf32"
+
+
+def test_more_rows_than_32_bits_count_are_refused() -> None:
+    from tautorch.dispatch import MAX_TRITON_ROWS
+
+    assert tk.MAX_ROWS == MAX_TRITON_ROWS == 2**31 - 256
+    one = torch.ones(1)
+    q = torch.zeros(1, 16, dtype=torch.int8).expand(tk.MAX_ROWS + 1, 16)
+    with pytest.raises(ValueError, match="at most 2147483392 rows"):
+        tk.matmul(q, one, q[:1], one)
+    with pytest.raises(ValueError, match="at most 2147483392 rows"):
+        tk.weight_only_matmul(torch.zeros(1, 16).expand(q.shape), q[:1], one)

@@ -15,9 +15,8 @@ import triton.language as tl
 from torch import Tensor
 
 from tautorch import tuning
-from tautorch.dispatch import MAX_TRITON_ROWS as MAX_ROWS
 
-from .int8_linear import ACTIVATIONS, Config, _activate, _store, _tile, quantize_rows
+from .int8_linear import ACTIVATIONS, MAX_ROWS, Config, _activate, _store, _tile, quantize_rows
 
 
 @triton.jit

@@ -24,11 +24,12 @@ import triton.language as tl
 from torch import Tensor
 
 from tautorch import tuning
-from tautorch.dispatch import MAX_TRITON_ROWS as MAX_ROWS
 
 ACTIVATIONS = {"none": 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4}
 MAX_K = 66311
 """Largest K for which 255 * 127 * K fits in int32."""
+MAX_ROWS = 2**31 - 256
+"""A tile is at most 256 rows high, and its last row is counted in 32 bits."""
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 OUT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8, torch.int32)
 
