@@ -29,9 +29,11 @@ BUILD = ROOT / "build" / "gpu"
 PACKAGE = ROOT / "python"
 SANITIZER_TOOLS = ("memcheck", "racecheck")
 # Small shapes on both sides of a tile's edge, padded and not: a sanitizer runs tens of times slower.
-SANITIZED = (
-    "(test_sizes and (1-1-1 or 17-65-129 or 129-257-384)) or test_any_strides or test_int8_rows_off_16_bytes"
-)
+SMALL = "(1-1-1 or 17-65-129 or 129-257-384)"
+SANITIZED = f"(test_sizes and {SMALL}) or test_any_strides or off_16_bytes"
+SANITIZED_PACKED = "1-1-1 or 7-17-33 or 65-65-129 or pixel or strided or padded"
+SANITIZED_WEIGHT_ONLY = "test_weight_only and (1-1-1 or 7-17-33 or 16-63-127 or 17-65-129)"
+IDLE = "no test of it ran"
 TRITON_OPS = "lowrank-and-sparse"
 SANITIZED_TRITON = (
     "(test_lowrank_sizes and rule or test_sparse_sizes) and (1-1-1 or 17-65-129) or test_lowrank_residual"
@@ -63,10 +65,10 @@ class State:
 def source_hash() -> str:
     """Of everything that decides how a kernel runs and is tested."""
     digest = hashlib.sha256()
-    folders = ("csrc", "cmake", "python/tautorch/ops", "python/tautorch/triton_kernels", "tests/gpu")
+    folders = ("csrc", "cmake", "python/tautorch", "tests", "benches/gpu")
     for folder in folders:
         for path in sorted((ROOT / folder).rglob("*")):
-            if path.is_file() and path.suffix in {".cu", ".cuh", ".h", ".cpp", ".py", ".cmake"}:
+            if path.is_file() and path.suffix in {".cu", ".cuh", ".h", ".cpp", ".py", ".cmake", ".json"}:
                 digest.update(str(path.relative_to(ROOT)).encode() + path.read_bytes())
     return digest.hexdigest()[:16]
 
@@ -198,14 +200,23 @@ def sanitize(state: State, deadline: float, only: str) -> str:
     from tautorch import dispatch
 
     rows = [k.name for k in dispatch.kernels("int8_linear") if k.device == "cuda"]
-    rows.append(TRITON_OPS)
+    packed = [
+        k.name
+        for op in ("sparse_linear", "int8_conv2d")
+        for k in dispatch.kernels(op)
+        if k.device == "cuda" and k.name not in ("reference", "triton", "cuda")
+    ]
+    rows += [*packed, TRITON_OPS]
     done = state.done("sanitize")
     for check in SANITIZER_TOOLS:
         for row in [r for r in rows if r not in ("reference", "cuda") and only in r]:
             key = f"{check} {row}"
             if done.get(key) == "clean":
                 continue
-            file, select = "test_int8_linear_gpu.py", f"(({SANITIZED}) and {row}) or test_pack_block"
+            chosen = SANITIZED_WEIGHT_ONLY if row.startswith("weight_only") else SANITIZED
+            file, select = "test_int8_linear_gpu.py", f"(({chosen}) and {row}) or test_pack_block"
+            if row in packed:
+                file, select = "test_packed_gpu.py", f"({SANITIZED_PACKED}) and {row}"
             if row == TRITON_OPS:
                 file, select = "test_triton_ops_gpu.py", SANITIZED_TRITON
             command = [
@@ -219,6 +230,7 @@ def sanitize(state: State, deadline: float, only: str) -> str:
                 "pytest",
                 "-q",
                 "-x",
+                "-rp",
             ]
             command += [
                 "-p",
@@ -240,12 +252,23 @@ def sanitize(state: State, deadline: float, only: str) -> str:
                 return f"stopped at the limit in {key}; run the stage again"
             log = BUILD / f"sanitize-{check}-{row}.log"
             log.write_text(run.stdout + run.stderr)
-            done[key] = "clean" if run.returncode in (0, 5) else f"exit {run.returncode}"
+            done[key] = verdict(run.returncode, run.stdout, "" if row == TRITON_OPS else row)
             state.save()
             print(f"  {key}: {done[key]}")
-            if done[key] != "clean":
+            if done[key].startswith("exit"):
                 raise Cannot(f"sanitize: {key} found something; see {log}")
-    return f"{len(done)} runs clean"
+    idle = sorted(key for key, outcome in done.items() if outcome == IDLE)
+    return f"{len(done) - len(idle)} runs clean" + "".join(f"; {key}: {IDLE}" for key in idle)
+
+
+def verdict(code: int, output: str, row: str) -> str:
+    """What a sanitized run of pytest (``-rp``) showed; clean: a test that names ``row`` passed."""
+    if code not in (0, 5):
+        return f"exit {code}"
+    ran = [
+        line for line in output.splitlines() if line.startswith("PASSED") and row in line.partition("::")[2]
+    ]
+    return "clean" if ran else IDLE
 
 
 def bench(state: State, deadline: float, only: str) -> str:

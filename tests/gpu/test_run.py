@@ -48,6 +48,40 @@ def test_what_is_done_is_kept_until_the_sources_change(
     assert run.State().done("sanitize") == {}
 
 
+def test_a_row_is_clean_only_if_a_test_of_it_passed(run: ModuleType) -> None:
+    passed = "PASSED tests/gpu/test_int8_linear_gpu.py::test_pack_block\n"
+    assert run.verdict(0, passed, "weight_only_8") == run.IDLE
+    assert run.verdict(5, "", "weight_only_8") == run.IDLE
+    assert (
+        run.verdict(0, passed + "PASSED t.py::test_weight_only[weight_only_8-1-1-1-dtype0]", "weight_only_8")
+        == "clean"
+    )
+    assert run.verdict(86, passed, "") == "exit 86" and run.verdict(0, passed, "") == "clean"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "python/tautorch/dispatch.py",
+        "python/tautorch/nn/int8_linear.py",
+        "python/tautorch/triton_kernels/tiles/nvidia-h200.json",
+        "tests/triton_kernels/interpreted_int8_linear.py",
+        "benches/gpu/measure.py",
+        "csrc/kernels/common/cuda_status.h",
+    ],
+)
+def test_the_sources_hash_covers(
+    run: ModuleType, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "ROOT", tmp_path)
+    assert (ROOT / name).exists()
+    (tmp_path / name).parent.mkdir(parents=True)
+    (tmp_path / name).write_text("a")
+    before = run.source_hash()
+    (tmp_path / name).write_text("b")
+    assert run.source_hash() != before
+
+
 def test_a_command_past_its_limit_is_ended_with_its_children(run: ModuleType, tmp_path: Path) -> None:
     mark = tmp_path / "mark"
     child = f"import time, pathlib; time.sleep(3); pathlib.Path({str(mark)!r}).touch()"

@@ -1,0 +1,82 @@
+"""sparse_linear 2:4 and int8_conv2d on a GPU: every row of the extension forced, against the reference."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tautorch import dispatch, ops
+from tautorch.reference.int8_conv2d import int8_conv2d as conv_reference
+from tautorch.reference.sparse_linear import sparse_linear as sparse_reference
+from tautorch.testing.cases import Case, conv_case, linear_case
+from tautorch.testing.tolerances import assert_close
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device is visible to torch"),
+]
+FUNCTIONS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
+    "sparse_linear": (ops.sparse_linear, sparse_reference),
+    "int8_conv2d": (ops.int8_conv2d, conv_reference),
+}
+# Around the tiles (64 to 256 outputs, 64 and 128 rows, K in steps of 64), primes, and K off 16.
+SIZES = [(1, 1, 1), (7, 17, 33), (63, 64, 127), (65, 65, 129), (128, 256, 384), (257, 131, 509)]
+# Images and weights: one pixel, edges and strides, several tiles of pixels.
+IMAGES: list[tuple[tuple[int, ...], tuple[int, int, int, int], dict[str, Any]]] = [
+    ((1, 16, 1, 1), (1, 16, 1, 1), {}),
+    ((2, 16, 9, 8), (19, 16, 3, 2), {"stride": (2, 1), "padding": 1, "dilation": (1, 2)}),
+    ((3, 48, 13, 11), (65, 48, 3, 3), {"padding": 1}),
+    ((1, 64, 17, 17), (257, 64, 1, 1), {"stride": 2}),
+]
+
+
+def rows(op: str) -> list[str]:
+    found = [k.name for k in dispatch.kernels(op) if k.device == "cuda"]
+    return [name for name in found if name not in ("reference", "triton")]
+
+
+def agree(case: Case, kernel: str, device: str = "cuda") -> None:
+    """Sums exactly where x is int8 or quantised as the reference does; floats within the table."""
+
+    def move(v: Any) -> Any:
+        return v.to(device) if isinstance(v, Tensor) else v
+
+    there = replace(
+        case, args=tuple(move(a) for a in case.args), kwargs={k: move(v) for k, v in case.kwargs.items()}
+    )
+    function, reference = FUNCTIONS[case.op]
+    with dispatch.force(case.op, kernel):
+        raw, actual = there.raw()(function), there(function)
+        ran = str(dispatch.last_used(case.op))
+    assert ran == kernel or (kernel == "cuda" and ran in rows(case.op))
+    assert torch.equal(raw.cpu(), case.raw()(reference))
+    assert_close(actual.cpu(), case(reference), magnitude=case.magnitude(reference))
+
+
+@pytest.mark.parametrize("mode", ["dynamic", "static", "int8"])
+@pytest.mark.parametrize("m,n,k", SIZES)
+@pytest.mark.parametrize("kernel", rows("sparse_linear"))
+def test_two_of_four(kernel: str, m: int, n: int, k: int, mode: str) -> None:
+    agree(linear_case("sparse_linear", m, n, k, mode=mode, pattern="2:4"), kernel)
+
+
+@pytest.mark.parametrize("x", ["lowest", "highest", "extremes"])
+@pytest.mark.parametrize("w", ["lowest", "highest", "extremes"])
+@pytest.mark.parametrize("kernel", rows("sparse_linear"))
+def test_two_of_four_extreme_integers(kernel: str, w: str, x: str) -> None:
+    agree(linear_case("sparse_linear", 33, 65, 2048, mode="int8", x=x, w=w, pattern="2:4"), kernel)
+
+
+@pytest.mark.parametrize("mode", ["dynamic", "static", "int8"])
+@pytest.mark.parametrize("image", IMAGES, ids=["pixel", "strided", "padded", "wide"])
+@pytest.mark.parametrize("kernel", rows("int8_conv2d"))
+def test_convolutions(kernel: str, image: tuple[Any, Any, dict[str, Any]], mode: str) -> None:
+    x_shape, w_shape, more = image
+    case = conv_case("int8_conv2d", x_shape, w_shape, mode=mode, **more)
+    agree(case, kernel)
+    agree(case.with_x(case.x.contiguous(memory_format=torch.channels_last)), kernel)
