@@ -396,7 +396,7 @@ def tables(extension: Extension, monkeypatch: pytest.MonkeyPatch) -> Iterator[Ex
 
 
 @pytest.mark.parametrize("n,k", [(1, 1), (5, 17), (16, 64), (9, 100)])
-def test_two_of_four(tables: Extension, n: int, k: int) -> None:
+def test_two_of_four(tables: Extension, monkeypatch: pytest.MonkeyPatch, n: int, k: int) -> None:
     weight = torch.randint(-127, 128, (n, k), dtype=torch.int8)
     weight.reshape(-1)[torch.arange(n * k) % k % 4 > 1] = 0
     values, _, places = encode(weight, weight != 0, "2:4")
@@ -412,6 +412,12 @@ def test_two_of_four(tables: Extension, n: int, k: int) -> None:
             assert torch.equal(got, want) and got.is_contiguous()
     assert tables.calls.count("pack") == 1 and tables.calls[:2] == ["pack", "synchronize"]
     assert dispatch.last_used("sparse_linear") == "sp_b"
+    if k > 1:
+        monkeypatch.setattr(_gpu, "MAX_K_LOWEST", k - 1)
+        values[0, 0] = -128
+        with pytest.raises(ValueError, match=r"values must be in \[-127, 127\]"):
+            sparse.run(x, (values, None, places), scale, bias, "2:4", n, lib.Tail())
+        values[0, 0] = 1
     with pytest.raises(ValueError, match="strictly ascending"):
         sparse.run(x, (values, None, places.clone().zero_()), scale, bias, "2:4", n, lib.Tail())
 

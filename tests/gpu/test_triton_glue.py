@@ -271,3 +271,19 @@ def test_conv_refusals(by_reference: None) -> None:
     case = conv_case("int8_conv2d", (1, 3, 7, 5), (6, 3, 3, 3))
     with pytest.raises(ValueError, match="at most 2147483392 rows"):
         run_conv(case.with_x(case.x.expand(2**28, 3, 7, 5)))
+
+
+@pytest.mark.parametrize("op", ["lowrank", "block", "conv"])
+def test_the_lowest_weight_is_refused_where_sums_could_overflow(
+    seen: dict[str, Any], given: dict[str, Any], by_reference: None, monkeypatch: pytest.MonkeyPatch, op: str
+) -> None:
+    monkeypatch.setattr(_gpu, "MAX_K_LOWEST", 20)
+    case, run, name = {
+        "lowrank": (linear_case("lowrank_linear", 5, 17, 33, rank=7), run_lowrank, "down"),
+        "block": (linear_case("sparse_linear", 5, 70, 131, pattern="32x32"), run_sparse, "values"),
+        "conv": (conv_case("int8_conv2d", (2, 3, 7, 5), (6, 3, 3, 3)), run_conv, "weight"),
+    }[op]
+    run(case)
+    case.args[1].view(-1)[3] = -128
+    with pytest.raises(ValueError, match=rf"{name} must be in \[-127, 127\] where K is above 20, got -128"):
+        run(case)
