@@ -116,7 +116,7 @@ CONV = nn.Conv2d(16, 16, 3)
 NOTES: list[tuple[PackedModule, str]] = [
     (
         SparseConv2d.from_float(CONV, pattern="2:4", mask=torch.arange(2304).reshape(16, 16, 3, 3) % 2 == 0),
-        "2:4 runs the dense kernel: no CPU has a 2:4 unit",
+        "2:4 runs the dense kernel: this one has no 2:4 form, or none that pays at this shape",
     ),
     (SparseConv2d.from_float(CONV, pattern="16x16"), "16x16 blocks run as 4x1 ones"),
     (Int8Conv2d.from_float(CONV, quant="weight_only"), "weight-only: fp32 multiply-adds"),

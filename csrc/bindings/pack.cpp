@@ -71,9 +71,15 @@ void bind_pack(py::module_ &m) {
     m.def("dense_pack", [](const std::string &kernel, int kind, int64_t groups, int64_t n, int64_t k,
                            int64_t taps, int64_t w, int64_t sn, int64_t sk, int64_t st, int64_t out) {
         const PackHeader h = checked_dense(kernel, kind, groups, n, k, taps);
-        if (h.kind == PackKind::pairs_i8 && !fits_pairs(n, k, at<const int8_t>(w), {sn, sk, st}))
+        bool pairs = true, low = false;
+        {
+            py::gil_scoped_release release; // both may read the whole weight
+            pairs = h.kind != PackKind::pairs_i8 || fits_pairs(n, k, at<const int8_t>(w), {sn, sk, st});
+            low = too_low(h, at<const int8_t>(w), {sn, sk, st});
+        }
+        if (!pairs)
             throw py::value_error("dense_pack: 2:4 keeps at most two of each four inputs");
-        if (too_low(h, at<const int8_t>(w), {sn, sk, st}))
+        if (low)
             throw py::value_error(
                 "dense_pack: weight must be in [-127, 127] where K is above " + std::to_string(kMaxKLowest) +
                 ", got -128 with K=" + std::to_string(taps * k) + "; clamp it to -127 or split the layer");

@@ -8,7 +8,8 @@ struct CpuFeatures {
     bool avx_vnni = false;    // the VEX-encoded vpdpbusd
     bool avx512_vnni = false; // AVX-512 F, BW, DQ, VL and VNNI
     bool avx512_vbmi = false; // the same and VBMI
-    bool halves_512 = false;  // 512-bit instructions run as two halves (Zen 4)
+    // 512-bit instructions run as two halves: Zen 4. (Some mobile Zen 5 do too and are not told apart.)
+    bool halves_512 = false;
 };
 
 const CpuFeatures &cpu_features();

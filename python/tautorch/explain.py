@@ -190,7 +190,8 @@ def _notes(layer: PackedModule, kernel: str) -> Iterator[str]:
     if pattern is not None:
         yield from _sparse_notes(pattern, layer)
     if getattr(layer, "quant", None) == "weight_only":
-        yield "weight-only: fp32 multiply-adds; int8 saves memory, not arithmetic"
+        rows = " beyond 4 rows" if kernel == "avx512vnni" and layer.op == "int8_linear" else ""
+        yield f"weight-only: fp32 multiply-adds{rows}; int8 saves memory, not arithmetic"
     elif getattr(layer, "weight_dtype", torch.int8) == torch.float32:
         yield "float32 values: fp32 multiply-adds, no quantisation"
     if layer.op == "sparse_linear" and kernel != "reference" and _only_lists(layer):
@@ -242,7 +243,7 @@ def _sparse_notes(pattern: str, layer: Any) -> Iterator[str]:
     if info.get("kind") == PAIRS_I8:
         yield "2:4 runs by a kernel of its own, on 5/8 of the dense bytes"
     elif pattern == "2:4":
-        yield "2:4 runs the dense kernel: no CPU has a 2:4 unit"
+        yield "2:4 runs the dense kernel: this one has no 2:4 form, or none that pays at this shape"
     elif packs_dense(pattern, _shape(layer)):
         yield f"runs the dense kernel: more than {MAX_INPUTS} inputs, which 16-bit indices cannot name"
     elif pattern not in ("unstructured", "4x1") and not info.get("cells"):

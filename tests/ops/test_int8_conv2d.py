@@ -56,10 +56,11 @@ SHAPES: list[tuple[tuple[int, ...], tuple[int, int, int, int], dict[str, Any]]] 
     ((2, 8, 4, 3), (20, 8, 3, 3), {"padding": (1, 2)}),
     ((40, 4, 3, 3), (8, 4, 3, 3), {"padding": 1}),
     ((2, 64, 13, 13), (64, 4, 3, 3), {"padding": 1, "groups": 16}),  # one quad of inputs an output
+    ((1, 32, 5, 5), (16, 4, 3, 3), {"groups": 8}),  # one, of 64 bytes
     ((1, 32, 6, 7), (32, 8, 3, 3), {"padding": 1, "groups": 4, "stride": 2}),  # two
-    ((1, 48, 6, 6), (48, 16, 3, 3), {"padding": 1, "groups": 3}),  # four
+    ((1, 48, 6, 6), (48, 16, 3, 3), {"padding": 1, "groups": 3}),  # four, by the plain panels
     ((1, 64, 6, 6), (32, 8, 3, 3), {"padding": 1, "groups": 8}),  # two of eight
-    ((1, 128, 5, 5), (32, 16, 3, 3), {"padding": 1, "groups": 8}),  # four of sixteen
+    ((1, 128, 5, 5), (32, 16, 3, 3), {"padding": 1, "groups": 8}),  # four of sixteen, by the plain panels
     ((1, 24, 5, 5), (30, 12, 3, 3), {"padding": 1, "groups": 2}),
     ((1, 8, 12, 12), (8, 4, 9, 9), {"padding": 4, "groups": 2}),
     ((5, 20, 7, 3), (300, 20, 1, 1), {}),  # int8 images read where they are

@@ -25,7 +25,8 @@ int64_t count_cells(int64_t groups, int64_t n, int64_t inputs, const SparseEntri
         const uint32_t begin = e.start[g.first], size = e.start[g.first + 1] - begin;
         for (int64_t i = 1; i < g.count; ++i)
             if (e.start[g.first + i + 1] - e.start[g.first + i] != size ||
-                std::memcmp(e.index + begin, e.index + e.start[g.first + i], 2 * size_t{size}) != 0)
+                (size != 0 &&
+                 std::memcmp(e.index + begin, e.index + e.start[g.first + i], 2 * size_t{size}) != 0))
                 return -1;
         for (uint32_t i = 0; i < size; ++cells) {
             const int64_t from = e.index[begin + i];

@@ -12,7 +12,10 @@
 namespace tautorch {
 namespace {
 
-inline __mmask16 first(int64_t n) { return static_cast<__mmask16>(n >= 16 ? 0xffff : (1u << n) - 1); }
+// None where n is negative: the last strip of 32 outputs may have fewer than 16.
+inline __mmask16 first(int64_t n) {
+    return static_cast<__mmask16>(n >= 16 ? 0xffff : n > 0 ? (1u << n) - 1 : 0);
+}
 
 // The high (1) or low (0) halves of two vectors' 32-bit lanes, in order.
 template <int High> struct Halves {

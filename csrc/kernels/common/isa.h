@@ -101,13 +101,13 @@ struct Isa {
     // A panel of dot_i8 times a whole block of rows, with the epilogue. Null where there is none.
     void (*product_i8)(const ProductI8 &) = nullptr;
 
-    // sparse_i8 on a panel of w = 64 whose sums are complete with it, scaled: acc is float. Null where there
-    // is none.
-    void (*sparse_i8_scaled)(int gs, const uint8_t *x, const uint32_t *start, const uint16_t *idx,
+    // sparse_i8 for groups of 4 on a panel of w = 64 whose sums are complete with it, scaled: acc is float.
+    // Null where there is none.
+    void (*sparse_i8_scaled)(const uint8_t *x, const uint32_t *start, const uint16_t *idx,
                              const int8_t *values, int64_t g0, int64_t g1, bool add, int32_t *acc,
                              const SparseScales &scales) = nullptr;
 
-    // The same for groups of few channels.
+    // product_i8 for groups of few channels.
     void (*grouped_i8)(const GroupedI8 &) = nullptr;
 
     // A strip of cells or of 2:4 weights times a tile of rows. Null where there is none.

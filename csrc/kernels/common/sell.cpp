@@ -51,7 +51,7 @@ struct Rates {
 // Fitted to Zen 5 and to Zen 4; what else runs 512 bits whole is taken for the former.
 constexpr Rates kWholeRates = {0.72, 0.85, 0.85, 1.55, 2.4, 2.6, 4.5, 4.7,
                                3.5,  8.6,  5.0,  15,   0.3, 0.4, 0.1, 48 * 1024};
-constexpr Rates kHalvesRates = {1.33, 0.5,  0.8, 2.2, 4.3, 4.5,  5.5,  8.5,
+constexpr Rates kHalvesRates = {1.33, 0.5,  0.8, 2.2, 4.3, 4.5,  5.5,  8.0,
                                 6.2,  16.4, 9.0, 15,  0.6, 0.55, 0.15, 32 * 1024};
 const Rates &rates_here() { return cpu_features().halves_512 ? kHalvesRates : kWholeRates; }
 

@@ -160,10 +160,10 @@ void sparse_i8_avx512vnni(int gs, int w, const uint8_t *x, const uint32_t *start
         (gs == 4 ? panel16<4> : panel16<1>)(x, start, idx, values, g0, g1, add, acc);
 }
 
-void sparse_i8_scaled_avx512vnni(int gs, const uint8_t *x, const uint32_t *start, const uint16_t *idx,
+void sparse_i8_scaled_avx512vnni(const uint8_t *x, const uint32_t *start, const uint16_t *idx,
                                  const int8_t *values, int64_t g0, int64_t g1, bool add, int32_t *acc,
                                  const SparseScales &scales) {
-    (gs == 4 ? panel64<4, true> : panel64<1, true>)(x, start, idx, values, g0, g1, add, acc, &scales);
+    panel64<4, true>(x, start, idx, values, g0, g1, add, acc, &scales);
 }
 
 } // namespace tautorch

@@ -21,7 +21,7 @@ constexpr SparseOrder kSparseOrderAvx512 = sparse_order_avx512();
 void sparse_i8_avx512vnni(int gs, int w, const uint8_t *x, const uint32_t *start, const uint16_t *idx,
                           const int8_t *values, int64_t g0, int64_t g1, bool add, int32_t *acc);
 
-void sparse_i8_scaled_avx512vnni(int gs, const uint8_t *x, const uint32_t *start, const uint16_t *idx,
+void sparse_i8_scaled_avx512vnni(const uint8_t *x, const uint32_t *start, const uint16_t *idx,
                                  const int8_t *values, int64_t g0, int64_t g1, bool add, int32_t *acc,
                                  const SparseScales &scales);
 

@@ -24,7 +24,8 @@ class SparseLinear(SparseModule, LinearModule):
     Args:
         in_features, out_features, bias, device, dtype: as ``nn.Linear``; ``dtype`` is ignored.
         pattern: "unstructured", "2:4", "4x1", "16x16", "32x32" or "64x64". On CPUs int8 2:4 has
-            a kernel of its own for AVX-512; elsewhere it runs as a dense weight.
+            a kernel of its own for AVX-512; elsewhere, and where many of its strips of 32 outputs
+            would be empty, it runs as a dense weight.
         nnz: stored blocks (unstructured: weights); ignored for 2:4, where it follows from the shape.
         weight_dtype: ``torch.int8``, or ``torch.float32`` values that meet x in fp32.
         quant: with int8 values "dynamic" (x quantised per row) or "static" (by ``x_scale``,
