@@ -2,9 +2,9 @@
 //
 // The row's large elements become integers of one power of two, exactly: those within 2^-7 of the largest
 // have no bit below it. Each integer is four signed digits of 8 bits, and vpdpbusd sums every digit exactly.
-// What is smaller is left to float multiply-adds; rows of which an eighth is so small are floats as a whole. So no element loses precision,
-// however the weights are: the sums' conversion and addition round by less than 4 * 2^-23 * sum |x||w|, the
-// small elements' as floats do.
+// What is smaller is left to float multiply-adds; rows of which an eighth is so small are floats as a whole.
+// So no element loses precision, however the weights are: the sums' conversion and addition round by less
+// than 4 * 2^-23 * sum |x||w|, the small elements' as floats do.
 #pragma once
 
 #include <cstdint>
