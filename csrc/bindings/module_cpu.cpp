@@ -164,14 +164,21 @@ PYBIND11_MODULE(_C, m) {
                                         std::to_string(bytes));
         return read_lines(b::at<const uint8_t>(address), bytes);
     });
-    // Runs the kernel's product instruction on registers; returns the multiply-accumulates done.
-    m.def("peak_i8", [](const std::string &kernel, int64_t rounds) {
+    // Run the kernel's product instruction on registers; return the multiply-accumulates done.
+    const auto isa_of = [](const char *fn, const std::string &kernel, int64_t rounds) {
         const Isa *isa = find_isa(kernel.c_str());
         if (!isa || !isa_supported(*isa))
-            throw pybind11::value_error("peak_i8: this CPU cannot run kernel '" + kernel + "'");
+            throw pybind11::value_error(std::string(fn) + ": this CPU cannot run kernel '" + kernel + "'");
         if (rounds < 1)
-            throw pybind11::value_error("peak_i8: rounds must be at least 1, got " + std::to_string(rounds));
-        return isa->peak_i8(rounds);
+            throw pybind11::value_error(std::string(fn) + ": rounds must be at least 1, got " +
+                                        std::to_string(rounds));
+        return isa;
+    };
+    m.def("peak_i8", [isa_of](const std::string &kernel, int64_t rounds) {
+        return isa_of("peak_i8", kernel, rounds)->peak_i8(rounds);
+    });
+    m.def("peak_f32", [isa_of](const std::string &kernel, int64_t rounds) {
+        return isa_of("peak_f32", kernel, rounds)->peak_f32(rounds);
     });
     m.def("last_used", [](const std::string &op) -> pybind11::object {
         const char *k = b::last_used_kernel[static_cast<size_t>(b::op_slot(op.c_str()))];

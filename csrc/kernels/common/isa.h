@@ -88,9 +88,10 @@ struct Isa {
     // gives back rows in order.
     const uint8_t *panel_order;
 
-    // Runs the instruction of dot_i8 on registers alone and returns the multiply-accumulates done: what the
-    // arithmetic could reach, for benches.
+    // Runs the instruction of dot_i8 (dot_f32) on registers alone and returns the multiply-accumulates done:
+    // what the arithmetic could reach, for benches.
     int64_t (*peak_i8)(int64_t rounds);
+    int64_t (*peak_f32)(int64_t rounds);
 
     // Depthwise convolution of `channels` (at most 64) channels: acc[p][c] = sum over taps t of
     // x[p * step + taps[t] + c] * w[t / 4][c][t % 4], w having 64 channels in each of its quads of taps. x is

@@ -90,16 +90,27 @@ void dot_i8(const void *const *rows, int64_t ld, int mr, int64_t taps, int64_t k
             int width, int32_t *acc) {
     kDotI8[width / 16 - 1][mr - 1](rows, ld, taps, kq, panel, acc);
 }
+// Everything starts at zero: what a register held before could be subnormal, which is slow.
+#define TT_PEAK(step)                                                                                        \
+    asm volatile("vpxorq %%zmm30, %%zmm30, %%zmm30\n\tvpxorq %%zmm31, %%zmm31, %%zmm31\n\t"                  \
+                 ".irp r,0,1,2,3,4,5,6,7,8,9,10,11,12,13,14,15,16,17,18,19,20,21,22,23\n\t"                  \
+                 "vpxorq %%zmm\\r, %%zmm\\r, %%zmm\\r\n\t.endr\n1:\n\t"                                      \
+                 ".irp r,0,1,2,3,4,5,6,7,8,9,10,11,12,13,14,15,16,17,18,19,20,21,22,23\n\t" step             \
+                 " %%zmm30, %%zmm31, %%zmm\\r\n\t.endr\n\tdec %0\n\tjnz 1b"                                  \
+                 : "+r"(n)                                                                                   \
+                 :                                                                                           \
+                 : "cc", "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7", "xmm8", "xmm9",     \
+                   "xmm10", "xmm11", "xmm12", "xmm13", "xmm14", "xmm15", "xmm16", "xmm17", "xmm18", "xmm19", \
+                   "xmm20", "xmm21", "xmm22", "xmm23", "xmm30", "xmm31")
 int64_t peak_i8(int64_t rounds) {
     int64_t n = rounds;
-    asm volatile("1:\n\t.irp r,0,1,2,3,4,5,6,7,8,9,10,11,12,13,14,15,16,17,18,19,20,21,22,23\n\t"
-                 "vpdpbusd %%zmm30, %%zmm31, %%zmm\\r\n\t.endr\n\tdec %0\n\tjnz 1b"
-                 : "+r"(n)
-                 :
-                 : "cc", "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7", "xmm8", "xmm9",
-                   "xmm10", "xmm11", "xmm12", "xmm13", "xmm14", "xmm15", "xmm16", "xmm17", "xmm18", "xmm19",
-                   "xmm20", "xmm21", "xmm22", "xmm23");
+    TT_PEAK("vpdpbusd");
     return rounds * 24 * 64;
+}
+int64_t peak_f32(int64_t rounds) {
+    int64_t n = rounds;
+    TT_PEAK("vfmadd231ps");
+    return rounds * 24 * 16;
 }
 
 } // namespace
@@ -125,6 +136,7 @@ const Isa isa_avx512vnni = {
     sparse_f32,
     kSparseOrderAvx512.at,
     peak_i8,
+    peak_f32,
     depthwise,
     product_i8_avx512vnni,
     sparse_i8_scaled_avx512vnni,

@@ -35,7 +35,8 @@ const Isa isa_avxvnni = {
     rows_f32,     amax,      quantize,
     to_f32,       epilogue,  transpose_u8,
     transpose_32, sparse_i8, sparse_f32,
-    kPlainOrder,  peak_i8,   depthwise,
+    kPlainOrder,  peak_i8,   peak_f32,
+    depthwise,
 };
 
 } // namespace tautorch

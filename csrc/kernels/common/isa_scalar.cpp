@@ -33,24 +33,44 @@ void dot_i8(const void *const *rows, int64_t ld, int mr, int64_t taps, int64_t k
             }
 }
 
-int64_t peak_i8(int64_t rounds) {
-    int32_t acc[8] = {}, x = 3, w = 5;
+template <class T> int64_t peak(int64_t rounds) {
+    T acc[8] = {}, x = 3, w = 5;
     for (int64_t i = 0; i < rounds; ++i) {
-        asm volatile("" : "+r"(x), "+r"(w));
-        for (int32_t &a : acc)
-            a += x * w;
+        asm volatile("" : "+m"(x), "+m"(w));
+        const T a = x, b = w;
+        for (T &sum : acc)
+            sum += a * b;
     }
-    for (int32_t a : acc)
-        asm volatile("" ::"r"(a));
+    for (const T &sum : acc)
+        asm volatile("" ::"m"(sum));
     return rounds * 8;
 }
 
 } // namespace
 
 const Isa isa_scalar = {
-    "scalar",        0,          ActKind::s16, 16,       8,         2,        mr_of,        dot_i8,
-    dot_f32,         rows_f32,   amax,         quantize, to_f32,    epilogue, transpose_u8, transpose_32,
-    sparse_i8_plain, sparse_f32, kPlainOrder,  peak_i8,  depthwise,
+    "scalar",
+    0,
+    ActKind::s16,
+    16,
+    8,
+    2,
+    mr_of,
+    dot_i8,
+    dot_f32,
+    rows_f32,
+    amax,
+    quantize,
+    to_f32,
+    epilogue,
+    transpose_u8,
+    transpose_32,
+    sparse_i8_plain,
+    sparse_f32,
+    kPlainOrder,
+    peak<int32_t>,
+    peak<float>,
+    depthwise,
 };
 
 } // namespace tautorch
