@@ -16,7 +16,7 @@ from tautorch.reference.quantizer import quantize_weight
 
 from .convolution import ConvModule, Padding
 from .packed import Canonical
-from .tail import QUANTS, static_tensors
+from .tail import QUANTS, left_by_quantize, static_tensors
 
 
 class Int8Conv2d(ConvModule):
@@ -75,6 +75,7 @@ class Int8Conv2d(ConvModule):
         quant: str = "dynamic",
         x_scale: Tensor | float | None = None,
         x_zero_point: Tensor | int | None = None,
+        weight_scale: Tensor | None = None,
         activation: str = "none",
     ) -> Int8Conv2d:
         """Quantise a float layer's weight to int8, symmetric, one scale per output channel.
@@ -82,7 +83,11 @@ class Int8Conv2d(ConvModule):
         Args:
             module: the layer; left as it is.
             quant, activation: see the class.
-            x_scale, x_zero_point: for ``quant="static"``, from ``tautorch.quantize.calibrate``.
+            x_scale, x_zero_point: for ``quant="static"``, from ``tautorch.quantize.calibrate``; None takes
+                what ``tautorch.quantize`` left on the layer.
+            weight_scale: ``[out]``, the int8 steps of each output; None takes the layer's ``weight_scale``
+                buffer, which ``tautorch.quantize`` leaves with weights that lie on those steps, else
+                amax / 127.
 
         Raises:
             TypeError: not an ``nn.Conv2d``.
@@ -90,8 +95,10 @@ class Int8Conv2d(ConvModule):
                 is not zeros on both sides alike.
         """
         new = cls(**cls._arguments(module), quant=quant, activation=activation)
-        scale, zero_point = static_tensors(OP, quant, x_scale, x_zero_point, module.weight.device)
-        q, weight_scale = quantize_weight(module.weight.detach(), op=OP)
+        scale, zero_point = static_tensors(OP, quant, x_scale, x_zero_point, module.weight.device, module)
+        if weight_scale is None:
+            weight_scale = left_by_quantize(module, "weight_scale")
+        q, weight_scale = quantize_weight(module.weight, weight_scale, op=OP)
         new._take(module.bias, weight=q, weight_scale=weight_scale, x_scale=scale, x_zero_point=zero_point)
         return new.train(module.training)
 

@@ -14,7 +14,7 @@ from tautorch.reference.quantizer import quantize_weight
 from .factors import weight_dtype_of
 from .layer import LayerModule
 from .packed import Canonical
-from .tail import static_tensors
+from .tail import left_by_quantize, static_tensors
 
 
 class LowRankModule(LayerModule):
@@ -91,16 +91,21 @@ class LowRankModule(LayerModule):
         x_scale: Tensor | float | None,
         x_zero_point: Tensor | int | None,
         activation: str,
+        pair: tuple[nn.Module, nn.Module] | None = None,
     ) -> Self:
-        """The layer of two float factors."""
+        """The layer of two float factors; those of a ``pair`` may lie on scales ``quantize`` left on it."""
         new = cls(
             **arguments, rank=up.shape[1], weight_dtype=weight_dtype, quant=quant, activation=activation
         )  # type: ignore[call-arg]
-        scale, zero_point = static_tensors(cls.op, quant, x_scale, x_zero_point, down.device)
+        scale, zero_point = static_tensors(
+            cls.op, quant, x_scale, x_zero_point, down.device, pair[0] if pair else None
+        )
         new._take(bias, x_scale=scale, x_zero_point=zero_point)
-        for name, factor in (("down", down.detach()), ("up", up.detach())):
+        for i, (name, factor) in enumerate((("down", down.detach()), ("up", up.detach()))):
             if new.weight_dtype == torch.int8:
-                q, factor_scale = quantize_weight(factor, op=cls.op)
+                q, factor_scale = quantize_weight(
+                    factor, left_by_quantize(pair[i], "weight_scale") if pair else None, op=cls.op
+                )
                 new._take(None, **{name: q, f"{name}_scale": factor_scale})
             else:
                 new._take(None, **{name: factor.to(torch.float32, copy=True).contiguous()})

@@ -173,6 +173,7 @@ class LowRankConv2d(LowRankModule, ConvModule):
             x_scale=x_scale,
             x_zero_point=x_zero_point,
             activation=activation,
+            pair=(down, up),
         ).train(up.training)
 
     def dense_weight(self) -> Tensor:

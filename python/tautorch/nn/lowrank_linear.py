@@ -209,6 +209,7 @@ class LowRankLinear(LowRankModule, LinearModule):
             x_scale=x_scale,
             x_zero_point=x_zero_point,
             activation=activation,
+            pair=(down, up),
         )
         new.residual = new._checked_residual(residual, None)
         return new.train(up.training)

@@ -89,7 +89,13 @@ class SparseModule(LayerModule):
 
     @classmethod
     def _sparsify(
-        cls, weight: Tensor, mask: Tensor | None, pattern: str, groups: int, dtype: torch.dtype
+        cls,
+        weight: Tensor,
+        mask: Tensor | None,
+        pattern: str,
+        groups: int,
+        dtype: torch.dtype,
+        steps: Tensor | None = None,
     ) -> tuple[dict[str, Tensor], Tensor | None]:
         """The layout of a float weight by buffer name (crow_indices left out for 2:4), and its scales."""
         weight = weight.detach()
@@ -99,7 +105,7 @@ class SparseModule(LayerModule):
         layout = encode(weight.to(torch.float32), mask, pattern, groups, op=cls.op)
         dense = decode(*layout, pattern, shape, groups, check=False)
         if dtype == torch.int8:
-            dense, scale = quantize_weight(dense, op=cls.op)
+            dense, scale = quantize_weight(dense, steps, op=cls.op)
         # Where the weight is packed dense, only non-zeros are stored: the pack then gives all indices back.
         kept = None if sparse.packs_dense(pattern, shape) else _stored(*layout, pattern, shape, groups)
         values, crow, col = encode(dense, kept, pattern, groups, op=cls.op)

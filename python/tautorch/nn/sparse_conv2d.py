@@ -15,7 +15,7 @@ from .convolution import ConvModule, Padding
 from .factors import weight_dtype_of
 from .packed import Canonical
 from .sparse import SparseModule
-from .tail import static_tensors
+from .tail import left_by_quantize, static_tensors
 
 
 class SparseConv2d(SparseModule, ConvModule):
@@ -81,6 +81,7 @@ class SparseConv2d(SparseModule, ConvModule):
         quant: str = "dynamic",
         x_scale: Tensor | float | None = None,
         x_zero_point: Tensor | int | None = None,
+        weight_scale: Tensor | None = None,
         activation: str = "none",
     ) -> SparseConv2d:
         """Store a float layer's weight where the mask is True, int8 with one scale per output, or float32.
@@ -90,7 +91,11 @@ class SparseConv2d(SparseModule, ConvModule):
             mask: bool of the weight's shape, True = kept; None keeps the non-zeros, for block patterns
                 every block that holds one.
             pattern, weight_dtype, quant, activation: see the class.
-            x_scale, x_zero_point: for ``quant="static"``, from ``tautorch.quantize.calibrate``.
+            x_scale, x_zero_point: for ``quant="static"``, from ``tautorch.quantize.calibrate``; None takes
+                what ``tautorch.quantize`` left on the layer.
+            weight_scale: ``[out]``, the int8 steps of each output; None takes the layer's ``weight_scale``
+                buffer, which ``tautorch.quantize`` leaves with weights that lie on those steps, else
+                amax / 127.
 
         Raises:
             TypeError: not an ``nn.Conv2d``, or a mask that is not bool.
@@ -99,7 +104,9 @@ class SparseConv2d(SparseModule, ConvModule):
         """
         arguments = cls._arguments(module)
         dtype = weight_dtype_of(OP, weight_dtype)
-        layout, scale = cls._sparsify(module.weight, mask, pattern, module.groups, dtype)
+        if weight_scale is None:
+            weight_scale = left_by_quantize(module, "weight_scale")
+        layout, scale = cls._sparsify(module.weight, mask, pattern, module.groups, dtype, weight_scale)
         new = cls(
             **arguments,
             pattern=pattern,
@@ -108,7 +115,7 @@ class SparseConv2d(SparseModule, ConvModule):
             quant=quant,
             activation=activation,
         )
-        x_scale, x_zero_point = static_tensors(OP, quant, x_scale, x_zero_point, module.weight.device)
+        x_scale, x_zero_point = static_tensors(OP, quant, x_scale, x_zero_point, module.weight.device, module)
         new._take(module.bias, **layout, weight_scale=scale, x_scale=x_scale, x_zero_point=x_zero_point)
         return new.train(module.training)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tautorch.reference.common import ACTIVATIONS
 
@@ -18,14 +18,22 @@ def check_activation(op: str, activation: str) -> None:
         raise ValueError(f"{op}: activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
 
 
+def left_by_quantize(layer: nn.Module, name: str) -> Tensor | None:
+    """A buffer that ``tautorch.quantize`` left on a float layer: ``weight_scale``, ``x_scale``, ..."""
+    return layer._buffers.get(name)
+
+
 def static_tensors(
     op: str,
     quant: str,
     x_scale: Tensor | float | None,
     x_zero_point: Tensor | int | None,
     device: torch.device | str | None,
+    layer: nn.Module | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
     """The buffers ``x_scale`` (float32 [1]) and ``x_zero_point`` (int32 [1]) of a static layer, checked.
+
+    Without ``x_scale`` they are those that ``tautorch.quantize`` left on the float ``layer``, if any.
 
     Raises:
         ValueError: given without ``quant="static"`` or missing with it, not finite and positive, or a zero
@@ -35,6 +43,8 @@ def static_tensors(
         if x_scale is not None or x_zero_point is not None:
             raise ValueError(f'{op}: x_scale and x_zero_point need quant="static", got quant={quant!r}')
         return None, None
+    if x_scale is None and layer is not None:
+        x_scale, x_zero_point = left_by_quantize(layer, "x_scale"), left_by_quantize(layer, "x_zero_point")
     if x_scale is None:
         raise ValueError(f'{op}: quant="static" needs x_scale, got None; see tautorch.quantize.calibrate')
     scale = float(x_scale)

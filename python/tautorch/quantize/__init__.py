@@ -1,18 +1,25 @@
-"""Quantisation: static ranges from calibration, and int8 weights."""
+"""Quantisation: static ranges from calibration, int8 and fewer bits of weight, clustered weights."""
 
 from tautorch.quantize.calibration import OBSERVERS, calibrate
+from tautorch.quantize.clustering import Clustered, attach_codebook, cluster, codebooks
+from tautorch.quantize.finalize import finalize
 from tautorch.quantize.observers import Histogram, MinMax, Mse, Observer, Percentile
 from tautorch.quantize.qparams import QParams, qparams_of_range, quantize_weight
 
 __all__ = [
     "OBSERVERS",
+    "Clustered",
     "Histogram",
     "MinMax",
     "Mse",
     "Observer",
     "Percentile",
     "QParams",
+    "attach_codebook",
     "calibrate",
+    "cluster",
+    "codebooks",
+    "finalize",
     "qparams_of_range",
     "quantize_weight",
 ]

@@ -35,6 +35,13 @@ class QParams:
         return (q.to(torch.int32) - self.zero_point).float() * torch.tensor(self.scale, device=q.device)
 
 
+def check_bits(op: str, bits: int, least: int = 4) -> int:
+    """`bits`, if it is a whole number from `least` to 8; ValueError otherwise."""
+    if isinstance(bits, bool) or not isinstance(bits, int) or not least <= bits <= 8:
+        raise ValueError(f"{op}: bits must be a whole number from {least} to 8, got {bits!r}")
+    return bits
+
+
 def qparams_of_range(low: float, high: float, symmetric: bool = False) -> QParams:
     """The parameters that cover [low, high] and 0.
 

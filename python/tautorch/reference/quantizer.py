@@ -78,11 +78,15 @@ def quantize_samples(x: Tensor) -> tuple[Tensor, Tensor]:
     return q.reshape(x.shape), scale
 
 
-def quantize_weight(weight: Tensor, *, op: str = "quantize_weight") -> tuple[Tensor, Tensor]:
+def quantize_weight(
+    weight: Tensor, scale: Tensor | None = None, *, op: str = "quantize_weight"
+) -> tuple[Tensor, Tensor]:
     """One symmetric scale per output channel.
 
     Args:
         weight: float ``[N, ...]``: ``[N, K]`` or ``[O, I/g, kh, kw]``.
+        scale: ``[N]``, positive: rounds to multiples of these rather than of amax / 127, and clips at 127 of
+            them.
         op: the name that errors begin with.
 
     Returns:
@@ -90,16 +94,25 @@ def quantize_weight(weight: Tensor, *, op: str = "quantize_weight") -> tuple[Ten
         scale 1.
 
     Raises:
-        ValueError: NaN or Inf in the weight.
+        ValueError: NaN or Inf in the weight, or a scale that is not as above.
     """
-    q, scale = quantize_samples(weight.detach())
-    if bool(torch.isnan(scale).any()):
-        channel = int(torch.isnan(scale).nonzero()[0])
+    q, found = quantize_samples(weight.detach())
+    if bool(torch.isnan(found).any()):
+        channel = int(torch.isnan(found).nonzero()[0])
         raise ValueError(
             f"{op}: weight must be finite, got NaN or Inf in output channel {channel}; "
             "repair the checkpoint first"
         )
-    return q, scale
+    if scale is None:
+        return q, found
+    scale = scale.detach().to(device=weight.device, dtype=torch.float32)
+    if scale.shape != found.shape or not bool((torch.isfinite(scale) & (scale > 0)).all()):
+        raise ValueError(
+            f"{op}: weight_scale must be [{found.numel()}], finite and positive, got "
+            f"{list(scale.shape)} from {float(scale.min()) if scale.numel() else math.nan:g} up"
+        )
+    steps = weight.detach().to(torch.float32) / scale.reshape(-1, *[1] * (weight.dim() - 1))
+    return torch.clamp(torch.round(steps), -QMAX, QMAX).to(torch.int8), scale.clone()
 
 
 def quantize_static(
