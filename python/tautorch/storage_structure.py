@@ -17,6 +17,7 @@ from torch import nn
 
 from tautorch.factorize.layers import FactorizedConv2d, FactorizedLinear, TuckerConv2d
 from tautorch.nn import MODULES
+from tautorch.quantize.smoothquant import InputScale
 from tautorch.storage_file import Entry
 
 _CONV = (
@@ -69,11 +70,14 @@ _PLAIN: dict[type[nn.Module], tuple[str, ...]] = {
     nn.AdaptiveMaxPool2d: ("output_size", "return_indices"),
     nn.ChannelShuffle: ("groups",),
     nn.Sequential: (),
+    InputScale: ("features",),
 }
 # Layers made of others: how many. They are built around placeholders, which the described children replace.
 _COMPOUND: dict[type[nn.Module], int] = {FactorizedLinear: 2, FactorizedConv2d: 2, TuckerConv2d: 3}
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
-REGISTRY: dict[str, type[nn.Module]] = {f"torch.nn.{cls.__name__}": cls for cls in _PLAIN}
+REGISTRY: dict[str, type[nn.Module]] = {
+    f"{'tautorch.quantize' if cls is InputScale else 'torch.nn'}.{cls.__name__}": cls for cls in _PLAIN
+}
 REGISTRY |= {f"tautorch.factorize.{cls.__name__}": cls for cls in _COMPOUND}
 REGISTRY |= {f"tautorch.nn.{name}": cls for name, cls in MODULES.items()}
 _PACKED = frozenset(MODULES.values())

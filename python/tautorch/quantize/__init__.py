@@ -5,16 +5,19 @@ from tautorch.quantize.clustering import Clustered, attach_codebook, cluster, co
 from tautorch.quantize.finalize import finalize
 from tautorch.quantize.observers import Histogram, MinMax, Mse, Observer, Percentile
 from tautorch.quantize.qparams import QParams, qparams_of_range, quantize_weight
+from tautorch.quantize.smoothquant import InputScale, Smoothed, smooth
 
 __all__ = [
     "OBSERVERS",
     "Clustered",
     "Histogram",
+    "InputScale",
     "MinMax",
     "Mse",
     "Observer",
     "Percentile",
     "QParams",
+    "Smoothed",
     "attach_codebook",
     "calibrate",
     "cluster",
@@ -22,4 +25,5 @@ __all__ = [
     "finalize",
     "qparams_of_range",
     "quantize_weight",
+    "smooth",
 ]
