@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from tautorch.quantize import QParams, qparams_of_range, quantize_weight
+from tautorch.quantize import QParams, qparams_of_range, quantize_weight, steps
+from tautorch.quantize.steps import least_squares_steps
 from tautorch.reference import quantizer
 
 
@@ -83,25 +84,79 @@ def test_one_scale_for_all_and_empty_channels() -> None:
     assert q.tolist() == [[64, -127], [0, 0], [0, 0]]
 
 
-def test_the_search_takes_the_least_error_it_tried() -> None:
-    weight = torch.randn(3, 40_000)
+def weighed_error(rows: np.ndarray, h: np.ndarray, s: float, top: int) -> float:
+    return float((h * (np.clip(np.rint(rows / s), -top, top) * s - rows) ** 2).sum())
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 6, 8])
+@pytest.mark.parametrize("weighed", [False, True])
+def test_the_search_finds_the_best_of_all_scales(bits: int, weighed: bool, rng: np.random.Generator) -> None:
+    top = 2 ** (bits - 1) - 1
+    weight = np.concatenate([rng.standard_normal((3, 40)), rng.standard_t(2, (3, 40))]).astype(np.float32)
+    weight[2, 5:] = np.float32(0.25) * rng.integers(-1, 2, 35)
+    h = rng.random(40) ** 3 if weighed else np.ones(40)
+    given = torch.from_numpy(h) if weighed else None
+    q, scale = quantize_weight(torch.from_numpy(weight), search=True, bits=bits, importance=given)
+    assert int(q.abs().max()) <= top
+    wide, plain_scale = weight.astype(np.float64), quantize_weight(torch.from_numpy(weight), bits=bits)[1]
+    for row, s, plain, integers in zip(wide, scale.tolist(), plain_scale.tolist(), q.numpy(), strict=True):
+        np.testing.assert_array_equal(integers, np.clip(np.rint(row / s), -top, top))
+        found = weighed_error(row, h, s, top)
+        assert found <= weighed_error(row, h, plain, top) * (1 + 1e-6)
+        trials = np.abs(row).max() * np.linspace(2.2, 0.001, 2000)[:, None] / (1 if bits < 6 else 2 * top)
+        errors = (h * (np.clip(np.rint(row / trials), -top, top) * trials - row) ** 2).sum(1)
+        assert found <= (1 + 1e-6) * errors.min() + 1e-12
+
+
+def test_large_weights_are_searched_around_the_best_fraction(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = torch.randn(4, 5000, dtype=torch.float64)
+    for top in (7, 127):
+        exact = least_squares_steps(weight, top)
+        with monkeypatch.context() as patch:
+            patch.setattr(steps, "_FULL_SWEEP", 1)
+            near = least_squares_steps(weight, top)
+        for row, a, b in zip(weight.numpy(), exact.tolist(), near.tolist(), strict=True):
+            best = weighed_error(row, np.ones(5000), a, top)
+            assert best * (1 - 1e-12) <= weighed_error(row, np.ones(5000), b, top) < 1.001 * best
+
+
+def test_the_search_clips_a_lone_large_weight() -> None:
+    weight = torch.randn(2, 4000)
     weight[0, 0] = 6.0
-    plain, plain_scale = quantize_weight(weight)
-    q, scale = quantize_weight(weight, search=True)
+    (plain, plain_scale), (q, scale) = (
+        quantize_weight(weight, bits=6),
+        quantize_weight(weight, search=True, bits=6),
+    )
 
     def error(q: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         return (q.double() * scale.double()[:, None] - weight.double()).square().sum(1)
 
-    amax = weight.abs().amax(1)
-    tried = []
-    for step in range(51):
-        top = amax * (1 - 0.01 * step)
-        tried.append(error((weight * (127 / top)[:, None]).round().clamp(-127, 127), top / 127))
-    torch.testing.assert_close(error(q, scale), torch.stack(tried).amin(0), rtol=1e-9, atol=0)
-    assert (error(q, scale) <= error(plain, plain_scale)).all()
-    assert (error(q, scale) < error(plain, plain_scale)).any()
-    # What clips is the large value alone, and it clips to 127.
-    assert int(q.abs().max()) == 127
+    assert (error(q, scale) < error(plain, plain_scale)).all()
+    assert int(q[0, 0]) == 31
+    assert float(scale[0]) * 31 < 5.5
+
+
+def test_fewer_bits_by_amax() -> None:
+    q, scale = quantize_weight(torch.tensor([[7.0, -3.4, 0.6]]), bits=4)
+    assert (q.tolist(), scale.tolist()) == ([[7, -3, 1]], [1.0])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"bits": 9}, "bits must be a whole number from 2 to 8, got 9"),
+        ({"bits": 4.0}, "bits must be a whole number"),
+        (
+            {"search": True, "importance": torch.ones(2)},
+            r"importance must be .*\[2, 3\] or \[3\].* got \[2\]",
+        ),
+        ({"search": True, "importance": -torch.ones(3)}, "not negative"),
+        ({"importance": torch.ones(3)}, "with search=True"),
+    ],
+)
+def test_bad_options(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        quantize_weight(torch.ones(2, 3), **options)
 
 
 @pytest.mark.parametrize(

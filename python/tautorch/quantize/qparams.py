@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tautorch.quantize.steps import least_squares_steps
+
 # Below this a range counts as zero, as in the kernels.
 _TINY = 2.0**-100
-# Fractions of the largest weight that the scale search tries.
-_SHRINK = [1.0 - 0.01 * step for step in range(51)]
 
 
 @dataclass(frozen=True)
@@ -60,49 +60,61 @@ def qparams_of_range(low: float, high: float, symmetric: bool = False) -> QParam
     return QParams(scale, min(max(zero_point, -128), 127))
 
 
-def quantize_weight(weight: Tensor, per_channel: bool = True, search: bool = False) -> tuple[Tensor, Tensor]:
-    """Quantise a weight to int8 in [-127, 127], symmetric.
+def quantize_weight(
+    weight: Tensor,
+    per_channel: bool = True,
+    search: bool = False,
+    bits: int = 8,
+    importance: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Quantise a weight to int8 holding integers of `bits` bits, symmetric: [-127, 127] at 8, [-7, 7] at 4.
 
     Args:
         weight: [O, ...], floating point, finite.
         per_channel: one scale for each output (dim 0), or one for all.
-        search: take the scale with the least sum (Q(w) - w)^2 among 51 that clip up to half the range, in
-            place of amax / 127 (Nagel et al. 2021, arXiv:2106.08295, section 3.1).
+        search: take the scale with the least sum of h (Q(w) - w)^2 (see `least_squares_steps`) in place of
+            amax / 127 (Nagel et al. 2021, arXiv:2106.08295, section 3.1).
+        bits: 2 to 8.
+        importance: h of the search, non-negative, of the weight's shape or one for each input (dims 1 on),
+            such as the mean square of the inputs; None is 1.
 
     Returns (q int8 of the weight's shape, scale float32 [O] or [1]). Channels whose largest magnitude is
-    below 2^-100 get scale 1 and zeros. Raises TypeError/ValueError for a weight that is not as above.
+    below 2^-100 get scale 1 and zeros. Raises TypeError/ValueError for arguments that are not as above.
     """
     if not isinstance(weight, Tensor) or not weight.is_floating_point():
         kind = weight.dtype if isinstance(weight, Tensor) else type(weight).__name__
         raise TypeError(f"quantize_weight: weight must be a floating point tensor, got {kind}")
     if weight.dim() < 1 or weight.numel() == 0:
         raise ValueError(f"quantize_weight: weight must be a full [O, ...], got {list(weight.shape)}")
+    top = 2 ** (check_bits("quantize_weight", bits, least=2) - 1) - 1
     rows = weight.detach().float().reshape(weight.shape[0] if per_channel else 1, -1)
     if not bool(torch.isfinite(rows).all()):
         raise ValueError("quantize_weight: weight must be finite in float32, got NaN or Inf")
+    if importance is not None:
+        importance = _checked_importance(importance, weight, search).reshape(rows.shape)
     amax = rows.abs().amax(dim=1)
     empty = amax < _TINY
-    amax = torch.where(empty, torch.full_like(amax, 127.0), amax)
-    best_q, best_scale = _rounded(rows, amax, empty)
+    amax = torch.where(empty, torch.full_like(amax, top), amax)
     if search:
-        error = _squared_error(rows, best_q, best_scale)
-        for shrink in _SHRINK[1:]:
-            q, scale = _rounded(rows, amax * shrink, empty)
-            trial = _squared_error(rows, q, scale)
-            better = (trial < error) & ~empty
-            error = torch.where(better, trial, error)
-            best_scale = torch.where(better, scale, best_scale)
-            best_q = torch.where(better.unsqueeze(1), q, best_q)
-    return best_q.to(torch.int8).reshape(weight.shape), best_scale
+        found = least_squares_steps(rows, top, importance).float()
+        scale = torch.where(empty | (found < _TINY), amax / top, found)
+        q = torch.round(rows / scale.unsqueeze(1)).clamp_(-top, top)
+    else:
+        scale = amax / top
+        q = torch.round(rows * (top / amax).unsqueeze(1)).clamp_(-top, top)
+    q.masked_fill_(empty.unsqueeze(1), 0.0)
+    return q.to(torch.int8).reshape(weight.shape), scale
 
 
-def _rounded(rows: Tensor, top: Tensor, empty: Tensor) -> tuple[Tensor, Tensor]:
-    q = torch.round(rows * (127.0 / top).unsqueeze(1)).clamp_(-127, 127)
-    return q.masked_fill_(empty.unsqueeze(1), 0.0), top / 127.0
-
-
-def _squared_error(rows: Tensor, q: Tensor, scale: Tensor) -> Tensor:
-    return (q.double() * scale.double().unsqueeze(1) - rows.double()).square().sum(1)
+def _checked_importance(importance: Tensor, weight: Tensor, search: bool) -> Tensor:
+    """float64, of the weight's shape."""
+    fits = importance.shape in (weight.shape, weight.shape[1:])
+    if not search or not fits or not bool((torch.isfinite(importance) & (importance >= 0)).all()):
+        raise ValueError(
+            f"quantize_weight: importance must be finite, not negative, {list(weight.shape)} or "
+            f"{list(weight.shape[1:])}, with search=True, got {list(importance.shape)}"
+        )
+    return importance.detach().to(weight.device, torch.float64).expand(weight.shape)
 
 
 def _fp32(value: float) -> float:
