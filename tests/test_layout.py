@@ -84,7 +84,7 @@ ARROWS: dict[str, set[str]] = {
     "fuse": MODULES,
     "convert": MODULES,
     "explain": MODULES | {"tuning"},
-    **dict.fromkeys(METHODS, MODULES | METHODS),
+    **dict.fromkeys(METHODS, MODULES | METHODS | {"reference"}),  # the numbers that layers compute
     "storage": CONVERT | METHODS | {"reference"},
     "compress": CONVERT | METHODS | {"storage"},
     "demo": CONVERT | METHODS | {"storage", "compress"},

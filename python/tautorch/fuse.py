@@ -296,6 +296,10 @@ def _fold_norm(layer: nn.Module, norm: _BatchNorm, undo: _Undo) -> None:
     folded = weight.double() * scale.reshape(-1, *[1] * (weight.dim() - 1))
     trained = weight.requires_grad
     undo.set(layer, "weight", nn.Parameter(folded.to(weight), requires_grad=trained))
+    steps = layer._buffers.get("weight_scale")  # of a weight that quantisation put on a grid
+    if steps is not None:
+        found = (steps.double() * scale.abs()).to(steps)
+        undo.set(layer, "weight_scale", torch.where(found > 0, found, torch.ones_like(found)))
     undo.set(layer, "bias", nn.Parameter(shift.to(weight), requires_grad=trained))
 
 

@@ -2,14 +2,18 @@
 
 from tautorch.quantize.calibration import OBSERVERS, calibrate
 from tautorch.quantize.clustering import Clustered, attach_codebook, cluster, codebooks
+from tautorch.quantize.fake import FakeQuantInput, FakeQuantWeight
 from tautorch.quantize.finalize import finalize
 from tautorch.quantize.observers import Histogram, MinMax, Mse, Observer, Percentile
+from tautorch.quantize.qat import prepare_qat, step_parameters
 from tautorch.quantize.qparams import QParams, qparams_of_range, quantize_weight
 from tautorch.quantize.smoothquant import InputScale, Smoothed, smooth
 
 __all__ = [
     "OBSERVERS",
     "Clustered",
+    "FakeQuantInput",
+    "FakeQuantWeight",
     "Histogram",
     "InputScale",
     "MinMax",
@@ -23,7 +27,9 @@ __all__ = [
     "cluster",
     "codebooks",
     "finalize",
+    "prepare_qat",
     "qparams_of_range",
     "quantize_weight",
     "smooth",
+    "step_parameters",
 ]

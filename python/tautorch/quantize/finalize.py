@@ -6,16 +6,31 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from tautorch.quantize.clustering import clustered
+from tautorch.quantize.qat import fake_quantised, freeze_on_grid
 
 
 def finalize(model: nn.Module) -> nn.Module:
-    """Turn the layers that `cluster` made into plain ones, in place, with the weights they stand for.
+    """Turn the layers that `prepare_qat` and `cluster` made into plain ones, in place, with the weights they
+    stand for.
+
+    After QAT the weight lies on its grid and the steps stand beside it in buffers that `from_float` takes
+    (`weight_scale`; static: `x_scale`, `x_zero_point`), so that
+
+        convert(model, {name: partial(Int8Linear.from_float, quant="static"), ...})
+
+    computes what the model computed in eval mode, to float rounding. The buffers are not in the state_dict:
+    convert before saving, with `tautorch.save`.
 
     Raises ValueError when the model has no such layer.
     """
-    found = [module for module in model.modules() if clustered(module) is not None]
-    if not found:
-        raise ValueError("finalize: the model must have layers made by quantize.cluster, got none")
-    for module in found:
+    clusters = [module for module in model.modules() if clustered(module) is not None]
+    grids = [model.get_submodule(name) for name in fake_quantised(model)]
+    if not clusters and not grids:
+        raise ValueError(
+            "finalize: the model must have layers made by quantize.prepare_qat or cluster, got none"
+        )
+    for module in clusters:
         parametrize.remove_parametrizations(module, "weight")
+    for module in grids:
+        freeze_on_grid(module)
     return model

@@ -7,8 +7,8 @@ from torch import Tensor
 
 # Elements that a sweep sorts at once: 32 MiB of float64 for each of its arrays.
 _SWEEP = 4 << 20
-# Up to so many weights times levels are swept in full, which sorts them; more are searched by fractions of amax
-# first and swept around the best.
+# Up to so many weights times levels are swept in full, which sorts them; more are searched by fractions of
+# amax first and swept around the best.
 _FULL_SWEEP = 16 << 20
 _FRACTIONS = 100
 

@@ -1,0 +1,187 @@
+"""Training with the quantisation in the loop."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from tautorch._batches import Batches
+from tautorch._layers import Layer, select_layers
+from tautorch.ownership import refusal
+from tautorch.quantize.calibration import calibrate
+from tautorch.quantize.fake import FakeQuantInput, FakeQuantWeight
+from tautorch.quantize.qparams import QParams, check_bits, quantize_weight
+
+QUANTS = ("dynamic", "static", "weight_only")
+_INPUT = "input_quantizer"
+
+
+def prepare_qat(
+    model: nn.Module,
+    bits: int = 4,
+    quant: str = "dynamic",
+    calibration: Batches | None = None,
+    layers: Iterable[str] | None = None,
+    observer: str = "mse",
+    learn_steps: bool = True,
+) -> nn.Module:
+    """Make the linear and convolution layers compute with quantised weights and inputs while they train.
+
+    Rounding is passed by the straight-through estimator (Bengio et al. 2013, arXiv:1308.3432) and the steps
+    are learned (LSQ, Esser et al. 2020, arXiv:1902.08153), one for each output channel. In place: a layer's
+    weight becomes the parametrisation `FakeQuantWeight`, its input goes through the child `input_quantizer`.
+    Pruned weights (zeros) stay zero. Make the optimizer afterwards; `step_parameters` gives the steps for a
+    group of their own without weight decay. Evaluated without training it is post-training quantisation by
+    rounding to the best scales. Then `finalize`, and `convert` gives layers with the same integers.
+
+    A batch norm may stay behind its layer: after `finalize`, `fuse` folds it into the steps.
+
+    Args:
+        bits: of the weights, 4 to 8: integers in [-7, 7] to [-127, 127], which the compiled layers hold as
+            int8. For several, call it once for each with `layers`.
+        quant: inputs in int8 by the row ("dynamic"; convolutions by the sample), by a learned step with a
+            fixed zero point ("static", from `calibration`), or left alone ("weight_only").
+        calibration: batches for the static ranges.
+        layers: names or shell patterns; None takes every Linear and Conv2d that `convert` would replace (and,
+            static, that `calibration` reaches).
+        observer: of the static ranges, as in `calibrate`.
+        learn_steps: False keeps the steps found at the start: straight-through alone.
+
+    Raises ValueError/TypeError for arguments out of range, layers that cannot be used, NaN or Inf in a weight
+    or in the calibration; the model is then as it was.
+    """
+    check_bits("prepare_qat", bits)
+    if quant not in QUANTS:
+        raise ValueError(f"prepare_qat: quant must be one of {', '.join(QUANTS)}, got {quant!r}")
+    if (calibration is None) == (quant == "static"):
+        got = "None" if calibration is None else f"it with quant={quant!r}"
+        raise ValueError(f"prepare_qat: calibration must hold batches for quant='static' alone, got {got}")
+    targets = _targets(model, layers)
+    ranges: dict[str, QParams] = {}
+    if calibration is not None:
+        named = None if layers is None else list(targets)
+        ranges = calibrate(model, calibration, observer, layers=named)
+        targets = {name: layer for name, layer in targets.items() if name in ranges}
+    made = {
+        name: (_weight(name, layer, bits, learn_steps), _input(layer, quant, ranges.get(name), learn_steps))
+        for name, layer in targets.items()
+    }
+    for name, (weight, input_quantizer) in made.items():
+        attach(targets[name], weight, input_quantizer)
+    return model
+
+
+def attach(layer: Layer, weight: FakeQuantWeight, input_quantizer: FakeQuantInput | None) -> None:
+    """Put the quantisers on a layer."""
+    parametrize.register_parametrization(layer, "weight", weight)
+    if input_quantizer is not None:
+        layer.add_module(_INPUT, input_quantizer)
+        layer.register_forward_pre_hook(_quantize_input, with_kwargs=True)
+
+
+def detach(layer: nn.Module, keep: bool = True) -> None:
+    """Take the quantisers off a layer; it keeps the weight on its grid, or the float one it was made of."""
+    parametrize.remove_parametrizations(layer, "weight", leave_parametrized=keep)
+    if _INPUT in layer._modules:
+        del layer._modules[_INPUT]
+        for key, hook in list(layer._forward_pre_hooks.items()):
+            if hook is _quantize_input:
+                del layer._forward_pre_hooks[key]
+                layer._forward_pre_hooks_with_kwargs.pop(key, None)
+
+
+def fake_quantised(model: nn.Module) -> dict[str, FakeQuantWeight]:
+    """The quantised weights of the layers that `prepare_qat` made, by layer name."""
+    parts = {name: fake_weight(module) for name, module in model.named_modules()}
+    return {name: part for name, part in parts.items() if part is not None}
+
+
+def fake_weight(layer: nn.Module) -> FakeQuantWeight | None:
+    """The quantiser of a layer's weight, None where it has none."""
+    if not parametrize.is_parametrized(layer, "weight"):
+        return None
+    first = layer.parametrizations["weight"][0]  # type: ignore[index]
+    return first if isinstance(first, FakeQuantWeight) else None
+
+
+def step_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
+    """The learned steps: parameters that should have no weight decay."""
+    for module in model.modules():
+        if isinstance(module, (FakeQuantWeight, FakeQuantInput)) and module.step is not None:
+            yield module.step
+
+
+def freeze_on_grid(layer: nn.Module) -> None:
+    """End QAT on one layer: a plain weight on its grid, with the steps beside it for `from_float`.
+
+    The buffers `weight_scale` [O] and, static, `x_scale` and `x_zero_point` are not in the state_dict.
+    """
+    weight = fake_weight(layer)
+    if weight is None:
+        raise ValueError("freeze_on_grid: the layer must be one that prepare_qat made")
+    given = layer._modules.get(_INPUT)
+    scales = {"weight_scale": weight.scale().detach().clone()}
+    if isinstance(given, FakeQuantInput):
+        step = given.scale()
+        if step is not None:
+            scales |= {"x_scale": step.detach().clone(), "x_zero_point": given.zero_point.clone()}
+    detach(layer)
+    for name, value in scales.items():
+        layer.register_buffer(name, value, persistent=False)
+
+
+def _targets(model: nn.Module, layers: Iterable[str] | None) -> dict[str, Layer]:
+    targets = select_layers("prepare_qat", model, layers)
+    refused = {name: why for name in targets if (why := refusal(model, name)) is not None}
+    if refused and (layers is not None or len(refused) == len(targets)):
+        name, why = next(iter(refused.items()))
+        raise ValueError(f"prepare_qat: layer {name!r} cannot be used: {why}")
+    return {name: layer for name, layer in targets.items() if name not in refused}
+
+
+def _weight(name: str, layer: Layer, bits: int, learned: bool) -> FakeQuantWeight:
+    weight = layer.weight.detach()
+    if not bool(torch.isfinite(weight).all()):
+        raise ValueError(f"prepare_qat: the weight of layer {name!r} must be finite, got NaN or Inf")
+    step = _steps_it_lies_on(layer, bits)
+    if step is None:
+        _, step = quantize_weight(weight, search=True, bits=bits)
+    kept = weight != 0
+    mask = None if bool(kept.all()) or not bool(kept.any()) else kept
+    return FakeQuantWeight(bits, step, mask, learned)
+
+
+def _steps_it_lies_on(layer: Layer, bits: int) -> Tensor | None:
+    """The steps that another method, such as GPTQ, left on the layer, if they hold the weight in `bits`."""
+    steps = layer._buffers.get("weight_scale")
+    if steps is None:
+        return None
+    top = 2 ** (bits - 1) - 1
+    most = (layer.weight.detach().flatten(1).abs().amax(1).float() / steps).max()
+    return steps if float(most) < top + 0.5 else None
+
+
+def _input(layer: Layer, quant: str, found: QParams | None, learned: bool) -> FakeQuantInput | None:
+    if quant == "weight_only":
+        return None
+    samples = isinstance(layer, nn.Conv2d)
+    if found is None:
+        return FakeQuantInput(samples)
+    made = FakeQuantInput(samples, found.scale, found.zero_point, learned)
+    return made.to(layer.weight.device)
+
+
+def _quantize_input(
+    layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    quantizer = layer._modules[_INPUT]
+    if quantizer is None:
+        raise TypeError("prepare_qat: a layer has lost its input_quantizer; call finalize to end QAT")
+    if args:
+        x: Tensor = quantizer(args[0])
+        return (x, *args[1:]), kwargs
+    return args, {**kwargs, "input": quantizer(kwargs["input"])}
