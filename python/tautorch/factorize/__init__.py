@@ -1,7 +1,7 @@
 """Low-rank factorisation: SVD, activation-aware SVD and Tucker-2."""
 
+from tautorch._gram import input_grams
 from tautorch.factorize.factorizer import factorize
-from tautorch.factorize.gram import input_grams
 from tautorch.factorize.layers import FactorizedConv2d, FactorizedLinear, TuckerConv2d
 from tautorch.factorize.svd import Svd, tucker2
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from tautorch._batches import Batches
+from tautorch._gram import input_grams
 from tautorch._layers import Layer, layer_groups, replace_layers, select_layers
-from tautorch.factorize.gram import input_grams
 from tautorch.factorize.layers import FactorizedConv2d, FactorizedLinear, TuckerConv2d
 from tautorch.factorize.svd import Svd, largest, mode_ranks, tucker2
 from tautorch.ownership import refusal
