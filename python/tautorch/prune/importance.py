@@ -11,8 +11,10 @@ from torch.nn import functional as F
 from tautorch._batches import Batches, observe_inputs, require_seen
 from tautorch._layers import Layer
 
-#: "magnitude", "activation", or a callable (layer name, layer) -> score of the weight's shape.
+#: "magnitude", "activation", "sparsegpt", or a callable (layer name, layer) -> score of the weight's shape.
 Importance = str | Callable[[str, nn.Module], Tensor]
+#: Those that look at the layers' inputs.
+CALIBRATED = ("activation", "sparsegpt")
 
 
 def importance_scores(
@@ -30,19 +32,19 @@ def importance_scores(
       Wanda, arXiv:2306.11695); for a convolution X_j is the column of its unfolded input.
     - a callable: whatever it returns, which must have the weight's shape.
 
-    Raises ValueError for an unknown name, a missing calibration, and a layer that calibration never reached;
+    Raises ValueError for an unknown name, and a layer that calibration never reached;
     unless the layers were `named`, such a layer only gets no score.
     """
     if callable(importance):
         return {name: _checked(op, name, layer, importance(name, layer)) for name, layer in layers.items()}
     if importance == "magnitude":
         return {name: layer.weight.detach().double().abs() for name, layer in layers.items()}
-    if importance == "activation":
-        if calibration is None:
-            raise ValueError(f'{op}: calibration must hold batches for importance "activation", got None')
+    if importance == "activation" and calibration is not None:
         norms = input_norms(op, model, layers, calibration, named)
         return {name: layers[name].weight.detach().double().abs() * norms[name] for name in norms}
-    raise ValueError(f'{op}: importance must be "magnitude", "activation" or a callable, got {importance!r}')
+    raise ValueError(
+        f'{op}: importance must be "magnitude", "activation", "sparsegpt" or a callable, got {importance!r}'
+    )
 
 
 def _checked(op: str, name: str, layer: Layer, score: Tensor) -> Tensor:

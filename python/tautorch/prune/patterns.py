@@ -98,8 +98,11 @@ def make_mask(
         raise ValueError(f'{op}: ranking must be "local" or "row" for a single layer, got {ranking!r}')
     blocks = Blocks.of(op, score, form, groups)
     if form.of:
-        return _n_of_m(op, score, form, share)
-    return blocks.expand(_keep_highest(blocks.scores, share, rowwise=ranking == "row"))
+        check_share(op, form, share)
+        return keep_n_of_m(score, form)
+    rowwise = ranking == "row"
+    ranked = blocks.scores.shape[1] if rowwise else blocks.scores.numel()
+    return blocks.expand(keep_highest(blocks.scores, math.floor(share * ranked + 1e-9), rowwise))
 
 
 def make_global_masks(
@@ -179,20 +182,24 @@ def _cut(matrix: Tensor, pattern: Pattern) -> Tensor:
     )
 
 
-def _keep_highest(scores: Tensor, share: float, rowwise: bool) -> Tensor:
-    """Block mask without the floor(share * n) lowest of the whole matrix or of each row."""
+def keep_highest(scores: Tensor, drop: int, rowwise: bool) -> Tensor:
+    """Block mask without the `drop` lowest of the whole matrix or of each row."""
     lines = scores if rowwise else scores.reshape(1, -1)
-    drop = math.floor(share * lines.shape[1] + 1e-9)
     # topk does not promise which of equal scores it takes; a stable sort does.
     lowest = lines.argsort(dim=1, stable=True)[:, :drop]
     keep = torch.ones_like(lines, dtype=torch.bool).scatter_(1, lowest, False)
     return keep.reshape(scores.shape)
 
 
-def _n_of_m(op: str, score: Tensor, form: Pattern, share: float) -> Tensor:
-    if abs(share - (1 - form.keep / form.of)) > 1e-6:
+def check_share(op: str, form: Pattern, share: float) -> None:
+    """ValueError unless `share` is what an n:m pattern fixes; nothing for the other patterns."""
+    if form.of and abs(share - (1 - form.keep / form.of)) > 1e-6:
         fixed = 1 - form.keep / form.of
         raise ValueError(f"{op}: sparsity must be {fixed:g} for pattern {form.name}, got {share}")
+
+
+def keep_n_of_m(score: Tensor, form: Pattern) -> Tensor:
+    """The mask of the n highest of every m adjacent inputs, of the score's shape."""
     matrix = score.detach().double().reshape(score.shape[0], -1)
     rows, cols = matrix.shape
     # Padding loses to every real weight, so a short tail keeps min(n, length) of its own.

@@ -12,16 +12,10 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from tautorch._batches import Batches
-from tautorch._layers import layer_groups, select_layers
-from tautorch.prune.importance import Importance, importance_scores
-from tautorch.prune.patterns import (
-    Ranking,
-    check_ranking,
-    check_sparsity,
-    make_global_masks,
-    make_mask,
-    parse_pattern,
-)
+from tautorch._layers import select_layers
+from tautorch.prune.choice import Choice, Rule, choose
+from tautorch.prune.importance import Importance
+from tautorch.prune.patterns import Ranking
 
 
 def compute_masks(
@@ -32,9 +26,11 @@ def compute_masks(
     layers: Iterable[str] | None = None,
     calibration: Batches | None = None,
     ranking: Ranking | None = None,
+    dampening: float = 0.01,
 ) -> dict[str, Tensor]:
     """The masks that `prune` would apply, by layer name; the model is left as it is. Arguments as there."""
-    return _masks("compute_masks", model, importance, pattern, sparsity, layers, calibration, ranking)
+    rule = Rule("compute_masks", importance, pattern, sparsity, layers, calibration, ranking, dampening)
+    return choose(rule, model).masks
 
 
 def prune(
@@ -45,13 +41,15 @@ def prune(
     layers: Iterable[str] | None = None,
     calibration: Batches | None = None,
     ranking: Ranking | None = None,
+    dampening: float = 0.01,
 ) -> nn.Module:
     """Set the least important weights of a model's Linear and Conv2d layers to zero, in place.
 
     Args:
         model: changed in place and returned; unchanged if anything fails.
-        importance: "magnitude", "activation" (Wanda, needs `calibration`) or a callable (name, layer) ->
-            score; see `tautorch.prune.importance`.
+        importance: "magnitude", "activation" (Wanda), "sparsegpt" (both need `calibration`) or a callable
+            (name, layer) -> score; see `tautorch.prune.importance`. "sparsegpt" also changes the weights it
+            keeps, so that the layers' outputs stay; see `tautorch.prune.sparsegpt`.
         pattern: "unstructured", "n:m", "4x1", "16x16", "32x32" or "64x64"; see `tautorch.prune.patterns`.
         sparsity: share to remove, in [0, 1). n:m patterns take exactly 1 - n / m.
         layers: names or shell patterns ("encoder.*"); None takes every layer that owns its weight alone,
@@ -59,38 +57,21 @@ def prune(
         calibration: batches of what the model takes, run in eval mode.
         ranking: "local" ranks within a layer, "row" within a row of blocks, "global" over all the layers.
             None is "row" for unstructured "activation", as its paper has it, and "local" otherwise.
+        dampening: of "sparsegpt": added to the diagonal of X X^T, as a share of its mean.
 
     Zeros alone do not last through training: see `hold_masks` and `Schedule`.
     """
-    masks = _masks("prune", model, importance, pattern, sparsity, layers, calibration, ranking)
-    apply_masks(model, masks)
+    rule = Rule("prune", importance, pattern, sparsity, layers, calibration, ranking, dampening)
+    apply_choice(model, choose(rule, model))
     return model
 
 
-def _masks(
-    op: str,
-    model: nn.Module,
-    importance: Importance,
-    pattern: str,
-    sparsity: float,
-    layers: Iterable[str] | None,
-    calibration: Batches | None,
-    ranking: Ranking | None,
-) -> dict[str, Tensor]:
-    form = parse_pattern(op, pattern)
-    share = check_sparsity(op, sparsity)
-    as_paper: Ranking = "row" if importance == "activation" and pattern == "unstructured" else "local"
-    chosen = ranking if ranking is not None else as_paper
-    check_ranking(op, chosen, form)
-    targets = select_layers(op, model, layers)
-    for name, layer in targets.items():
-        if not bool(torch.isfinite(layer.weight).all()):
-            raise ValueError(f"{op}: the weight of layer {name!r} must be finite, got NaN or Inf")
-    scores = importance_scores(op, model, targets, importance, calibration, named=layers is not None)
-    groups = {name: layer_groups(targets[name]) for name in scores}
-    if chosen == "global":
-        return make_global_masks(scores, pattern, share, groups)
-    return {name: make_mask(score, pattern, share, groups[name], chosen) for name, score in scores.items()}
+def apply_choice(model: nn.Module, choice: Choice) -> None:
+    """Put the choice's weights in place and zero what its masks remove."""
+    with torch.no_grad():
+        for name, weight in choice.weights.items():
+            _weight(model, name).copy_(weight)
+    apply_masks(model, choice.masks)
 
 
 def apply_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> None:

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from tautorch._batches import Batches, check_batches
 from tautorch._layers import select_layers
-from tautorch.prune.importance import Importance
-from tautorch.prune.patterns import Ranking, check_ranking, check_sparsity, parse_pattern
-from tautorch.prune.pruner import MaskHandle, compute_masks
+from tautorch.prune.choice import Rule, choose
+from tautorch.prune.importance import CALIBRATED, Importance
+from tautorch.prune.patterns import Ranking, check_ranking, check_share, check_sparsity, parse_pattern
+from tautorch.prune.pruner import MaskHandle, apply_choice
 
 Kind = Literal["oneshot", "cubic", "steps"]
 
@@ -66,14 +67,14 @@ class Schedule:
             check_batches("Schedule", calibration)
         if isinstance(calibration, Iterator):
             raise ValueError("Schedule: calibration must be re-iterable, got an iterator; pass a list")
-        if importance == "activation" and calibration is None:
-            raise ValueError('Schedule: calibration must hold batches for importance "activation", got None')
+        if importance in CALIBRATED and calibration is None:
+            raise ValueError(
+                f'Schedule: calibration must hold batches for importance "{importance}", got None'
+            )
         select_layers("Schedule", model, layers)
         self._plan = _plan(kind, sparsity, begin, end, every, steps)
         self._final = self._plan[max(self._plan)]
-        if self._form.of and abs(self._final - (1 - self._form.keep / self._form.of)) > 1e-6:
-            fixed = 1 - self._form.keep / self._form.of
-            raise ValueError(f"Schedule: sparsity must be {fixed:g} for pattern {pattern}, got {self._final}")
+        check_share("Schedule", self._form, self._final)
         self._model = model
         self._options: dict[str, Any] = {
             "importance": importance,
@@ -101,8 +102,10 @@ class Schedule:
         if due is not None and due != self.sparsity:
             pattern, share = self._at(due)
             if pattern is not None:
-                masks = compute_masks(self._model, pattern=pattern, sparsity=share, **self._options)
-                self._handle.update(masks)
+                rule = Rule("Schedule", pattern=pattern, sparsity=share, **self._options)
+                choice = choose(rule, self._model)
+                apply_choice(self._model, choice)
+                self._handle.update(choice.masks)
             self.sparsity = due
         else:
             self._handle.apply()
