@@ -113,7 +113,9 @@ def test_without_names_a_layer_that_never_runs_is_left_out() -> None:
         ("activation", [[torch.ones(2, 4), 1.0]], TypeError, r"a batch must be .* got list"),
         ("activation", [(torch.ones(2, 4), 1.0)], ValueError, "calibration must reach layer 'unused'"),
         ("activation", [(torch.full((2, 4), torch.inf), 1.0)], ValueError, "got NaN or Inf at layer 'a'"),
-        ("gradient", None, ValueError, "importance must be"),
+        ("hessian", None, ValueError, "importance must be"),
+        ("mean_activation", None, ValueError, "calibration must hold batches"),
+        ("gradient", [(torch.ones(2, 4), 1.0)], TypeError, "loss must be a callable"),
         (
             lambda name, layer: torch.ones(3),
             None,
@@ -133,3 +135,81 @@ def test_bad_input_changes_nothing(
     assert model.training
     for name, value in model.state_dict().items():
         assert torch.equal(value, state[name])
+
+
+def test_wanda_compares_within_rows_and_groups_of_m(rng: np.random.Generator) -> None:
+    """Figure 1 and section 3 of the paper: each output's weights compete with one another only."""
+    model = nn.Sequential(nn.Linear(16, 6))
+    x = torch.from_numpy(rng.standard_normal((40, 16)) * np.arange(1, 17)).float()
+    metric = np.abs(model[0].weight.detach().double().numpy()) * np.linalg.norm(x.double().numpy(), axis=0)
+    rows = compute_masks(model, "activation", sparsity=0.25, calibration=[x])["0"].numpy()
+    for row, values in zip(rows, metric, strict=True):
+        assert set(np.flatnonzero(~row)) == set(np.argsort(values)[:4])
+    pairs = compute_masks(model, "activation", pattern="2:4", calibration=[x])["0"].numpy()
+    for row, values in zip(pairs.reshape(-1, 4), metric.reshape(-1, 4), strict=True):
+        assert set(np.flatnonzero(~row)) == set(np.argsort(values)[:2])
+    fours = compute_masks(model, "activation", pattern="4x1", sparsity=0.75, calibration=[x])["0"].numpy()
+    blocks = np.stack([metric[:4].mean(0), metric[4:].mean(0)])
+    kept = np.zeros(32, bool)
+    kept[np.argsort(blocks, axis=None)[24:]] = True
+    np.testing.assert_array_equal(fours, np.repeat(kept.reshape(2, 16), [4, 2], axis=0))
+
+
+def test_mean_activation_is_one_number_for_each_input_channel(rng: np.random.Generator) -> None:
+    model = nn.ModuleDict({"fc": nn.Linear(6, 4), "conv": nn.Conv2d(4, 6, 3, padding=1, groups=2)})
+    model.forward = lambda x, y: (model["fc"](x), model["conv"](y))  # type: ignore[method-assign]
+    x, y = rng.standard_normal((3, 2, 6)), rng.standard_normal((3, 4, 5, 5))
+    batches = [(torch.from_numpy(x[i : i + 2]), torch.from_numpy(y[i : i + 2])) for i in (0, 2)]
+    scores = importance_scores("test", model.double(), dict(model.items()), "mean_activation", batches)
+    np.testing.assert_allclose(scores["fc"].numpy(), np.tile(np.abs(x).mean((0, 1)), (4, 1)), rtol=1e-12)
+    means = np.abs(y).mean((0, 2, 3)).reshape(2, 2)
+    for output in range(6):
+        expected = np.broadcast_to(means[output // 3][:, None, None], (2, 3, 3))
+        np.testing.assert_allclose(scores["conv"][output].numpy(), expected, rtol=1e-12)
+
+
+def squared_error(model: nn.Module, batch: Any) -> torch.Tensor:
+    x, target = batch
+    return (model(x) - target).square().sum()
+
+
+@pytest.mark.parametrize(("importance", "power"), [("gradient", 1), ("gradient_squared", 2)])
+def test_gradient_times_weight_by_hand(rng: np.random.Generator, importance: str, power: int) -> None:
+    model = nn.Sequential(nn.Linear(5, 3)).double()
+    model[0].weight.requires_grad_(False)
+    model[0].bias.grad = torch.ones(3, dtype=torch.float64)
+    batches = [(rng.standard_normal((2, 5)), rng.standard_normal((2, 3))) for _ in range(3)]
+    scores = importance_scores(
+        "test", model, {"0": model[0]}, importance,
+        [(torch.from_numpy(x), torch.from_numpy(t)) for x, t in batches], loss=squared_error,
+    )["0"]  # fmt: skip
+    weight, bias = (p.detach().numpy() for p in (model[0].weight, model[0].bias))
+    expected = np.zeros_like(weight)
+    for x, target in batches:
+        gradient = 2 * (x @ weight.T + bias - target).T @ x
+        expected += np.abs(gradient * weight) ** power
+    np.testing.assert_allclose(scores.numpy(), expected, rtol=1e-12)
+    assert not model[0].weight.requires_grad
+    assert model[0].weight.grad is None
+    assert (model[0].bias.grad == 1).all()
+    assert model.training
+
+
+@pytest.mark.parametrize(
+    ("loss", "error", "message"),
+    [
+        (lambda model, batch: model(batch).sum() * torch.nan, ValueError, "loss must be finite, got nan"),
+        (lambda model, batch: model(batch), TypeError, r"loss must return a scalar .* got a tensor \[2, 3\]"),
+        (lambda model, batch: 1.0, TypeError, "got float at batch 0"),
+        (lambda model, batch: batch.sum().requires_grad_(), ValueError, "calibration must reach layer '0'"),
+    ],
+)
+def test_a_bad_loss_changes_nothing(loss: Any, error: type[Exception], message: str) -> None:
+    model = nn.Sequential(nn.Linear(4, 3))
+    model[0].weight.requires_grad_(False)
+    before = model[0].weight.clone()
+    with pytest.raises(error, match=message):
+        compute_masks(model, "gradient", calibration=[torch.ones(2, 4)], loss=loss, layers=["0"])
+    assert torch.equal(model[0].weight, before)
+    assert not model[0].weight.requires_grad
+    assert model.training

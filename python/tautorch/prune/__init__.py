@@ -1,6 +1,7 @@
 """Pruning: masks under the kernels' patterns, schedules, and masks that survive fine-tuning."""
 
-from tautorch.prune.importance import Importance, importance_scores, input_norms
+from tautorch.prune.importance import Importance, importance_scores, input_means, input_norms
+from tautorch.prune.movement import Movement
 from tautorch.prune.patterns import Pattern, Ranking, make_global_masks, make_mask, parse_pattern
 from tautorch.prune.pruner import MaskHandle, apply_masks, compute_masks, hold_masks, masks_from_zeros, prune
 from tautorch.prune.report import LayerSparsity, SparsityReport, sparsity_report
@@ -10,6 +11,7 @@ __all__ = [
     "Importance",
     "LayerSparsity",
     "MaskHandle",
+    "Movement",
     "Pattern",
     "Ranking",
     "Schedule",
@@ -18,6 +20,7 @@ __all__ = [
     "compute_masks",
     "hold_masks",
     "importance_scores",
+    "input_means",
     "input_norms",
     "make_global_masks",
     "make_mask",

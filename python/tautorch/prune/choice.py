@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tautorch._batches import Batches
 from tautorch._gram import input_grams, inverse_factor
 from tautorch._layers import Layer, layer_groups, select_layers
-from tautorch.prune.importance import CALIBRATED, Importance, importance_scores
+from tautorch.prune.importance import Importance, LossOf, check_importance, importance_scores
 from tautorch.prune.patterns import (
     Pattern,
     Ranking,
@@ -37,6 +37,7 @@ class Rule:
     calibration: Batches | None = None
     ranking: Ranking | None = None
     dampening: float = 0.01
+    loss: LossOf | None = None
 
     def form(self) -> Pattern:
         """The parsed pattern."""
@@ -65,8 +66,7 @@ def choose(rule: Rule, model: nn.Module) -> Choice:
     ranking = rule.chosen_ranking()
     check_ranking(op, ranking, form)
     check_share(op, form, share)
-    if isinstance(rule.importance, str) and rule.importance in CALIBRATED and rule.calibration is None:
-        raise ValueError(f'{op}: calibration must hold batches for importance "{rule.importance}", got None')
+    check_importance(op, rule.importance, rule.calibration, rule.loss)
     targets = select_layers(op, model, rule.layers)
     for name, layer in targets.items():
         if not bool(torch.isfinite(layer.weight).all()):
@@ -74,7 +74,7 @@ def choose(rule: Rule, model: nn.Module) -> Choice:
     if rule.importance == "sparsegpt":
         return _compensated(rule, model, targets, share, ranking)
     scores = importance_scores(
-        op, model, targets, rule.importance, rule.calibration, named=rule.layers is not None
+        op, model, targets, rule.importance, rule.calibration, rule.layers is not None, rule.loss
     )
     groups = {name: layer_groups(targets[name]) for name in scores}
     if ranking == "global":

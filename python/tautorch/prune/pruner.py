@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from tautorch._batches import Batches
 from tautorch._layers import select_layers
 from tautorch.prune.choice import Choice, Rule, choose
-from tautorch.prune.importance import Importance
+from tautorch.prune.importance import Importance, LossOf
 from tautorch.prune.patterns import Ranking
 
 
@@ -27,9 +27,10 @@ def compute_masks(
     calibration: Batches | None = None,
     ranking: Ranking | None = None,
     dampening: float = 0.01,
+    loss: LossOf | None = None,
 ) -> dict[str, Tensor]:
     """The masks that `prune` would apply, by layer name; the model is left as it is. Arguments as there."""
-    rule = Rule("compute_masks", importance, pattern, sparsity, layers, calibration, ranking, dampening)
+    rule = Rule("compute_masks", importance, pattern, sparsity, layers, calibration, ranking, dampening, loss)
     return choose(rule, model).masks
 
 
@@ -42,14 +43,16 @@ def prune(
     calibration: Batches | None = None,
     ranking: Ranking | None = None,
     dampening: float = 0.01,
+    loss: LossOf | None = None,
 ) -> nn.Module:
     """Set the least important weights of a model's Linear and Conv2d layers to zero, in place.
 
     Args:
         model: changed in place and returned; unchanged if anything fails.
-        importance: "magnitude", "activation" (Wanda), "sparsegpt" (both need `calibration`) or a callable
-            (name, layer) -> score; see `tautorch.prune.importance`. "sparsegpt" also changes the weights it
-            keeps, so that the layers' outputs stay; see `tautorch.prune.sparsegpt`.
+        importance: "magnitude", "activation" (Wanda), "mean_activation", "gradient", "gradient_squared",
+            "sparsegpt" (all but the first need `calibration`) or a callable (name, layer) -> score, such as
+            a `Movement`; see `tautorch.prune.importance`. "sparsegpt" also changes the weights it keeps, so
+            that the layers' outputs stay; see `tautorch.prune.sparsegpt`.
         pattern: "unstructured", "n:m", "4x1", "16x16", "32x32" or "64x64"; see `tautorch.prune.patterns`.
         sparsity: share to remove, in [0, 1). n:m patterns take exactly 1 - n / m.
         layers: names or shell patterns ("encoder.*"); None takes every layer that owns its weight alone,
@@ -57,11 +60,12 @@ def prune(
         calibration: batches of what the model takes, run in eval mode.
         ranking: "local" ranks within a layer, "row" within a row of blocks, "global" over all the layers.
             None is "row" for unstructured "activation", as its paper has it, and "local" otherwise.
+        loss: (model, batch) -> scalar, for the gradients; a batch is as `calibration` gives it.
         dampening: of "sparsegpt": added to the diagonal of X X^T, as a share of its mean.
 
     Zeros alone do not last through training: see `hold_masks` and `Schedule`.
     """
-    rule = Rule("prune", importance, pattern, sparsity, layers, calibration, ranking, dampening)
+    rule = Rule("prune", importance, pattern, sparsity, layers, calibration, ranking, dampening, loss)
     apply_choice(model, choose(rule, model))
     return model
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tautorch._batches import Batches, check_batches
 from tautorch._layers import select_layers
 from tautorch.prune.choice import Rule, choose
-from tautorch.prune.importance import CALIBRATED, Importance
+from tautorch.prune.importance import Importance, LossOf, check_importance
 from tautorch.prune.patterns import Ranking, check_ranking, check_share, check_sparsity, parse_pattern
 from tautorch.prune.pruner import MaskHandle, apply_choice
 
@@ -35,7 +35,8 @@ class Schedule:
         model: pruned in place, step by step; nothing happens before the first step that is due.
         sparsity: the final one, in [0, 1); with "steps" it may be left out.
         every, begin, end: optimizer steps; `end` is needed by "cubic".
-        pattern, importance, layers, calibration, ranking: as in `prune`; `calibration` must be re-iterable.
+        pattern, importance, layers, calibration, ranking, dampening, loss: as in `prune`; `calibration` must
+            be re-iterable.
 
     Raises ValueError/TypeError for arguments out of range, before anything changes.
     """
@@ -55,6 +56,8 @@ class Schedule:
         layers: Iterable[str] | None = None,
         calibration: Batches | None = None,
         ranking: Ranking | None = None,
+        dampening: float = 0.01,
+        loss: LossOf | None = None,
     ) -> None:
         if kind not in get_args(Kind):
             raise ValueError(f"Schedule: kind must be one of {', '.join(get_args(Kind))}, got {kind!r}")
@@ -67,10 +70,7 @@ class Schedule:
             check_batches("Schedule", calibration)
         if isinstance(calibration, Iterator):
             raise ValueError("Schedule: calibration must be re-iterable, got an iterator; pass a list")
-        if importance in CALIBRATED and calibration is None:
-            raise ValueError(
-                f'Schedule: calibration must hold batches for importance "{importance}", got None'
-            )
+        check_importance("Schedule", importance, calibration, loss)
         select_layers("Schedule", model, layers)
         self._plan = _plan(kind, sparsity, begin, end, every, steps)
         self._final = self._plan[max(self._plan)]
@@ -81,6 +81,8 @@ class Schedule:
             "layers": layers,
             "calibration": calibration,
             "ranking": ranking,
+            "dampening": dampening,
+            "loss": loss,
         }
         self._handle = MaskHandle(model, {})
         self.steps_done = 0
