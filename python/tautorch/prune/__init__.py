@@ -1,5 +1,7 @@
 """Pruning: masks under the kernels' patterns, schedules, and masks that survive fine-tuning."""
 
+from tautorch.prune.channel_report import ChannelRecord, ChannelReport
+from tautorch.prune.channels import prune_channels
 from tautorch.prune.importance import Importance, importance_scores, input_means, input_norms
 from tautorch.prune.movement import Movement
 from tautorch.prune.patterns import Pattern, Ranking, make_global_masks, make_mask, parse_pattern
@@ -8,6 +10,8 @@ from tautorch.prune.report import LayerSparsity, SparsityReport, sparsity_report
 from tautorch.prune.schedule import Schedule
 
 __all__ = [
+    "ChannelRecord",
+    "ChannelReport",
     "Importance",
     "LayerSparsity",
     "MaskHandle",
@@ -27,5 +31,6 @@ __all__ = [
     "masks_from_zeros",
     "parse_pattern",
     "prune",
+    "prune_channels",
     "sparsity_report",
 ]
