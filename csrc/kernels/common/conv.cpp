@@ -87,6 +87,12 @@ struct Job {
     int64_t padded_taps() const { return depthwise ? round_up(h.taps, 4) : h.taps; }
 
     void run(const ConvBand &band, int64_t m0, int64_t m1, int64_t p0, int64_t p1) const;
+    // Pixels of an image read in place, as operands.
+    const char *operands(const char *first, int rows) const {
+        void *copy = scratch(Scratch::image, static_cast<size_t>(kBlockRows * c.pixel));
+        isa.quantize(first, DType::i8, rows * c.pixel, 1.0f, 0, -128, 127, isa.act, copy);
+        return static_cast<const char *>(copy);
+    }
     void run_depthwise(const ConvBand &band, int64_t m0, int rows, int64_t p0, int64_t p1,
                        const int64_t *taps, const float *scale) const;
 };
@@ -124,7 +130,9 @@ void Job::run(const ConvBand &band, int64_t m0, int64_t m1, int64_t p0, int64_t 
     BlockPixels block;
     float scales[kBlockRows];
     const float *scale = c.kind == OperandKind::f32 ? nullptr : scales;
-    const int64_t step = block_rows(m1 - m0), group = h.k * operand_bytes(c.kind), pixels = c.oh * c.ow;
+    // Tiles of 6 and 12 rows without a rest.
+    const int64_t step = round_up(block_rows(m1 - m0), 6), group = h.k * operand_bytes(c.kind),
+                  pixels = c.oh * c.ow;
     for (int64_t m = m0; m < m1; m += step) {
         const int rows = static_cast<int>(std::min(step, m1 - m));
         if (scale)
@@ -142,7 +150,10 @@ void Job::run(const ConvBand &band, int64_t m0, int64_t m1, int64_t p0, int64_t 
             grouped->run(band, m, rows, offset, scale, out);
             continue;
         }
-        block.fill(band, h, m, rows, fused && direct_output(out));
+        if (c.in_place)
+            block.fill(operands(band.pixel(m), rows), c.pixel, h, rows);
+        else
+            block.fill(band, h, m, rows, fused && direct_output(out));
         if (block.sorted && scale) {
             float in_order[kBlockRows];
             std::copy_n(scales, rows, in_order);
@@ -165,7 +176,7 @@ void Job::run(const ConvBand &band, int64_t m0, int64_t m1, int64_t p0, int64_t 
                     gemm_block_taps(isa, a.packed, g, pointers + run.taps.tap0 * kBlockRows + run.first,
                                     kBlockRows, run.rows, run.taps, p, p + together, out, m + at,
                                     scale ? scale + run.first : nullptr,
-                                    {c.in_place, block.sorted ? block.index + run.first : nullptr});
+                                    block.sorted ? block.index + run.first : nullptr);
                 }
         }
     }

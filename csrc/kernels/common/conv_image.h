@@ -33,7 +33,7 @@ struct ConvImage {
     // Kept pixels in a row; bytes of a pixel and of a row. Between groups' pixels at a multiple of 512 bytes
     // lies a cache line: all pixels of a tile would share a few sets of the first-level cache.
     int64_t cols, pixel, row;
-    bool in_place = false; // x itself is the band of all samples: int8, and stored()
+    bool in_place = false; // no band: int8 x, stored(), is taken a block of pixels at a time
 
     ConvImage(const ConvArgs &a, const Isa &isa, OperandKind kind, bool grouped);
     bool packed() const { return pixel == g.channels * operand_bytes(kind); } // no gap between pixels

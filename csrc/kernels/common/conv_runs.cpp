@@ -87,4 +87,12 @@ void BlockPixels::fill(const ConvBand &band, const PackHeader &h, int64_t m, int
     }
 }
 
+void BlockPixels::fill(const char *first, int64_t pixel, const PackHeader &h, int rows) {
+    for (int r = 0; r < rows; ++r)
+        at[r] = first + r * pixel;
+    runs[0] = {0, rows, {0, 1, 0, h.k}};
+    count = 1;
+    sorted = false;
+}
+
 } // namespace tautorch

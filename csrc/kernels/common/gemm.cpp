@@ -176,12 +176,12 @@ void gemm_block(const Isa &isa, const uint8_t *packed, int64_t group, const void
                 int rows, int64_t p0, int64_t p1, const Output &out, int64_t m0, const float *row_scale) {
     const PackHeader &h = header_of(packed);
     gemm_block_taps(isa, packed, group, pointers, ld, rows, {0, h.taps, 0, h.k}, p0, p1, out, m0, row_scale,
-                    {});
+                    nullptr);
 }
 
 void gemm_block_taps(const Isa &isa, const uint8_t *packed, int64_t group, const void *const *pointers,
                      int64_t ld, int rows, const Taps &part, int64_t p0, int64_t p1, const Output &out,
-                     int64_t m0, const float *row_scale, const RowForm &form) {
+                     int64_t m0, const float *row_scale, const int32_t *out_row) {
     const PackHeader &h = header_of(packed);
     const int64_t taps = part.tap1 - part.tap0, k = part.k1 - part.k0, kq = div_up(k, h.kr);
     const int64_t skipped =
@@ -190,20 +190,19 @@ void gemm_block_taps(const Isa &isa, const uint8_t *packed, int64_t group, const
     ProductI8 task = {};
     if (fused) {
         task.rows = pointers;
-        task.flip = form.flip;
         task.ld = ld;
         task.row_step = taps == 1 ? row_step(pointers, rows) : 0;
         task.count = rows;
         task.taps = taps;
         task.kq = kq;
         task.row_scale = row_scale;
-        task.out_row = form.out_row;
+        task.out_row = out_row;
         task.panels = 1;
     }
     const bool floats = h.kind == PackKind::dense_f32 && !row_scale && !out.epilogue.w_scale;
     if (const int64_t step = row_step(pointers, rows); (fused || floats) && taps == 1 && h.taps == 1 &&
-                                                       k == h.k && !form.flip && !form.out_row &&
-                                                       (rows == 1 || step != 0) && row_by_row(out, k)) {
+                                                       k == h.k && !out_row && (rows == 1 || step != 0) &&
+                                                       row_by_row(out, k)) {
         const int64_t panel = panel_data(packed, group, 1) - panel_data(packed, group, 0);
         const int64_t whole = std::min(p1, h.n / h.nr),
                       most = std::max<int64_t>(2, kFromL2 / std::max<int64_t>(1, panel));

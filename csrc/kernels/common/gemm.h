@@ -52,15 +52,11 @@ struct Taps {
         return tap0 == o.tap0 && tap1 == o.tap1 && k0 == o.k0 && k1 == o.k1;
     }
 };
-// How rows of a block come and go, where product_i8 runs.
-struct RowForm {
-    bool flip = false;                // int8 as it is, see ProductI8
-    const int32_t *out_row = nullptr; // row of out for each row, from m0 on; only where direct_output
-};
-// The same for some taps alone. pointers are to input k0 under tap0 ...
+// The same for some taps alone. pointers are to input k0 under tap0 ... out_row: row of out for each row,
+// from m0 on, or null; only where product_i8 runs and direct_output.
 void gemm_block_taps(const Isa &isa, const uint8_t *packed, int64_t group, const void *const *pointers,
                      int64_t ld, int rows, const Taps &taps, int64_t p0, int64_t p1, const Output &out,
-                     int64_t m0, const float *row_scale, const RowForm &form);
+                     int64_t m0, const float *row_scale, const int32_t *out_row);
 // Whether product_i8 writes the output itself.
 inline bool direct_output(const Output &out) {
     const Activation a = out.epilogue.activation;

@@ -18,8 +18,7 @@ struct ToOutput {
 };
 
 struct ProductI8 : ToOutput {
-    const void *const *rows; // [taps][ld] operands, u8_shifted, or int8 as it is (flip)
-    bool flip;               // turn the top bit of what rows say as it is read
+    const void *const *rows; // [taps][ld] operands, u8_shifted
     int64_t ld;
     int64_t row_step; // bytes from each row to the next if that is all rows[1 ...] say, else 0
     int count;        // rows
@@ -36,6 +35,8 @@ struct ProductI8 : ToOutput {
 };
 
 void product_i8_avx512vnni(const ProductI8 &p);
+// int8 output of the first rows, and how many these are: 0 where this is not the kernel for them.
+int product_i8_codes_avx512vnni(const ProductI8 &p);
 void product_i8_rows_avx512vnni(const ProductI8 &p);
 
 // Groups of few channels: 16 outputs, each of which sees 4 * quads inputs of its own group. Weights are

@@ -4,12 +4,10 @@
 namespace tautorch {
 namespace {
 
-// Flip: turns the top bit of each byte, by a vpxord with a broadcast operand.
-template <bool Flip> inline __m512i broadcast4(const char *p) {
+inline __m512i broadcast4(const char *p) {
     int32_t v;
     std::memcpy(&v, p, 4);
-    const __m512i x = _mm512_set1_epi32(v);
-    return Flip ? _mm512_xor_si512(x, _mm512_set1_epi32(static_cast<int32_t>(0x80808080))) : x;
+    return _mm512_set1_epi32(v);
 }
 
 // The rows of a tile under one tap. Even: at one distance from each other, so that four pointers and two
@@ -36,8 +34,7 @@ template <int MR, bool Even> struct Rows {
 // the ones before are multiplied by all their rows.
 constexpr int64_t kAhead = 128;
 
-template <int MR, int NV, bool Even, bool Flip>
-void tile(const ProductI8 &p, int i, int r0, const int8_t *ahead) {
+template <int MR, int NV, bool Even> void tile(const ProductI8 &p, int i, int r0, const int8_t *ahead) {
     // Two products a cycle at a latency of 4 to 5 cycles need ten chains: small tiles split theirs over U
     // groups of inputs.
     constexpr int U = MR * NV >= 10 ? 1 : MR * NV >= 5 ? 2 : 4;
@@ -69,7 +66,7 @@ void tile(const ProductI8 &p, int i, int r0, const int8_t *ahead) {
             b += step;
 #pragma GCC unroll 12
             for (int r = 0; r < MR; ++r) {
-                const __m512i a = broadcast4<Flip>(x[r] + 4 * u);
+                const __m512i a = broadcast4(x[r] + 4 * u);
 #pragma GCC unroll 4
                 for (int v = 0; v < NV; ++v)
                     sum[r][v] = _mm512_dpbusd_epi32(sum[r][v], a, w[v]);
@@ -110,21 +107,13 @@ void tile(const ProductI8 &p, int i, int r0, const int8_t *ahead) {
 }
 
 using Tile = void (*)(const ProductI8 &, int i, int r0, const int8_t *ahead);
-template <int NV, bool Even, bool Flip>
-constexpr Tile kTiles[12] = {tile<1, NV, Even, Flip>,  tile<2, NV, Even, Flip>,  tile<3, NV, Even, Flip>,
-                             tile<4, NV, Even, Flip>,  tile<5, NV, Even, Flip>,  tile<6, NV, Even, Flip>,
-                             tile<7, NV, Even, Flip>,  tile<8, NV, Even, Flip>,  tile<9, NV, Even, Flip>,
-                             tile<10, NV, Even, Flip>, tile<11, NV, Even, Flip>, tile<12, NV, Even, Flip>};
-template <bool Even, bool Flip>
-constexpr Tile kWideTiles[6] = {tile<1, 4, Even, Flip>, tile<2, 4, Even, Flip>, tile<3, 4, Even, Flip>,
-                                tile<4, 4, Even, Flip>, tile<5, 4, Even, Flip>, tile<6, 4, Even, Flip>};
-// Images read in place are turned on the way; their pixels are even.
-template <int NV> const Tile *tiles_of(bool even, bool flip) {
-    return flip ? kTiles<NV, true, true> : even ? kTiles<NV, true, false> : kTiles<NV, false, false>;
-}
-const Tile *wide_tiles_of(bool even, bool flip) {
-    return flip ? kWideTiles<true, true> : even ? kWideTiles<true, false> : kWideTiles<false, false>;
-}
+template <int NV, bool Even>
+constexpr Tile kTiles[12] = {tile<1, NV, Even>, tile<2, NV, Even>,  tile<3, NV, Even>,  tile<4, NV, Even>,
+                             tile<5, NV, Even>, tile<6, NV, Even>,  tile<7, NV, Even>,  tile<8, NV, Even>,
+                             tile<9, NV, Even>, tile<10, NV, Even>, tile<11, NV, Even>, tile<12, NV, Even>};
+template <bool Even>
+constexpr Tile kWideTiles[6] = {tile<1, 4, Even>, tile<2, 4, Even>, tile<3, 4, Even>,
+                                tile<4, 4, Even>, tile<5, 4, Even>, tile<6, 4, Even>};
 
 // Rows are dealt out evenly: two tiles of 4 run faster than one of 6 and one of 2. Every tile fetches its
 // part of the next panel, until that is whole.
@@ -189,22 +178,34 @@ void grouped_i8_avx512vnni(const GroupedI8 &g) {
     }
 }
 
-void product_i8_avx512vnni(const ProductI8 &p) {
-    if (p.panels > 1)
-        return product_i8_rows_avx512vnni(p);
+void product_i8_avx512vnni(const ProductI8 &given) {
+    if (given.panels > 1)
+        return product_i8_rows_avx512vnni(given);
+    ProductI8 p = given;
+    if (const int done = product_i8_codes_avx512vnni(p)) {
+        p.rows += done;
+        p.row_scale += done;
+        p.count -= done;
+        if (p.out_row)
+            p.out_row += done;
+        else
+            p.out += done * p.row_bytes;
+        if (p.count == 0)
+            return;
+    }
     const bool even = p.even();
     int i = 0;
     // 12 x 32 reads 128 bytes of weights in 12 cycles, 6 x 64 twice as many, and the 32 columns of a panel
     // that it walks stay in L1 up to 1024 inputs. Up to 8 rows memory is the limit: whole lines of a panel in
     // order. Without a common distance, 12 rows would need 12 pointers.
     if (p.width == 64 && (!even || p.count <= 8)) {
-        strip(p, wide_tiles_of(even, p.flip), 6, 0);
+        strip(p, even ? kWideTiles<true> : kWideTiles<false>, 6, 0);
         return;
     }
     for (; i + 32 <= p.width; i += 32)
-        strip(p, tiles_of<2>(even, p.flip), 12, i);
+        strip(p, even ? kTiles<2, true> : kTiles<2, false>, 12, i);
     if (i < p.width)
-        strip(p, tiles_of<1>(even, p.flip), 12, i);
+        strip(p, even ? kTiles<1, true> : kTiles<1, false>, 12, i);
 }
 
 } // namespace tautorch

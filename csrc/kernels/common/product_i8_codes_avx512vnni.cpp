@@ -1,0 +1,185 @@
+// int8 output: a tile's sums leave while the next tile's products run. On Zen 4 the products take two of the
+// four vector pipes and most of what bounds and narrows a sum the other two. But the sums of a whole tile,
+// one after another, fill all that the core looks ahead: 16 outputs of 64 inputs took 23.1 cycles, 16 of them
+// products. Here two tiles of 6 x 32 take turns, and each of the first six steps of the one finishes a row of
+// the other: 19.8.
+#include <cstdint>
+#include <cstring>
+#include <immintrin.h>
+
+#include "kernels/common/product_i8.h"
+
+namespace tautorch {
+namespace {
+
+constexpr int kRows = 6;
+using Sums = __m512i[kRows][2];
+
+// What turns the sums of 32 outputs into their codes.
+struct Scales {
+    alignas(64) float w[32];
+    alignas(64) float bias[32];
+    __m512i start[2]; // what the sums begin with
+    float inv, lo, hi;
+    int32_t zp;
+};
+
+// By the arithmetic of epilogue.h. The operands in memory leave the registers to two tiles.
+__attribute__((always_inline)) inline void finish_row(const Scales &e, __m512i c0, __m512i c1,
+                                                      const float &row_scale, char *out) {
+    __m512i y0, y1;
+    asm("vcvtdq2ps %2, %0\n\t"
+        "vcvtdq2ps %3, %1\n\t"
+        "vmulps %4%{1to16%}, %0, %0\n\t"
+        "vmulps %4%{1to16%}, %1, %1\n\t"
+        "vmulps %5, %0, %0\n\t"
+        "vmulps 64+%5, %1, %1\n\t"
+        "vaddps %6, %0, %0\n\t"
+        "vaddps 64+%6, %1, %1\n\t"
+        "vmulps %7%{1to16%}, %0, %0\n\t"
+        "vmulps %7%{1to16%}, %1, %1\n\t"
+        "vmaxps %8%{1to16%}, %0, %0\n\t"
+        "vmaxps %8%{1to16%}, %1, %1\n\t"
+        "vminps %9%{1to16%}, %0, %0\n\t"
+        "vminps %9%{1to16%}, %1, %1\n\t"
+        "vcvtps2dq %0, %0\n\t"
+        "vcvtps2dq %1, %1\n\t"
+        "vpackssdw %1, %0, %0"
+        : "=&v"(y0), "=&v"(y1)
+        : "v"(c0), "v"(c1), "m"(row_scale), "m"(e.w), "m"(e.bias), "m"(e.inv), "m"(e.lo), "m"(e.hi));
+    // Four outputs of the one vector and four of the other lie in turn.
+    const __m256i codes =
+        _mm512_cvtepi16_epi8(_mm512_add_epi16(y0, _mm512_set1_epi16(static_cast<short>(e.zp))));
+    _mm256_storeu_si256(reinterpret_cast<__m256i *>(out),
+                        _mm256_permutevar8x32_epi32(codes, _mm256_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7)));
+}
+
+// The rows of a tile under one tap. Even: at one distance from each other.
+template <bool Even> struct Rows {
+    const char *at[Even ? 2 : kRows];
+    int64_t step;
+    Rows(const ProductI8 &p, int64_t tap, int r0) : step(p.row_step) {
+        const void *const *rows = p.rows + tap * p.ld;
+        for (int i = 0; i < (Even ? 2 : kRows); ++i)
+            at[i] =
+                static_cast<const char *>(Even ? rows[0] : rows[r0 + i]) + (Even ? (r0 + 3 * i) * step : 0);
+    }
+    __attribute__((always_inline)) const char *operator[](int r) const {
+        return Even ? at[r / 3] + r % 3 * step : at[r];
+    }
+};
+
+// Four inputs, q steps after the rows' first.
+template <bool Even>
+__attribute__((always_inline)) inline void step(Sums &c, const int8_t *b, const Rows<Even> &x, int64_t q) {
+    const __m512i w0 = _mm512_loadu_si512(b), w1 = _mm512_loadu_si512(b + 64);
+#pragma GCC unroll 6
+    for (int r = 0; r < kRows; ++r) {
+        int32_t v;
+        std::memcpy(&v, x[r] + 4 * q, 4);
+        const __m512i a = _mm512_set1_epi32(v);
+        // GCC 12 copies sums that an intrinsic updates.
+        asm("vpdpbusd %2, %1, %0" : "+v"(c[r][0]) : "v"(a), "v"(w0));
+        asm("vpdpbusd %2, %1, %0" : "+v"(c[r][1]) : "v"(a), "v"(w1));
+    }
+}
+
+char *line(const ProductI8 &p, int64_t i, int r) {
+    return p.out + (p.out_row ? p.out_row[r] : r) * p.row_bytes + i;
+}
+
+// Products of the rows from r0 on, while the sums of the rows from r1 on leave.
+template <bool Even>
+__attribute__((always_inline)) inline void tile(const ProductI8 &p, const Scales &e, int64_t i, Sums &c,
+                                                int r0, const Sums &before, int r1) {
+    const int64_t width = 4 * p.width;
+    const int8_t *b = p.panel + 4 * i;
+#pragma GCC unroll 6
+    for (int r = 0; r < kRows; ++r) {
+        c[r][0] = e.start[0];
+        c[r][1] = e.start[1];
+    }
+    for (int64_t t = 0; t < (Even ? 1 : p.taps); ++t, b += p.gap) {
+        const Rows<Even> x(p, t, r0);
+        int64_t q = 0;
+        if (t == 0)
+#pragma GCC unroll 6
+            for (; q < kRows; ++q, b += width) {
+                step<Even>(c, b, x, q);
+                finish_row(e, before[q][0], before[q][1], p.row_scale[r1 + q], line(p, i, r1 + q));
+                asm volatile("prefetchw %0" : : "m"(*line(p, i, r0 + q)));
+            }
+        for (; q < p.kq; ++q, b += width)
+            step<Even>(c, b, x, q);
+    }
+}
+
+// The first `count` rows, a multiple of kRows.
+template <bool Even> void strip(const ProductI8 &p, const Scales &e, int64_t i, int count) {
+    Sums a, b;
+#pragma GCC unroll 6
+    for (int r = 0; r < kRows; ++r)
+        b[r][0] = b[r][1] = _mm512_setzero_si512();
+    const auto leave = [&](const Sums &c, int r0) __attribute__((always_inline)) {
+#pragma GCC unroll 6
+        for (int r = 0; r < kRows; ++r)
+            finish_row(e, c[r][0], c[r][1], p.row_scale[r0 + r], line(p, i, r0 + r));
+    };
+    // The first tile finds none before it: what it writes, it writes over.
+    tile<Even>(p, e, i, a, 0, b, 0);
+    int r = kRows;
+    for (; r + kRows < count; r += 2 * kRows) {
+        tile<Even>(p, e, i, b, r, a, r - kRows);
+        tile<Even>(p, e, i, a, r + kRows, b, r);
+    }
+    if (r == count)
+        return leave(a, r - kRows);
+    tile<Even>(p, e, i, b, r, a, r - kRows);
+    leave(b, r);
+}
+
+bool finite(__m512 v) { return _mm512_fpclass_ps_mask(v, 0x99) == 0; }
+
+// False where an output may be NaN, which finish_row takes for a number.
+bool scales_of(const ProductI8 &p, int64_t i, Scales &to) {
+    const Epilogue &e = *p.epilogue;
+    for (int v = 0; v < 2; ++v) {
+        const int64_t at = p.n0 + i + 16 * v;
+        const __m512 w = e.w_scale ? _mm512_loadu_ps(e.w_scale + at) : _mm512_set1_ps(1.0f),
+                     b = e.bias ? _mm512_loadu_ps(e.bias + at) : _mm512_setzero_ps();
+        if (!finite(w) || !finite(b))
+            return false;
+        _mm512_store_ps(to.w + 16 * v, w);
+        _mm512_store_ps(to.bias + 16 * v, b);
+        to.start[v] = e.correction == 0 ? _mm512_setzero_si512()
+                                        : _mm512_mullo_epi32(_mm512_loadu_si512(e.colsum + at),
+                                                             _mm512_set1_epi32(e.correction));
+    }
+    to.inv = e.out_inv_scale;
+    to.zp = e.out_zero_point;
+    to.lo = static_cast<float>(e.activation == Activation::relu ? 0 : -128 - e.out_zero_point);
+    to.hi = static_cast<float>(127 - e.out_zero_point);
+    return true;
+}
+
+} // namespace
+
+int product_i8_codes_avx512vnni(const ProductI8 &p) {
+    const Epilogue &e = *p.epilogue;
+    const int count = p.count / kRows * kRows;
+    if (e.out_dtype != DType::i8 || e.addend || count == 0 || p.kq < kRows || p.cols % 32 != 0 ||
+        p.cols != p.width || !(e.out_inv_scale < 0x1p126f))
+        return 0;
+    for (int r = 0; r < count; ++r) // a sum times 2^90 is finite; of NaN the comparison is false
+        if (!(p.row_scale[r] <= 0x1p90f))
+            return 0;
+    for (int64_t i = 0; i < p.cols; i += 32) {
+        Scales s;
+        if (!scales_of(p, i, s))
+            return 0;
+        p.even() ? strip<true>(p, s, i, count) : strip<false>(p, s, i, count);
+    }
+    return count;
+}
+
+} // namespace tautorch
