@@ -4,6 +4,7 @@ from tautorch.quantize.calibration import OBSERVERS, calibrate
 from tautorch.quantize.clustering import Clustered, attach_codebook, cluster, codebooks
 from tautorch.quantize.fake import FakeQuantInput, FakeQuantWeight
 from tautorch.quantize.finalize import finalize
+from tautorch.quantize.gptq import Rounded, gptq
 from tautorch.quantize.observers import Histogram, MinMax, Mse, Observer, Percentile
 from tautorch.quantize.qat import prepare_qat, step_parameters
 from tautorch.quantize.qparams import QParams, qparams_of_range, quantize_weight
@@ -21,12 +22,14 @@ __all__ = [
     "Observer",
     "Percentile",
     "QParams",
+    "Rounded",
     "Smoothed",
     "attach_codebook",
     "calibrate",
     "cluster",
     "codebooks",
     "finalize",
+    "gptq",
     "prepare_qat",
     "qparams_of_range",
     "quantize_weight",
