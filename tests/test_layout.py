@@ -71,6 +71,7 @@ ARROWS: dict[str, set[str]] = {
     "_layers": set(),
     "_gram": {"_batches", "_layers"},
     "timing": set(),
+    "coding": set(),
     "ownership": {"_layers"},
     "capture": {"_batches"},
     "dispatch": {"_C", "_cuda"},
@@ -86,7 +87,7 @@ ARROWS: dict[str, set[str]] = {
     "convert": MODULES,
     "explain": MODULES | {"tuning"},
     **dict.fromkeys(METHODS, MODULES | METHODS | {"reference"}),  # the numbers that layers compute
-    "storage": CONVERT | METHODS | {"reference"},
+    "storage": CONVERT | METHODS | {"reference", "coding"},
     "compress": CONVERT | METHODS | {"storage"},
     "demo": CONVERT | METHODS | {"storage", "compress"},
     "__main__": {"cli"},

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from . import dispatch, distill, factorize, nn, ops, prune, quantize
+from . import coding, dispatch, distill, factorize, nn, ops, prune, quantize
 from ._version import __version__
 from .convert import convert
 from .convert_report import ConvertReport
 from .dispatch import kernels
 from .explain import explain, warmup
 from .fuse import fuse
-from .storage import CheckpointError, describe, load, save
+from .storage import CheckpointError, SizeReport, describe, load, save, size_report
 
 __all__ = [
     "CheckpointError",
     "ConvertReport",
+    "SizeReport",
     "__version__",
+    "coding",
     "convert",
     "describe",
     "dispatch",
@@ -29,5 +31,6 @@ __all__ = [
     "prune",
     "quantize",
     "save",
+    "size_report",
     "warmup",
 ]

@@ -10,9 +10,12 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import json
+import math
 import os
 import secrets
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -23,7 +26,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 _DOCUMENT, _DIGEST = "tautorch", "tautorch_sha256"
-_MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library itself
+MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library itself
 
 DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool,
@@ -50,6 +53,11 @@ class Entry:
     dtype: torch.dtype
     shape: tuple[int, ...]
 
+    @property
+    def nbytes(self) -> int:
+        """The bytes of its values."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
 
 def digest(tensor: torch.Tensor) -> str:
     """SHA-256 of a contiguous CPU tensor's dtype, shape and bytes, as hex."""
@@ -65,13 +73,25 @@ def write(path: str | PathLike[str], tensors: dict[str, torch.Tensor], document:
 
     Raises ValueError for a document that is not JSON, OSError where the file system refuses.
     """
+    text = as_text(document | {"sha256": {name: digest(value) for name, value in tensors.items()}})
+    metadata = {"format": "pt", _DOCUMENT: text, _DIGEST: hashlib.sha256(text.encode()).hexdigest()}
+    with replacing(path) as temporary:
+        save_file(tensors, temporary, metadata)
+
+
+def as_text(document: dict[str, Any]) -> str:
+    """The document as JSON; ValueError if it is none."""
     try:
-        text = json.dumps(document, allow_nan=False, separators=(",", ":"))
+        return json.dumps(document, allow_nan=False, separators=(",", ":"))
     except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(
             f"save: info and layer configurations must be JSON (finite numbers, text, lists, dicts): {error}"
         ) from error
-    metadata = {"format": "pt", _DOCUMENT: text, _DIGEST: hashlib.sha256(text.encode()).hexdigest()}
+
+
+@contextmanager
+def replacing(path: str | PathLike[str]) -> Iterator[Path]:
+    """A path to write to, beside `path`: synced and moved over it at the end, gone after an error."""
     target = Path(os.path.realpath(path))
     if target.is_dir():
         raise IsADirectoryError(f"save: path must be a file, got the directory {str(path)!r}")
@@ -81,7 +101,7 @@ def write(path: str | PathLike[str], tensors: dict[str, torch.Tensor], document:
     try:
         with open(temporary, "xb") as file:
             mode = os.fstat(file.fileno()).st_mode  # what the umask gives; safetensors makes its file private
-        save_file(tensors, temporary, metadata)
+        yield temporary
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.chmod(temporary, stat.S_IMODE(target.stat().st_mode if target.exists() else mode))
@@ -116,10 +136,25 @@ def read(path: str | PathLike[str]) -> tuple[dict[str, Any], dict[str, Entry]]:
     text = metadata[_DOCUMENT]
     if hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest() != metadata.get(_DIGEST):
         bad(path, "is corrupted: the checksum of its structure does not match; copy or save it again")
+    document = as_document(path, text)
+    said = document.get("sha256")
+    if not isinstance(said, dict):
+        bad(path, "is malformed: its structure must have the object 'sha256'")
+    if set(said) != set(entries):
+        odd = sorted(set(said) ^ set(entries))[0]
+        bad(path, f"is corrupted: its tensors and their checksums differ at {odd!r}")
+    for name, value in said.items():
+        if not isinstance(value, str):
+            bad(path, f"is malformed: tensor {name!r} has no checksum")
+    return document, entries
+
+
+def as_document(path: str | PathLike[str], text: str) -> dict[str, Any]:
+    """The JSON object of a file's structure."""
     document = _parse(path, text, "structure")
     if not isinstance(document, dict):
         bad(path, f"is malformed: its structure must be an object, got {type(document).__name__}")
-    return document, entries
+    return document
 
 
 def _header(path: str | PathLike[str]) -> tuple[dict[str, Any], int]:
@@ -129,8 +164,8 @@ def _header(path: str | PathLike[str]) -> tuple[dict[str, Any], int]:
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > size - 8:
             bad(path, f"is truncated or no safetensors file: {size} bytes cannot hold a header of {length}")
-        if length > _MAX_HEADER:
-            bad(path, f"is malformed: a header of {length} bytes is over the limit of {_MAX_HEADER}")
+        if length > MAX_HEADER:
+            bad(path, f"is malformed: a header of {length} bytes is over the limit of {MAX_HEADER}")
         raw = file.read(length)
     try:
         text = raw.decode("utf-8")
@@ -169,18 +204,16 @@ def _entries(path: str | PathLike[str], header: dict[str, Any], data_size: int) 
         shape, offsets = said["shape"], said["data_offsets"]
         if dtype is None:
             bad(path, f"is malformed: tensor {name!r} has the unknown dtype {said['dtype']!r}")
-        if not _sizes(shape) or not _sizes(offsets) or len(offsets) != 2:
+        if not are_sizes(shape) or not are_sizes(offsets) or len(offsets) != 2:
             bad(path, f"is malformed: tensor {name!r} must have a shape and two offsets of whole numbers")
-        count = 1
-        for n in shape:
-            count *= n
-        if offsets[1] > data_size or offsets[1] - offsets[0] != count * dtype.itemsize:
+        entry = Entry(dtype, tuple(shape))
+        if offsets[1] > data_size or offsets[1] - offsets[0] != entry.nbytes:
             bad(
                 path,
                 f"is truncated or malformed: tensor {name!r} of {said['dtype']} {shape} does not fit its "
                 f"bytes {offsets} of {data_size}",
             )
-        entries[name] = Entry(dtype, tuple(shape))
+        entries[name] = entry
         ranges.append((offsets[0], offsets[1]))
     end = 0
     for start, stop in sorted(ranges):
@@ -192,12 +225,12 @@ def _entries(path: str | PathLike[str], header: dict[str, Any], data_size: int) 
     return entries
 
 
-def _sizes(value: object) -> bool:
+def are_sizes(value: object) -> bool:
     return isinstance(value, list) and all(type(n) is int and n >= 0 for n in value)
 
 
 def tensors(
-    path: str | PathLike[str], entries: dict[str, Entry], digests: dict[str, str]
+    path: str | PathLike[str], entries: dict[str, Entry], document: dict[str, Any]
 ) -> dict[str, torch.Tensor]:
     """All tensors of the file; each must be what the header said and have its checksum."""
     found: dict[str, torch.Tensor] = {}
@@ -205,7 +238,10 @@ def tensors(
         with safe_open(path, framework="pt", device="cpu") as file:
             for name, entry in entries.items():
                 tensor = file.get_tensor(name)
-                if Entry(tensor.dtype, tuple(tensor.shape)) != entry or digest(tensor) != digests[name]:
+                if (
+                    Entry(tensor.dtype, tuple(tensor.shape)) != entry
+                    or digest(tensor) != document["sha256"][name]
+                ):
                     bad(
                         path,
                         f"is corrupted: the checksum of {name!r} does not match; copy or save it again",
