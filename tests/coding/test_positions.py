@@ -9,7 +9,7 @@ import pytest
 
 from tautorch.coding import scan
 from tautorch.coding.channel import Reader, Scale, Writer
-from tautorch.coding.positions import gap_symbols, pass_positions, plain_gap_bytes
+from tautorch.coding.positions import _symbol_counts, gap_symbols, pass_positions, plain_gap_bytes
 
 
 def naive_gaps(mask: np.ndarray, bits: int) -> list[int]:
@@ -81,6 +81,15 @@ def test_masks_come_back(name: str) -> None:
     mask = masks()[name].astype(np.uint8)
     found, _ = written(mask)
     assert np.array_equal(found, mask)
+
+
+@pytest.mark.parametrize("name", masks())
+@pytest.mark.parametrize("bits", [2, 5, 8])
+def test_symbols_are_counted_from_gaps(name: str, bits: int) -> None:
+    mask, most = masks()[name].astype(np.uint8), 2**bits - 1
+    gaps = np.bincount(np.diff(np.flatnonzero(mask), prepend=-1) - 1, minlength=1)
+    expected = np.bincount(naive_gaps(mask, bits), minlength=most + 1)
+    assert _symbol_counts(gaps, most).tolist() == expected.tolist()
 
 
 def test_contexts_are_chosen_where_they_are_smaller() -> None:

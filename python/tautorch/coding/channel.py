@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int32]
 Bytes = NDArray[np.uint8]
+Counts = NDArray[np.int64]
 
 _PRECISION = 24  # bits of the coder's probabilities
 _FINE = 1 << 16  # the largest weight of a fine table of frequencies, 255 that of a coarse one
@@ -56,11 +57,11 @@ class Channel:
         """Bits (0 or 1), each with its own chance of being 1, in (0, 1)."""
         raise NotImplementedError
 
-    def frequencies(self, symbols: Ints, alphabet: int) -> list[int]:
-        """The table of frequencies of `alphabet` symbols that suits `symbols`, at the cheaper precision."""
-        table, fine = [0] * alphabet, 0
+    def frequencies(self, counts: Counts) -> list[int]:
+        """A table of frequencies for these counts of the symbols, at the precision that is cheaper."""
+        alphabet, fine = len(counts), 0
+        table = [0] * alphabet
         if self.writes:
-            counts = np.bincount(symbols, minlength=alphabet)
             tables = [_scaled(counts, top) for top in (255, _FINE)]
             fine = int(np.argmin([_bytes_of(counts, t) + sum(map(_varint_size, t)) for t in tables]))
             table = tables[fine]
@@ -80,7 +81,8 @@ class Channel:
         """`count` symbols of [0, alphabet), by their frequencies."""
         if count == 0 or alphabet == 1:
             return np.zeros(count, np.int32)
-        return self._symbols(symbols, count, self.frequencies(symbols, alphabet))
+        counts = np.bincount(symbols, minlength=alphabet) if self.writes else np.zeros(alphabet, np.int64)
+        return self._symbols(symbols, count, self.frequencies(counts))
 
     def _symbols(self, symbols: Ints, count: int, table: list[int]) -> Ints:
         raise NotImplementedError
@@ -192,12 +194,17 @@ class Scale(Channel):
         self.weight += _bytes_of(np.bincount(symbols, minlength=len(table)), table)
         return symbols
 
+    def counted(self, counts: Counts) -> None:
+        """As `symbols`, where only their counts are known."""
+        if counts.any():
+            self.weight += _bytes_of(counts, self.frequencies(counts))
+
 
 def _categorical(stream: Any, table: list[int]) -> Any:
     return stream.model.Categorical(np.array(table, np.float64), perfect=False)
 
 
-def _scaled(counts: NDArray[np.int64], top: int) -> list[int]:
+def _scaled(counts: Counts, top: int) -> list[int]:
     """Counts in [0, top]; one that was there stays there."""
     most = max(int(counts.max()), 1)
     if most <= top:
@@ -205,7 +212,7 @@ def _scaled(counts: NDArray[np.int64], top: int) -> list[int]:
     return [max(1, int(n) * top // most) if n else 0 for n in counts]
 
 
-def _bytes_of(counts: NDArray[np.int64], table: list[int]) -> float:
+def _bytes_of(counts: Counts, table: list[int]) -> float:
     """What symbols of these counts take when coded by these frequencies."""
     frequencies = np.array(table, np.float64)
     share = np.maximum(frequencies / frequencies.sum(), 2.0**-_PRECISION)

@@ -61,13 +61,22 @@ def _pass_gaps(channel: Channel, mask: Bytes, bits: int) -> Bytes:
 
 def _best_gap_bits(mask: Bytes) -> tuple[int, float]:
     """The gap width of the fewest bytes, and those bytes."""
+    gaps = np.bincount(np.diff(np.flatnonzero(mask), prepend=-1) - 1, minlength=1)
     weights = {}
     for bits in _GAP_BITS:
         weighed = Scale()
-        _pass_gaps(weighed, mask, bits)
+        weighed.number(int(gaps.sum()), mask.size)
+        weighed.counted(_symbol_counts(gaps, (1 << bits) - 1))
         weights[bits] = weighed.weight
     best = min(weights, key=weights.__getitem__)
     return best, weights[best]
+
+
+def _symbol_counts(gaps: NDArray[np.int64], most: int) -> NDArray[np.int64]:
+    """How often each symbol is written, from how often each gap occurs."""
+    lines = np.pad(gaps, (0, -len(gaps) % most)).reshape(-1, most)
+    fillers = int(lines.sum(1) @ np.arange(len(lines)))
+    return np.append(lines.sum(0), fillers)
 
 
 def plain_gap_bytes(mask: Bytes, value_bits: int) -> int:
