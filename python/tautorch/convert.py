@@ -12,9 +12,10 @@ from torch import nn
 
 from tautorch._batches import Batch, call_model, model_device, to_device, training_modes_kept
 from tautorch.capture import Call, capture
-from tautorch.convert_candidate import Candidate, Factory, OutputError, decisive, shape_time
+from tautorch.convert_candidate import Candidate, Factory, OutputError, shape_time
 from tautorch.convert_report import ConvertReport, ShapeTime
 from tautorch.ownership import ReadWatch, refusal
+from tautorch.timing import decisive
 
 
 def convert(

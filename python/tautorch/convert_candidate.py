@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 from tautorch.capture import Call
 from tautorch.convert_report import LayerRecord, ShapeTime
-from tautorch.timing import Comparison, compare
+from tautorch.timing import Comparison, decisive
 
 Factory = Callable[[Any], nn.Module]
 
@@ -129,16 +129,6 @@ class OutputError:
                 self._difference += float((y[finite].double() - reference).square().sum())
                 self._norm += float(reference.square().sum())
         return None
-
-
-def decisive(
-    a: Callable[[], object], b: Callable[[], object], threshold: float, seconds: float, **options: Any
-) -> Comparison:
-    """A comparison, taken again at three times the length when the noise could turn the verdict."""
-    found = compare(a, b, seconds=seconds, **options)
-    if found.ratio_low < threshold < found.ratio_high:
-        found = compare(a, b, seconds=3 * seconds, **options)
-    return found
 
 
 def shape_time(first: torch.Tensor | None, found: Comparison) -> ShapeTime:

@@ -69,6 +69,18 @@ def mode_ranks(weight: Tensor, energy: float) -> tuple[int, int]:
     return ranks[0], ranks[1]
 
 
+def tucker_energy(weight: Tensor) -> Tensor:
+    """[O, I]: the share of the energy of [O, I, kh, kw] in the first r_out x r_in of its higher-order SVD."""
+    full = weight.detach().double()
+    u_out, u_in = _left(full.flatten(1), full.shape[0]), _left(full.transpose(0, 1).flatten(1), full.shape[1])
+    core = torch.einsum("oihw,ob,ia->bahw", full, u_out, u_in).square().sum((2, 3))
+    total = core.sum().clamp_min(1e-300)
+    padded = torch.nn.functional.pad(
+        core, (0, full.shape[1] - core.shape[1], 0, full.shape[0] - core.shape[0])
+    )
+    return padded.cumsum(0).cumsum(1) / total
+
+
 def largest(limit: int, fits: Callable[[int], bool]) -> int:
     """The largest n in [1, limit] for which `fits` (true up to some point, then false) holds; 0 if none."""
     low, high = 0, limit
