@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tautorch.factorize import factorize
-from tautorch.quantize import MinMax, Mse, Percentile, QParams, calibrate
+from tautorch.quantize import Kl, MinMax, Mse, Percentile, QParams, calibrate
 
 
 class Net(nn.Module):
@@ -27,7 +27,9 @@ class Net(nn.Module):
         return self.fc(self.fc(x.flatten(1))[:, :1].repeat(1, 16))
 
 
-@pytest.mark.parametrize(("name", "make"), [("minmax", MinMax), ("mse", Mse), ("percentile", Percentile)])
+@pytest.mark.parametrize(
+    ("name", "make"), [("minmax", MinMax), ("mse", Mse), ("kl", Kl), ("percentile", Percentile)]
+)
 def test_every_call_of_every_layer_is_seen(name: str, make: Any) -> None:
     model, batches = Net().eval(), [torch.randn(5, 2, 4, 4), torch.randn(3, 2, 4, 4) * 2]
     found = calibrate(model, batches, name)
@@ -80,7 +82,7 @@ def test_calibration_leaves_no_trace() -> None:
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"observer": "entropy"}, ValueError, "observer must be one of minmax, percentile, mse"),
+        ({"observer": "entropy"}, ValueError, "observer must be one of minmax, percentile, mse, kl"),
         ({"layers": ["head"]}, ValueError, "must name layers of the model, got 'head'"),
         ({"layers": ["unused"]}, ValueError, "calibration must reach layer 'unused'"),
         ({"layers": ["drop"]}, ValueError, "it must be nn.Linear or nn.Conv2d, got Dropout"),

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from tautorch.quantize import Histogram, MinMax, Mse, Percentile, QParams, qparams_of_range
+from tautorch.quantize import Histogram, Kl, MinMax, Mse, Percentile, QParams, qparams_of_range
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 
@@ -105,7 +105,57 @@ def test_mse_clips_an_outlier_when_that_pays(rng: np.random.Generator) -> None:
     assert seen(Mse(), values).qparams().scale < 0.9 * seen(MinMax(), values).qparams().scale
 
 
-@pytest.mark.parametrize("make", [MinMax, Percentile, Mse])
+def divergence(magnitudes: Array, bins: int, levels: int) -> float:
+    """KL(P || Q), level by level."""
+    p = magnitudes[:bins].copy()
+    p[-1] += magnitudes[bins:].sum()
+    q = np.zeros(bins)
+    level = np.arange(bins) * levels // bins
+    for k in range(levels):
+        mine = np.flatnonzero((level == k) & (magnitudes[:bins] > 0))
+        if len(mine):
+            q[mine] = magnitudes[mine].sum() / len(mine)
+    if q.sum() == 0:
+        return math.inf
+    p, q = p / p.sum(), q / q.sum()
+    return sum(a * math.log(a / (b if b > 0 else 1e-12)) for a, b in zip(p, q, strict=True) if a > 0)
+
+
+@pytest.mark.parametrize("kind", ["normal", "relu", "outlier"])
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_kl_takes_the_threshold_of_least_divergence(
+    kind: str, symmetric: bool, rng: np.random.Generator
+) -> None:
+    values = samples(kind, rng)
+    observer = Kl()
+    seen(observer, values)
+    found = observer.qparams(symmetric)
+    edges = np.arange(len(observer.counts) // 2 + 1) * observer.width
+    magnitudes = np.histogram(np.abs(values[values != 0]), edges)[0].astype(float)
+    levels = 256 if kind == "relu" and not symmetric else 128
+    top = int(np.flatnonzero(magnitudes).max()) + 1
+    step = max(1, (top - levels) // 512)
+    tried = list(range(levels, top + 1, step))
+    divergences = [divergence(magnitudes, bins, levels) for bins in tried[::16]]
+    if kind == "outlier":
+        assert found.scale < 0.2 * MinMax.qparams(observer, symmetric).scale
+    cut = {  # the threshold that was chosen, back from the parameters
+        True: found.scale * 127,
+        False: max(127 - found.zero_point, 128 + found.zero_point) * found.scale,
+    }[symmetric]
+    chosen = min(tried, key=lambda bins: abs(bins * observer.width - cut))
+    assert abs(chosen * observer.width - cut) <= found.scale
+    assert divergence(magnitudes, chosen, levels) <= min(divergences) + 0.02 * abs(min(divergences)) + 1e-6
+
+
+def test_kl_keeps_what_is_even_and_is_the_same_in_any_order(rng: np.random.Generator) -> None:
+    values = samples("uniform", rng)
+    found = seen(Kl(), values, 3).qparams()
+    assert found.scale > 0.97 * seen(MinMax(), values).qparams().scale
+    assert found == seen(Kl(), values[::-1].copy(), 7).qparams()
+
+
+@pytest.mark.parametrize("make", [MinMax, Percentile, Mse, Kl])
 def test_zeros_alone_and_nothing(make: Any) -> None:
     observer = make()
     with pytest.raises(ValueError, match="observe must be called before qparams"):

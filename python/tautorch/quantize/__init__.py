@@ -5,7 +5,7 @@ from tautorch.quantize.clustering import Clustered, attach_codebook, cluster, co
 from tautorch.quantize.fake import FakeQuantInput, FakeQuantWeight
 from tautorch.quantize.finalize import finalize
 from tautorch.quantize.gptq import Rounded, gptq
-from tautorch.quantize.observers import Histogram, MinMax, Mse, Observer, Percentile
+from tautorch.quantize.observers import Histogram, Kl, MinMax, Mse, Observer, Percentile
 from tautorch.quantize.qat import prepare_qat, step_parameters
 from tautorch.quantize.qparams import QParams, qparams_of_range, quantize_weight
 from tautorch.quantize.smoothquant import InputScale, Smoothed, smooth
@@ -17,6 +17,7 @@ __all__ = [
     "FakeQuantWeight",
     "Histogram",
     "InputScale",
+    "Kl",
     "MinMax",
     "Mse",
     "Observer",

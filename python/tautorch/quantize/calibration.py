@@ -8,10 +8,15 @@ from torch import Tensor, nn
 
 from tautorch._batches import Batches, observe_inputs, require_seen
 from tautorch._layers import Layer, select_layers
-from tautorch.quantize.observers import MinMax, Mse, Observer, Percentile
+from tautorch.quantize.observers import Kl, MinMax, Mse, Observer, Percentile
 from tautorch.quantize.qparams import QParams
 
-OBSERVERS: dict[str, Callable[[], Observer]] = {"minmax": MinMax, "percentile": Percentile, "mse": Mse}
+OBSERVERS: dict[str, Callable[[], Observer]] = {
+    "minmax": MinMax,
+    "percentile": Percentile,
+    "mse": Mse,
+    "kl": Kl,
+}
 
 
 def calibrate(
@@ -26,8 +31,8 @@ def calibrate(
     Args:
         model: run over `batches` in eval mode; it is not changed.
         batches: batches of what the model takes.
-        observer: "minmax", "percentile" (99.99 %), "mse", or a callable that makes an `Observer`, such as
-            `functools.partial(Percentile, 99.9)`.
+        observer: "minmax", "percentile" (99.99 %), "mse", "kl", or a callable that makes an `Observer`, such
+            as `functools.partial(Percentile, 99.9)`.
         layers: names or shell patterns. None takes every layer that owns its weight alone, and leaves out
             those that never ran; a named layer that never ran is a ValueError.
         symmetric: zero point 0.
