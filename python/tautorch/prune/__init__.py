@@ -4,10 +4,11 @@ from tautorch.prune.channel_report import ChannelRecord, ChannelReport
 from tautorch.prune.channels import prune_channels
 from tautorch.prune.importance import Importance, importance_scores, input_means, input_norms
 from tautorch.prune.movement import Movement
-from tautorch.prune.patterns import Pattern, Ranking, make_global_masks, make_mask, parse_pattern
+from tautorch.prune.patterns import Normalize, Pattern, Ranking, make_global_masks, make_mask, parse_pattern
 from tautorch.prune.pruner import MaskHandle, apply_masks, compute_masks, hold_masks, masks_from_zeros, prune
 from tautorch.prune.report import LayerSparsity, SparsityReport, sparsity_report
 from tautorch.prune.schedule import Schedule
+from tautorch.prune.soft_threshold import SoftThreshold, soft_threshold, threshold_for
 
 __all__ = [
     "ChannelRecord",
@@ -16,9 +17,11 @@ __all__ = [
     "LayerSparsity",
     "MaskHandle",
     "Movement",
+    "Normalize",
     "Pattern",
     "Ranking",
     "Schedule",
+    "SoftThreshold",
     "SparsityReport",
     "apply_masks",
     "compute_masks",
@@ -32,5 +35,7 @@ __all__ = [
     "parse_pattern",
     "prune",
     "prune_channels",
+    "soft_threshold",
     "sparsity_report",
+    "threshold_for",
 ]

@@ -13,8 +13,10 @@ from tautorch._gram import input_grams, inverse_factor
 from tautorch._layers import Layer, layer_groups, select_layers
 from tautorch.prune.importance import Importance, LossOf, check_importance, importance_scores
 from tautorch.prune.patterns import (
+    Normalize,
     Pattern,
     Ranking,
+    check_normalize,
     check_ranking,
     check_share,
     check_sparsity,
@@ -38,6 +40,7 @@ class Rule:
     ranking: Ranking | None = None
     dampening: float = 0.01
     loss: LossOf | None = None
+    normalize: Normalize = "none"
 
     def form(self) -> Pattern:
         """The parsed pattern."""
@@ -66,6 +69,7 @@ def choose(rule: Rule, model: nn.Module) -> Choice:
     ranking = rule.chosen_ranking()
     check_ranking(op, ranking, form)
     check_share(op, form, share)
+    check_normalize(op, rule.normalize, ranking)
     check_importance(op, rule.importance, rule.calibration, rule.loss)
     targets = select_layers(op, model, rule.layers)
     for name, layer in targets.items():
@@ -78,7 +82,7 @@ def choose(rule: Rule, model: nn.Module) -> Choice:
     )
     groups = {name: layer_groups(targets[name]) for name in scores}
     if ranking == "global":
-        return Choice(make_global_masks(scores, rule.pattern, share, groups), {})
+        return Choice(make_global_masks(scores, rule.pattern, share, groups, rule.normalize), {})
     masks = {
         name: make_mask(score, rule.pattern, share, groups[name], ranking) for name, score in scores.items()
     }
@@ -102,7 +106,7 @@ def _compensated(
         costs = {name: first_costs(matrices[name], *factors[name], form) for name in factors}
         shaped = {name: cost.reshape(targets[name].weight.shape) for name, cost in costs.items()}
         groups = {name: layer_groups(targets[name]) for name in shaped}
-        fixed = make_global_masks(shaped, rule.pattern, share, groups)
+        fixed = make_global_masks(shaped, rule.pattern, share, groups, rule.normalize)
     masks, weights = {}, {}
     for name, matrix in matrices.items():
         given = fixed[name].reshape(matrix.shape) if name in fixed else None

@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 
 Ranking = Literal["local", "row", "global"]
+#: How layers' scores are made comparable before a global ranking.
+Normalize = Literal["none", "mean", "lamp"]
 
 _BLOCKS = ("4x1", "16x16", "32x32", "64x64")
 
@@ -106,21 +108,30 @@ def make_mask(
 
 
 def make_global_masks(
-    scores: Mapping[str, Tensor], pattern: str, sparsity: float, groups: Mapping[str, int]
+    scores: Mapping[str, Tensor],
+    pattern: str,
+    sparsity: float,
+    groups: Mapping[str, int],
+    normalize: Normalize = "none",
 ) -> dict[str, Tensor]:
     """Masks of several layers whose blocks are ranked together.
 
     The lowest blocks go until `sparsity` of all the layers' weights is reached; the best block of each
-    layer always stays, so that no layer disappears. Arguments as in `make_mask`, by layer name.
+    layer always stays, so that no layer disappears. Arguments as in `make_mask`, by layer name, and
+
+    normalize: "none" ranks the scores as they are; "mean" divides each layer's by their mean; "lamp" turns
+        each into s^2 / (the sum of s^2 over the layer's blocks that are not lower) (Lee et al. 2021, LAMP,
+        arXiv:2010.07611). Both keep a layer of small weights from being emptied first.
     """
     op = "make_global_masks"
     form = parse_pattern(op, pattern)
     share = check_sparsity(op, sparsity)
     check_ranking(op, "global", form)
+    check_normalize(op, normalize, "global")
     blocks = {name: Blocks.of(op, score, form, groups.get(name, 1)) for name, score in scores.items()}
     flat: list[Tensor] = []
     for item in blocks.values():
-        values = item.scores.flatten().cpu().clone()
+        values = _normalized(item.scores.flatten().cpu(), normalize)
         values[values.argmax()] = math.inf
         flat.append(values)
     sizes = torch.cat([item.sizes.flatten().cpu() for item in blocks.values()])
@@ -135,6 +146,32 @@ def make_global_masks(
         masks[name] = item.expand(chosen.reshape(item.scores.shape).to(item.scores.device))
         start += values.numel()
     return masks
+
+
+def check_normalize(op: str, normalize: str, ranking: str) -> None:
+    """ValueError for an unknown normalisation, and for one where nothing is ranked across layers."""
+    if normalize not in get_args(Normalize):
+        raise ValueError(
+            f"{op}: normalize must be one of {', '.join(get_args(Normalize))}, got {normalize!r}"
+        )
+    if normalize != "none" and ranking != "global":
+        raise ValueError(f'{op}: normalize must be "none" unless ranking="global", got {normalize!r}')
+
+
+def _normalized(scores: Tensor, normalize: Normalize) -> Tensor:
+    """A copy of one layer's block scores, made comparable with other layers'."""
+    if normalize == "mean":
+        return scores / scores.abs().mean().clamp_min(torch.finfo(scores.dtype).tiny)
+    if normalize == "lamp":
+        if bool((scores < 0).any()):
+            raise ValueError(
+                'make_global_masks: scores must not be negative for normalize="lamp"; use "mean"'
+            )
+        order = scores.argsort(stable=True)
+        squares = scores[order].square()
+        not_lower = squares.flip(0).cumsum(0).flip(0)
+        return torch.empty_like(scores).scatter_(0, order, squares / not_lower.clamp_min(1e-300))
+    return scores.clone()
 
 
 @dataclass(frozen=True)
@@ -165,7 +202,7 @@ class Blocks:
         return cls((sums / sizes).flatten(0, 1), sizes.flatten(0, 1).long(), pattern, groups, score.shape)
 
     def expand(self, keep: Tensor) -> Tensor:
-        """The element mask, of the score's shape, of a block mask."""
+        """What each block has (a mask, a factor), given to its elements; of the score's shape."""
         rows = self.shape[0] // self.groups
         full = keep.reshape(self.groups, -1, keep.shape[1]).repeat_interleave(self.pattern.rows, dim=1)
         full = full[:, :rows].repeat_interleave(self.pattern.cols, dim=2)

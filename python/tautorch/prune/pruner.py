@@ -15,7 +15,7 @@ from tautorch._batches import Batches
 from tautorch._layers import select_layers
 from tautorch.prune.choice import Choice, Rule, choose
 from tautorch.prune.importance import Importance, LossOf
-from tautorch.prune.patterns import Ranking
+from tautorch.prune.patterns import Normalize, Ranking
 
 
 def compute_masks(
@@ -28,9 +28,21 @@ def compute_masks(
     ranking: Ranking | None = None,
     dampening: float = 0.01,
     loss: LossOf | None = None,
+    normalize: Normalize = "none",
 ) -> dict[str, Tensor]:
     """The masks that `prune` would apply, by layer name; the model is left as it is. Arguments as there."""
-    rule = Rule("compute_masks", importance, pattern, sparsity, layers, calibration, ranking, dampening, loss)
+    rule = Rule(
+        "compute_masks",
+        importance,
+        pattern,
+        sparsity,
+        layers,
+        calibration,
+        ranking,
+        dampening,
+        loss,
+        normalize,
+    )
     return choose(rule, model).masks
 
 
@@ -44,6 +56,7 @@ def prune(
     ranking: Ranking | None = None,
     dampening: float = 0.01,
     loss: LossOf | None = None,
+    normalize: Normalize = "none",
 ) -> nn.Module:
     """Set the least important weights of a model's Linear and Conv2d layers to zero, in place.
 
@@ -61,11 +74,16 @@ def prune(
         ranking: "local" ranks within a layer, "row" within a row of blocks, "global" over all the layers.
             None is "row" for unstructured "activation", as its paper has it, and "local" otherwise.
         loss: (model, batch) -> scalar, for the gradients; a batch is as `calibration` gives it.
+        normalize: how scores are made comparable for ranking="global": "none", "mean" or "lamp"; see
+            `make_global_masks`. For magnitudes "lamp" or "mean"; gradients and "sparsegpt" are in units of a
+            loss already.
         dampening: of "sparsegpt": added to the diagonal of X X^T, as a share of its mean.
 
     Zeros alone do not last through training: see `hold_masks` and `Schedule`.
     """
-    rule = Rule("prune", importance, pattern, sparsity, layers, calibration, ranking, dampening, loss)
+    rule = Rule(
+        "prune", importance, pattern, sparsity, layers, calibration, ranking, dampening, loss, normalize
+    )
     apply_choice(model, choose(rule, model))
     return model
 

@@ -12,7 +12,15 @@ from tautorch._batches import Batches, check_batches
 from tautorch._layers import select_layers
 from tautorch.prune.choice import Rule, choose
 from tautorch.prune.importance import Importance, LossOf, check_importance
-from tautorch.prune.patterns import Ranking, check_ranking, check_share, check_sparsity, parse_pattern
+from tautorch.prune.patterns import (
+    Normalize,
+    Ranking,
+    check_normalize,
+    check_ranking,
+    check_share,
+    check_sparsity,
+    parse_pattern,
+)
 from tautorch.prune.pruner import MaskHandle, apply_choice
 
 Kind = Literal["oneshot", "cubic", "steps"]
@@ -35,8 +43,8 @@ class Schedule:
         model: pruned in place, step by step; nothing happens before the first step that is due.
         sparsity: the final one, in [0, 1); with "steps" it may be left out.
         every, begin, end: optimizer steps; `end` is needed by "cubic".
-        pattern, importance, layers, calibration, ranking, dampening, loss: as in `prune`; `calibration` must
-            be re-iterable.
+        pattern, importance, layers, calibration, ranking, dampening, loss, normalize: as in `prune`;
+            `calibration` must be re-iterable.
 
     Raises ValueError/TypeError for arguments out of range, before anything changes.
     """
@@ -58,6 +66,7 @@ class Schedule:
         ranking: Ranking | None = None,
         dampening: float = 0.01,
         loss: LossOf | None = None,
+        normalize: Normalize = "none",
     ) -> None:
         if kind not in get_args(Kind):
             raise ValueError(f"Schedule: kind must be one of {', '.join(get_args(Kind))}, got {kind!r}")
@@ -66,6 +75,7 @@ class Schedule:
         self._form = parse_pattern("Schedule", pattern)
         if ranking is not None:
             check_ranking("Schedule", ranking, self._form)
+        check_normalize("Schedule", normalize, ranking or "local")
         if calibration is not None:
             check_batches("Schedule", calibration)
         if isinstance(calibration, Iterator):
@@ -83,6 +93,7 @@ class Schedule:
             "ranking": ranking,
             "dampening": dampening,
             "loss": loss,
+            "normalize": normalize,
         }
         self._handle = MaskHandle(model, {})
         self.steps_done = 0
