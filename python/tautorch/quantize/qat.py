@@ -55,31 +55,32 @@ def prepare_qat(
     or in the calibration; the model is then as it was.
     """
     check_bits("prepare_qat", bits)
-    if quant not in QUANTS:
-        raise ValueError(f"prepare_qat: quant must be one of {', '.join(QUANTS)}, got {quant!r}")
+    targets = qat_targets("prepare_qat", model, quant, layers)
     if (calibration is None) == (quant == "static"):
         got = "None" if calibration is None else f"it with quant={quant!r}"
         raise ValueError(f"prepare_qat: calibration must hold batches for quant='static' alone, got {got}")
-    targets = _targets(model, layers)
     ranges: dict[str, QParams] = {}
     if calibration is not None:
         named = None if layers is None else list(targets)
         ranges = calibrate(model, calibration, observer, layers=named)
         targets = {name: layer for name, layer in targets.items() if name in ranges}
     made = {
-        name: (_weight(name, layer, bits, learn_steps), _input(layer, quant, ranges.get(name), learn_steps))
+        name: (
+            weight_quantizer("prepare_qat", name, layer, bits, learn_steps),
+            input_quantizer(layer, quant, ranges.get(name), learn_steps),
+        )
         for name, layer in targets.items()
     }
-    for name, (weight, input_quantizer) in made.items():
-        attach(targets[name], weight, input_quantizer)
+    for name, (weight, given) in made.items():
+        attach(targets[name], weight, given)
     return model
 
 
-def attach(layer: Layer, weight: FakeQuantWeight, input_quantizer: FakeQuantInput | None) -> None:
+def attach(layer: Layer, weight: FakeQuantWeight, given: FakeQuantInput | None) -> None:
     """Put the quantisers on a layer."""
     parametrize.register_parametrization(layer, "weight", weight)
-    if input_quantizer is not None:
-        layer.add_module(_INPUT, input_quantizer)
+    if given is not None:
+        layer.add_module(_INPUT, given)
         layer.register_forward_pre_hook(_quantize_input, with_kwargs=True)
 
 
@@ -134,19 +135,23 @@ def freeze_on_grid(layer: nn.Module) -> None:
         layer.register_buffer(name, value, persistent=False)
 
 
-def _targets(model: nn.Module, layers: Iterable[str] | None) -> dict[str, Layer]:
-    targets = select_layers("prepare_qat", model, layers)
+def qat_targets(op: str, model: nn.Module, quant: str, layers: Iterable[str] | None) -> dict[str, Layer]:
+    """The layers that `convert` would replace, by name; ValueError for one that is named and would not be."""
+    if quant not in QUANTS:
+        raise ValueError(f"{op}: quant must be one of {', '.join(QUANTS)}, got {quant!r}")
+    targets = select_layers(op, model, layers)
     refused = {name: why for name in targets if (why := refusal(model, name)) is not None}
     if refused and (layers is not None or len(refused) == len(targets)):
         name, why = next(iter(refused.items()))
-        raise ValueError(f"prepare_qat: layer {name!r} cannot be used: {why}")
+        raise ValueError(f"{op}: layer {name!r} cannot be used: {why}")
     return {name: layer for name, layer in targets.items() if name not in refused}
 
 
-def _weight(name: str, layer: Layer, bits: int, learned: bool) -> FakeQuantWeight:
+def weight_quantizer(op: str, name: str, layer: Layer, bits: int, learned: bool) -> FakeQuantWeight:
+    """A quantiser for the weight as it is, its zeros masked, on the best steps."""
     weight = layer.weight.detach()
     if not bool(torch.isfinite(weight).all()):
-        raise ValueError(f"prepare_qat: the weight of layer {name!r} must be finite, got NaN or Inf")
+        raise ValueError(f"{op}: the weight of layer {name!r} must be finite, got NaN or Inf")
     step = _steps_it_lies_on(layer, bits)
     if step is None:
         _, step = quantize_weight(weight, search=True, bits=bits)
@@ -165,7 +170,8 @@ def _steps_it_lies_on(layer: Layer, bits: int) -> Tensor | None:
     return steps if float(most) < top + 0.5 else None
 
 
-def _input(layer: Layer, quant: str, found: QParams | None, learned: bool) -> FakeQuantInput | None:
+def input_quantizer(layer: Layer, quant: str, found: QParams | None, learned: bool) -> FakeQuantInput | None:
+    """A quantiser for the input, None where it stays float; static for `found`, else dynamic."""
     if quant == "weight_only":
         return None
     samples = isinstance(layer, nn.Conv2d)
