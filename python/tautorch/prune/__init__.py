@@ -3,6 +3,7 @@
 from tautorch.prune.channel_report import ChannelRecord, ChannelReport
 from tautorch.prune.channels import prune_channels
 from tautorch.prune.importance import Importance, importance_scores, input_means, input_norms
+from tautorch.prune.l0 import HardConcrete, L0Gates
 from tautorch.prune.movement import Movement
 from tautorch.prune.patterns import Normalize, Pattern, Ranking, make_global_masks, make_mask, parse_pattern
 from tautorch.prune.pruner import MaskHandle, apply_masks, compute_masks, hold_masks, masks_from_zeros, prune
@@ -13,7 +14,9 @@ from tautorch.prune.soft_threshold import SoftThreshold, soft_threshold, thresho
 __all__ = [
     "ChannelRecord",
     "ChannelReport",
+    "HardConcrete",
     "Importance",
+    "L0Gates",
     "LayerSparsity",
     "MaskHandle",
     "Movement",
