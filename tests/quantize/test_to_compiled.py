@@ -73,6 +73,21 @@ def test_static_ranges_left_on_the_layer() -> None:
     assert Int8Linear.from_float(layer).x_scale is None
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+def test_steps_are_left_aside_once_the_weight_is_off_them(bits: int) -> None:
+    layer = nn.Linear(24, 8)
+    q, steps = on_steps(layer, bits)
+    assert torch.equal(Int8Linear.from_float(layer.bfloat16()).state_dict()["weight"], q)
+    layer.float()
+    with torch.no_grad():
+        layer.weight += torch.randn_like(layer.weight) * 0.3 * steps[:, None]
+    amax = layer.weight.detach().abs().amax(1)
+    assert torch.equal(Int8Linear.from_float(layer).weight_scale, amax / 127)
+    with torch.no_grad():
+        layer.weight.copy_(q.float() * 200 * steps[:, None])
+    assert torch.equal(Int8Linear.from_float(layer).weight_scale, layer.weight.detach().abs().amax(1) / 127)
+
+
 @pytest.mark.parametrize("scale", [torch.ones(3), torch.zeros(4), torch.tensor([1.0, 1.0, 1.0, torch.nan])])
 def test_bad_steps(scale: Tensor) -> None:
     with pytest.raises(ValueError, match=r"weight_scale must be \[4\], finite and positive"):

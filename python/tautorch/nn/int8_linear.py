@@ -16,7 +16,7 @@ from tautorch.reference.quantizer import quantize_weight
 from .eager import autocast_input
 from .linear import LinearModule
 from .packed import Canonical
-from .tail import QUANTS, left_by_quantize, static_tensors
+from .tail import QUANTS, grid_of, static_tensors
 
 
 class Int8Linear(LinearModule):
@@ -78,7 +78,7 @@ class Int8Linear(LinearModule):
             x_scale, x_zero_point: for ``quant="static"``, from ``tautorch.quantize.calibrate``; None takes
                 what ``tautorch.quantize`` left on the layer.
             weight_scale: ``[out]``, the int8 steps of each output; None takes the layer's ``weight_scale``
-                buffer, which ``tautorch.quantize`` leaves with weights that lie on those steps, else
+                buffer, which ``tautorch.quantize`` leaves, while the weight lies on those steps, else
                 amax / 127.
 
         Raises:
@@ -88,7 +88,7 @@ class Int8Linear(LinearModule):
         new = cls(**cls._arguments(module), quant=quant, activation=activation)
         scale, zero_point = static_tensors(OP, quant, x_scale, x_zero_point, module.weight.device, module)
         if weight_scale is None:
-            weight_scale = left_by_quantize(module, "weight_scale")
+            weight_scale = grid_of(module)
         q, weight_scale = quantize_weight(module.weight, weight_scale, op=OP)
         new._take(module.bias, weight=q, weight_scale=weight_scale, x_scale=scale, x_zero_point=zero_point)
         return new.train(module.training)

@@ -14,7 +14,7 @@ from tautorch.reference.quantizer import quantize_weight
 from .factors import weight_dtype_of
 from .layer import LayerModule
 from .packed import Canonical
-from .tail import left_by_quantize, static_tensors
+from .tail import grid_of, static_tensors
 
 
 class LowRankModule(LayerModule):
@@ -103,9 +103,7 @@ class LowRankModule(LayerModule):
         new._take(bias, x_scale=scale, x_zero_point=zero_point)
         for i, (name, factor) in enumerate((("down", down.detach()), ("up", up.detach()))):
             if new.weight_dtype == torch.int8:
-                q, factor_scale = quantize_weight(
-                    factor, left_by_quantize(pair[i], "weight_scale") if pair else None, op=cls.op
-                )
+                q, factor_scale = quantize_weight(factor, grid_of(pair[i]) if pair else None, op=cls.op)
                 new._take(None, **{name: q, f"{name}_scale": factor_scale})
             else:
                 new._take(None, **{name: factor.to(torch.float32, copy=True).contiguous()})

@@ -15,7 +15,7 @@ from .factors import weight_dtype_of
 from .linear import LinearModule
 from .packed import Canonical
 from .sparse import SparseModule
-from .tail import left_by_quantize, static_tensors
+from .tail import grid_of, static_tensors
 
 
 class SparseLinear(SparseModule, LinearModule):
@@ -89,7 +89,7 @@ class SparseLinear(SparseModule, LinearModule):
             x_scale, x_zero_point: for ``quant="static"``, from ``tautorch.quantize.calibrate``; None takes
                 what ``tautorch.quantize`` left on the layer.
             weight_scale: ``[out]``, the int8 steps of each output; None takes the layer's ``weight_scale``
-                buffer, which ``tautorch.quantize`` leaves with weights that lie on those steps, else
+                buffer, which ``tautorch.quantize`` leaves, while the weight lies on those steps, else
                 amax / 127.
 
         Raises:
@@ -100,7 +100,7 @@ class SparseLinear(SparseModule, LinearModule):
         arguments = cls._arguments(module)
         dtype = weight_dtype_of(OP, weight_dtype)
         if weight_scale is None:
-            weight_scale = left_by_quantize(module, "weight_scale")
+            weight_scale = grid_of(module)
         layout, scale = cls._sparsify(module.weight, mask, pattern, 1, dtype, weight_scale)
         new = cls(
             **arguments,

@@ -19,8 +19,22 @@ def check_activation(op: str, activation: str) -> None:
 
 
 def left_by_quantize(layer: nn.Module, name: str) -> Tensor | None:
-    """A buffer that ``tautorch.quantize`` left on a float layer: ``weight_scale``, ``x_scale``, ..."""
+    """A buffer that ``tautorch.quantize`` left on a float layer: ``x_scale``, ``x_zero_point``."""
     return layer._buffers.get(name)
+
+
+def grid_of(layer: nn.Module) -> Tensor | None:
+    """The steps ``[out]`` that ``tautorch.quantize`` left on a float layer, if its weight still lies on them.
+
+    None once the weight was trained or loaded anew. "On" is within 0.3 of a step: in bfloat16 127 steps are off
+    by up to a quarter.
+    """
+    steps = layer._buffers.get("weight_scale")
+    if steps is None or not isinstance(layer.weight, Tensor):
+        return None
+    q = layer.weight.detach().flatten(1).float() / steps.float().unsqueeze(1)
+    on = q.numel() == 0 or bool(((q - q.round()).abs().amax() < 0.3) & (q.abs().amax() < 127.5))
+    return steps if on else None
 
 
 def static_tensors(

@@ -11,6 +11,7 @@ from torch.nn.utils import parametrize
 
 from tautorch._batches import Batches
 from tautorch._layers import Layer, select_layers
+from tautorch.nn.tail import grid_of
 from tautorch.ownership import refusal
 from tautorch.quantize.calibration import calibrate
 from tautorch.quantize.fake import FakeQuantInput, FakeQuantWeight
@@ -162,12 +163,11 @@ def weight_quantizer(op: str, name: str, layer: Layer, bits: int, learned: bool)
 
 def _steps_it_lies_on(layer: Layer, bits: int) -> Tensor | None:
     """The steps that another method, such as GPTQ, left on the layer, if they hold the weight in `bits`."""
-    steps = layer._buffers.get("weight_scale")
+    steps = grid_of(layer)
     if steps is None:
         return None
-    top = 2 ** (bits - 1) - 1
     most = (layer.weight.detach().flatten(1).abs().amax(1).float() / steps).max()
-    return steps if float(most) < top + 0.5 else None
+    return steps if float(most) < 2 ** (bits - 1) - 0.5 else None
 
 
 def input_quantizer(layer: Layer, quant: str, found: QParams | None, learned: bool) -> FakeQuantInput | None:

@@ -26,6 +26,7 @@ from tautorch._batches import (
     training_modes_kept,
 )
 from tautorch._layers import replace_layers, select_layers
+from tautorch.nn.tail import grid_of
 from tautorch.quantize.equivariance import Absorber, Paths, record
 from tautorch.quantize.qparams import qparams_of_range, quantize_weight
 
@@ -134,7 +135,7 @@ def smooth(
     selected = select_layers("smooth", model, layers if isinstance(layers, str) else chosen, (nn.Linear,))
     targets = {name: layer for name, layer in selected.items() if isinstance(layer, nn.Linear)}
     for name, layer in targets.items():
-        if layer._buffers.get("weight_scale") is not None:
+        if grid_of(layer) is not None:
             raise ValueError(f"smooth: layer {name!r} must not be quantised yet; smooth before quantising")
     found: dict[str, _Seen] = {}
 
