@@ -21,8 +21,13 @@ def test_counts_and_table() -> None:
     assert (report.weights, report.zeros) == (72, 6)
     assert report.sparsity == 6 / 72
     assert first.block_sparsity == 1 / 8
-    lines = str(report).splitlines()
-    assert len(lines) == 4
-    assert "15.6%" in lines[1]
-    assert "12.5%" in lines[1]
-    assert "8.3%" in lines[3]
+    lines = [line.split() for line in str(report).splitlines() if "%" in line]
+    assert lines[0] == ["0", "8x4", "32", "27", "15.6%", "██░░░░░░░░", "12.5%"]
+    assert lines[1] == ["1", "5x8", "40", "39", "2.5%", "░░░░░░░░░░", "6.2%"]
+    assert lines[2] == ["total", "72", "66", "8.3%", "█░░░░░░░░░"]
+    assert "4x1 zero" in str(report)
+
+
+def test_names_are_not_taken_for_markup() -> None:
+    model = nn.ModuleDict({"[bold]": nn.Linear(2, 2)})
+    assert "[bold]" in str(sparsity_report(model))

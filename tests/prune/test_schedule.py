@@ -138,9 +138,65 @@ def test_removed_masks_let_go() -> None:
             TypeError,
             "must be an iterable of batches",
         ),
+        ({"sparsity": 0.5, "kind": "iterative"}, ValueError, "rounds must be given"),
+        ({"sparsity": 0.5, "end": 5, "rounds": 3}, ValueError, "rounds must be given"),
+        ({"sparsity": 0.5, "kind": "iterative", "rounds": 0}, ValueError, "rounds must be an int >= 1"),
+        ({"sparsity": 0.5, "end": 5, "rewind": 1}, ValueError, "before the first pruning, 1, got 1"),
+        ({"sparsity": 0.5, "end": 5, "normalize": "mean"}, ValueError, 'unless ranking="global"'),
         ({"sparsity": 0.5, "end": 5, "ranking": "up"}, ValueError, "ranking must be one of"),
     ],
 )
 def test_bad_input_is_named(options: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         Schedule(net(), **options)
+
+
+def test_rounds_take_the_same_share_of_what_is_left() -> None:
+    model = net()
+    schedule = Schedule(model, 0.875, kind="iterative", rounds=3, begin=2, every=2)
+    assert run(model, schedule, 7) == pytest.approx([0, 0.5, 0.5, 0.75, 0.75, 0.875, 0.875])
+    assert schedule.done
+
+
+@pytest.mark.parametrize("rewind", [0, 2])
+def test_rewinding_goes_back_to_the_early_values_under_the_new_masks(rewind: int) -> None:
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9)
+    schedule = Schedule(
+        model, 0.75, kind="iterative", rounds=2, begin=4, every=3, rewind=rewind, optimizer=optimizer
+    )
+    early = copy.deepcopy(model.state_dict())
+    for t in range(1, 9):
+        optimizer.zero_grad()
+        model(torch.randn(8, 20)).square().mean().backward()
+        optimizer.step()
+        trained = copy.deepcopy(model.state_dict())
+        schedule.step()
+        if t == rewind:
+            early = copy.deepcopy(model.state_dict())
+        if t in (4, 7):
+            assert not optimizer.state
+            for name, mask in schedule.masks.items():
+                # The masks are those of the trained weights, the values those of the early ones.
+                least = trained[f"{name}.weight"].abs()[mask].min()
+                assert least >= trained[f"{name}.weight"].abs()[~mask].max()
+                expected = torch.where(mask, early[f"{name}.weight"], 0.0)
+                assert torch.equal(model.get_submodule(name).weight.detach(), expected)
+                assert torch.equal(model.get_submodule(name).bias.detach(), early[f"{name}.bias"])
+
+
+def test_a_rewinding_schedule_resumes() -> None:
+    model = net()
+    options = {"kind": "iterative", "rounds": 2, "begin": 3, "every": 3, "rewind": 1}
+    schedule = Schedule(model, 0.75, **options)
+    run(model, schedule, 2)
+    twin = copy.deepcopy(model)
+    other = Schedule(twin, 0.75, **options)
+    other.load_state_dict(schedule.state_dict())
+    for chosen, run_by in ((model, schedule), (twin, other)):
+        torch.manual_seed(3)
+        run(chosen, run_by, 5)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, twin.state_dict()[name])
+    with pytest.raises(ValueError, match="must hold the values of this model"):
+        other.load_state_dict(schedule.state_dict() | {"early": {"x": torch.zeros(1)}})

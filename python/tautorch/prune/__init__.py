@@ -9,6 +9,7 @@ from tautorch.prune.patterns import Normalize, Pattern, Ranking, make_global_mas
 from tautorch.prune.pruner import MaskHandle, apply_masks, compute_masks, hold_masks, masks_from_zeros, prune
 from tautorch.prune.report import LayerSparsity, SparsityReport, sparsity_report
 from tautorch.prune.schedule import Schedule
+from tautorch.prune.sensitivity import LayerSensitivity, Sensitivity, sensitivity
 from tautorch.prune.soft_threshold import SoftThreshold, soft_threshold, threshold_for
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "HardConcrete",
     "Importance",
     "L0Gates",
+    "LayerSensitivity",
     "LayerSparsity",
     "MaskHandle",
     "Movement",
@@ -24,6 +26,7 @@ __all__ = [
     "Pattern",
     "Ranking",
     "Schedule",
+    "Sensitivity",
     "SoftThreshold",
     "SparsityReport",
     "apply_masks",
@@ -38,6 +41,7 @@ __all__ = [
     "parse_pattern",
     "prune",
     "prune_channels",
+    "sensitivity",
     "soft_threshold",
     "sparsity_report",
     "threshold_for",

@@ -6,9 +6,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
+from rich.table import Table
 from torch import nn
 
 from tautorch._layers import layer_groups, select_layers
+from tautorch.prune._tables import bar, table, text
 from tautorch.prune.patterns import Blocks, parse_pattern
 
 
@@ -36,7 +38,7 @@ class LayerSparsity:
 
 @dataclass(frozen=True)
 class SparsityReport:
-    """The layers of a model and their totals; `str()` is a table."""
+    """The layers of a model and their totals; `str()` is a table, and `rich.print` shows it in colour."""
 
     pattern: str
     layers: tuple[LayerSparsity, ...]
@@ -56,18 +58,34 @@ class SparsityReport:
         """Share of all the layers' weights that are zero."""
         return self.zeros / self.weights
 
-    def __str__(self) -> str:
-        width = max(5, *(len(layer.name) for layer in self.layers))
-        blocks = f"{self.pattern} zero"
-        lines = [f"{'layer':<{width}}  {'shape':>18}  {'weights':>10}  {'zero':>6}  {blocks:>17}"]
-        for layer in self.layers:
-            shape = "x".join(map(str, layer.shape))
-            lines.append(
-                f"{layer.name:<{width}}  {shape:>18}  {layer.weights:>10}  {layer.sparsity:>6.1%}  "
-                f"{layer.block_sparsity:>17.1%}"
+    def __rich__(self) -> Table:
+        rows = [
+            (
+                layer.name,
+                "x".join(map(str, layer.shape)),
+                f"{layer.weights:,}",
+                f"{layer.weights - layer.zeros:,}",
+                f"{layer.sparsity:.1%}",
+                bar(layer.sparsity),
+                f"{layer.block_sparsity:.1%}",
             )
-        lines.append(f"{'total':<{width}}  {'':>18}  {self.weights:>10}  {self.sparsity:>6.1%}")
-        return "\n".join(lines)
+            for layer in self.layers
+        ]
+        columns = ("layer", "shape", "weights", "kept", "zero", "", f"{self.pattern} zero")
+        kept = self.weights - self.zeros
+        total = (
+            "total",
+            "",
+            f"{self.weights:,}",
+            f"{kept:,}",
+            f"{self.sparsity:.1%}",
+            bar(self.sparsity),
+            "",
+        )
+        return table("Sparsity", columns, rows, total)
+
+    def __str__(self) -> str:
+        return text(self.__rich__())
 
 
 def sparsity_report(
