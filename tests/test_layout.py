@@ -58,7 +58,7 @@ ARCHITECTURES = {"scalar", "avx2", "avxvnni", "avx512vnni", "avx512vbmi", "amx",
 ARCHITECTURES |= {"sm80", "sm90", "sm90a", "sm100a", "sm120"}
 
 # Who may know whom: a part, and the parts it may import. A part is the first name after `tautorch.`.
-HELPERS = {"_version", "_batches", "_layers", "_gram", "capture", "ownership", "timing"}
+HELPERS = {"_version", "_batches", "_layers", "_gram", "capture", "distributed", "ownership", "timing"}
 METHODS = {"distill", "prune", "quantize", "factorize", "students"}
 MODULES = {"nn", "ops", "dispatch"} | HELPERS
 CONVERT = {"convert", "fuse"} | MODULES
@@ -67,9 +67,10 @@ ARROWS: dict[str, set[str]] = {
     "tuning": set(),
     "triton_kernels": {"tuning"},
     "_version": set(),
-    "_batches": set(),
+    "distributed": set(),
+    "_batches": {"distributed"},
     "_layers": set(),
-    "_gram": {"_batches", "_layers"},
+    "_gram": {"_batches", "_layers", "distributed"},
     "timing": set(),
     "coding": set(),
     "ownership": {"_layers"},

@@ -10,6 +10,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from tautorch import distributed
+
 #: One input of a model: its only argument, its positional arguments, or its keyword arguments.
 Batch = Tensor | tuple[Any, ...] | Mapping[str, Any]
 Batches = Iterable[Batch]
@@ -88,6 +90,7 @@ def run_calibration(op: str, model: nn.Module, batches: Batches) -> int:
         for batch in batches:
             call_model(op, model, to_device(batch, device))
             count += 1
+    distributed.reshard(model)
     if count == 0:
         raise ValueError(f"{op}: calibration must hold at least one batch, got none (a spent generator?)")
     return count
@@ -102,8 +105,9 @@ def observe_inputs(
 ) -> set[str]:
     """Run `batches` in eval mode and call `see(name, layer, input)` for each call of each layer.
 
-    Returns the names of the layers that ran. The hooks are gone afterwards, whatever happens. Raises
-    ValueError for an empty calibration and for an input that holds NaN or Inf, naming the layer.
+    Returns the names of the layers that ran, on any rank where there are several; each runs batches of its
+    own. The hooks are gone afterwards, whatever happens. Raises ValueError for an empty calibration and for
+    an input that holds NaN or Inf, naming the layer, and RuntimeError where that happened on another rank.
     """
     seen: set[str] = set()
 
@@ -124,12 +128,16 @@ def observe_inputs(
         layer.register_forward_pre_hook(watch(name, layer), with_kwargs=True)
         for name, layer in layers.items()
     ]
+    failure: Exception | None = None
     try:
         run_calibration(op, model, batches)
+    except Exception as error:
+        failure = error
     finally:
         for handle in handles:
             handle.remove()
-    return seen
+    distributed.raise_together(failure)
+    return distributed.union(seen)
 
 
 def require_seen(op: str, layers: Iterable[str], seen: set[str], named: bool) -> None:

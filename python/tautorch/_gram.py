@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tautorch import distributed
 from tautorch._batches import Batches, observe_inputs, require_seen
 from tautorch._layers import Layer
 
@@ -21,10 +22,11 @@ _UNFOLD_ELEMENTS = 8 << 20
 def input_grams(
     op: str, model: nn.Module, layers: Mapping[str, Layer], batches: Batches, named: bool = True
 ) -> dict[str, Tensor]:
-    """X X^T of each layer's inputs over `batches`, float64: [1, K, K] for Linear, [groups, K, K] for Conv2d.
+    """X X^T of each layer's inputs over all ranks' `batches`, float64.
 
-    A convolution's X is its unfolded input, K = I / groups * kh * kw. A layer that never ran is a ValueError,
-    or left out unless `named`; NaN or Inf in an input is one too.
+    [1, K, K] for Linear, [groups, K, K] for Conv2d. A convolution's X is its unfolded input, with
+    K = I / groups * kh * kw. A layer that never ran is a ValueError, or left out unless `named`; NaN or Inf
+    in an input is one too.
     """
     grams: dict[str, Tensor] = {}
 
@@ -34,7 +36,7 @@ def input_grams(
         grams[name] = grams[name] + total if name in grams else total
 
     require_seen(op, layers, observe_inputs(op, model, layers, batches, see), named)
-    return grams
+    return distributed.sum_over_ranks(grams)
 
 
 def _linear_gram(x: Tensor) -> Tensor:

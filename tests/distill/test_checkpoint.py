@@ -194,7 +194,7 @@ def hostile(path: Path) -> None:
         def __reduce__(self) -> tuple[Any, ...]:
             return (os.system, (f"touch {path.parent / 'ran'}",))
 
-    torch.save({"format": 1, "student": Evil()}, path)
+    torch.save({"format": 2, "student": Evil()}, path)
 
 
 @pytest.mark.parametrize("damage", [truncate, flip_a_weight_bit, empty, foreign, hostile])

@@ -13,7 +13,7 @@ from rich.progress import Progress
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from tautorch.distill import Distiller, SoftTarget
+from tautorch.distill import Distiller, FeatureHint, SoftTarget
 from tautorch.prune import Schedule, hold_masks, prune, sparsity_report
 
 
@@ -66,6 +66,38 @@ def test_the_first_step_is_that_of_a_plain_loop() -> None:
     SoftTarget()(twin(x), teacher(x), y).backward()
     optimizer.step()
     assert equal(state_of(student), state_of(twin))
+
+
+def test_without_a_teacher_it_is_plain_training() -> None:
+    _, student = models()
+    twin = copy.deepcopy(student)
+    x, y = torch.randn(16, 8), torch.randint(0, 4, (16,))
+    seen: list[Any] = []
+
+    def loss(out: Tensor, teacher_out: Any, target: Tensor) -> Tensor:
+        seen.append(teacher_out)
+        return nn.functional.cross_entropy(out, target)
+
+    Distiller(None, student, loss, torch.optim.SGD(student.parameters(), 0.1), progress=False).fit(
+        [(x, y)], 2
+    )
+    assert seen == [None, None]
+    optimizer = torch.optim.SGD(twin.parameters(), 0.1)
+    for _ in range(2):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(twin(x), y).backward()
+        optimizer.step()
+    assert equal(state_of(student), state_of(twin))
+
+
+def test_a_loss_that_needs_a_teacher_says_so() -> None:
+    _, student = models()
+    optimizer = torch.optim.SGD(student.parameters(), 0.1)
+    batches = [(torch.randn(4, 8), torch.zeros(4, dtype=torch.int64))]
+    with pytest.raises(TypeError, match="SoftTarget: the teacher must give logits, got None"):
+        Distiller(None, student, SoftTarget(), optimizer, progress=False).fit(batches, 1)
+    with pytest.raises(ValueError, match="FeatureHint: the teacher must be a module to look into, got None"):
+        Distiller(None, student, FeatureHint("0", "0"), optimizer, progress=False).fit(batches, 1)
 
 
 def test_modes_are_put_back_one_by_one() -> None:

@@ -30,6 +30,14 @@ class OnEpoch(Protocol):
 
 
 @runtime_checkable
+class OnEnd(Protocol):
+    """Called once when `fit` is left, by an error too."""
+
+    def on_end(self, distiller: Any) -> None:
+        """Close what `on_fit` opened."""
+
+
+@runtime_checkable
 class Stateful(Protocol):
     """Whose state goes into the checkpoint: tensors and plain Python values only."""
 

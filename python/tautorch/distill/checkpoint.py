@@ -14,15 +14,18 @@ from typing import Any
 import torch
 from torch import nn
 
+from tautorch import distributed
+
 LAST = "last.pt"
 BEST = "best.pt"
-FORMAT = 1
+_TEMPORARY = ".tmp"
+FORMAT = 2
 
 
 def save_atomic(state: Mapping[str, Any], path: Path) -> None:
     """Write `state` with torch.save so that `path` holds the old file or the new one, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}{_TEMPORARY}")
     try:
         with open(temporary, "wb") as file:
             torch.save(dict(state), file)
@@ -31,6 +34,13 @@ def save_atomic(state: Mapping[str, Any], path: Path) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def remove_parts(folder: Path) -> None:
+    """Remove what processes that were killed while they wrote have left in `folder`."""
+    for name in (LAST, BEST):
+        for part in folder.glob(f".{name}.*{_TEMPORARY}"):
+            part.unlink(missing_ok=True)
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
@@ -84,17 +94,22 @@ def loader_generators(loader: Iterable[Any]) -> list[torch.Generator]:
 
 def random_state(generators: Iterable[torch.Generator]) -> dict[str, Any]:
     """The state of torch's, CUDA's, Python's and numpy's global generators, and of the given ones."""
+    # The words as tensors: as 625 ints each they take longer to pickle than the rest of a small run.
+    version, words, gauss = random.getstate()
     state: dict[str, Any] = {
         "torch": torch.get_rng_state(),
-        "python": random.getstate(),
+        "python": (version, torch.tensor(words), gauss),
         "generators": [generator.get_state() for generator in generators],
     }
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state_all()
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        # One GPU for each rank: asking after the others would put a context on each of them.
+        alone = not distributed.active()
+        state["cuda"] = torch.cuda.get_rng_state_all() if alone else [torch.cuda.get_rng_state()]
     numpy = sys.modules.get("numpy")
     if numpy is not None:
-        name, keys, position, has_gauss, gauss = numpy.random.get_state()
-        state["numpy"] = (str(name), [int(key) for key in keys], int(position), int(has_gauss), float(gauss))
+        name, keys, position, has_gauss, normal = numpy.random.get_state()
+        words = torch.tensor(keys.astype("int64"))
+        state["numpy"] = (str(name), words, int(position), int(has_gauss), float(normal))
     return state
 
 
@@ -106,15 +121,20 @@ def set_random_state(state: Mapping[str, Any], generators: list[torch.Generator]
             f"checkpoint, got {len(generators)}"
         )
     torch.set_rng_state(state["torch"])
-    random.setstate(state["python"])
+    version, words, gauss = state["python"]
+    random.setstate((version, tuple(words.tolist()), gauss))
     for generator, value in zip(generators, state["generators"], strict=True):
         generator.set_state(value)
     if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(state["cuda"])
+        if distributed.active():
+            torch.cuda.set_rng_state(state["cuda"][0])
+        else:
+            torch.cuda.set_rng_state_all(state["cuda"])
     numpy = sys.modules.get("numpy")
     if numpy is not None and "numpy" in state:
-        name, keys, position, has_gauss, gauss = state["numpy"]
-        numpy.random.set_state((name, numpy.array(keys, dtype=numpy.uint32), position, has_gauss, gauss))
+        name, words, position, has_gauss, normal = state["numpy"]
+        keys = numpy.array(words.tolist(), dtype=numpy.uint32)
+        numpy.random.set_state((name, keys, position, has_gauss, normal))
 
 
 def check_fits(what: str, module: nn.Module, state: Mapping[str, Any]) -> None:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sized
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
+from tautorch import distributed
 from tautorch.distill.checkpoint import LAST
 
 
@@ -29,10 +33,12 @@ def split_pair(batch: Any) -> tuple[Any, Any]:
 
 
 def check_models(teacher: Any, student: Any) -> None:
-    """Two modules, the teacher in eval mode throughout; TypeError or ValueError otherwise."""
+    """Two modules, the teacher in eval mode throughout, or None; TypeError or ValueError otherwise."""
     for name, model in (("teacher", teacher), ("student", student)):
-        if not isinstance(model, nn.Module):
+        if not isinstance(model, nn.Module) and not (model is None and name == "teacher"):
             raise TypeError(f"Distiller: {name} must be an nn.Module, got {type(model).__name__}")
+    if teacher is None:
+        return
     if teacher is student:
         raise ValueError("Distiller: teacher and student must be two models, got one; use copy.deepcopy")
     training = [name or "the whole teacher" for name, module in teacher.named_modules() if module.training]
@@ -43,10 +49,10 @@ def check_models(teacher: Any, student: Any) -> None:
         )
 
 
-def check_optimizer(teacher: nn.Module, student: nn.Module, loss: Any, optimizer: Optimizer) -> None:
+def check_optimizer(teacher: nn.Module | None, student: nn.Module, loss: Any, optimizer: Optimizer) -> None:
     """The optimizer trains the student and the loss's own weights, never the teacher; else ValueError."""
     trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    if any(id(parameter) in trained for parameter in teacher.parameters()):
+    if teacher is not None and any(id(parameter) in trained for parameter in teacher.parameters()):
         raise ValueError("Distiller: optimizer must leave the teacher alone, got its parameters")
     if not any(id(parameter) in trained for parameter in student.parameters()):
         raise ValueError("Distiller: optimizer must hold the student's parameters, got none of them")
@@ -57,6 +63,59 @@ def check_optimizer(teacher: nn.Module, student: nn.Module, loss: Any, optimizer
                     f"Distiller: optimizer must hold the loss's own parameters, got no {name}; "
                     "make it over [*student.parameters(), *loss.parameters()]"
                 )
+
+
+def check_options(scheduler: Any, interval: Any, amp: Any, clip_norm: float | None, accumulate: Any) -> None:
+    """The Distiller's settings; TypeError or ValueError for the first that cannot be."""
+    if interval not in ("epoch", "step"):
+        raise ValueError(f'Distiller: scheduler_interval must be "epoch" or "step", got {interval!r}')
+    if scheduler is not None and not callable(getattr(scheduler, "step", None)):
+        raise TypeError(f"Distiller: scheduler must have a step() method, got {type(scheduler).__name__}")
+    if amp not in (None, torch.bfloat16, torch.float16):
+        raise ValueError(f"Distiller: amp must be torch.bfloat16, torch.float16 or None, got {amp!r}")
+    if clip_norm is not None and not (math.isfinite(clip_norm) and clip_norm > 0):
+        raise ValueError(f"Distiller: clip_norm must be a finite number > 0, got {clip_norm!r}")
+    if isinstance(accumulate, bool) or not isinstance(accumulate, int) or accumulate < 1:
+        raise ValueError(f"Distiller: accumulate must be an int >= 1, got {accumulate!r}")
+
+
+def check_stopping(evaluate: Any, keep_best: bool, patience: Any, min_delta: float, scheduler: Any) -> None:
+    """What depends on a score; ValueError otherwise."""
+    if keep_best and evaluate is None:
+        raise ValueError("Distiller: keep_best must have evaluate=, got None")
+    if patience is not None and (isinstance(patience, bool) or not isinstance(patience, int) or patience < 1):
+        raise ValueError(f"Distiller: patience must be an int >= 1, got {patience!r}")
+    if not (math.isfinite(min_delta) and min_delta >= 0):
+        raise ValueError(f"Distiller: min_delta must be a finite number >= 0, got {min_delta!r}")
+    if isinstance(scheduler, ReduceLROnPlateau) and scheduler.mode == "max" and evaluate is None:
+        raise ValueError('Distiller: ReduceLROnPlateau(mode="max") must have evaluate=, got None')
+
+
+def check_ranks(student: nn.Module, loader: Any) -> None:
+    """With several ranks: a student that is kept equal, and loaders of one length; ValueError otherwise."""
+    if not distributed.active():
+        return
+    kept = any(isinstance(module, DistributedDataParallel) for module in student.modules())
+    if not kept and not distributed.is_sharded(student):
+        raise ValueError(
+            f"Distiller: with {distributed.world_size()} ranks the student must be wrapped in "
+            "DistributedDataParallel or by fully_shard, got neither; to train on each rank by itself, use "
+            "`with tautorch.distributed.local():`"
+        )
+    lengths = distributed.all_gather(len(loader) if isinstance(loader, Sized) else None)
+    if len(set(lengths)) > 1:
+        raise ValueError(
+            f"Distiller: loader must have as many batches on each rank, got {lengths}; use a "
+            "torch.utils.data.DistributedSampler"
+        )
+
+
+def score_value(score: Any) -> float:
+    """What `evaluate` returned as a number; ValueError for NaN, which nothing can be better than."""
+    value = float(score)
+    if math.isnan(value):
+        raise ValueError("Distiller: evaluate must return a number, got NaN")
+    return value
 
 
 def check_loader(loader: Any, epochs: int) -> None:
@@ -86,28 +145,28 @@ def checkpoint_folder(checkpoint: str | PathLike[str] | None, resume: bool, ever
     return folder
 
 
-def finite_loss(loss: Any, step: int) -> float:
-    """The value of a loss that can be trained on; TypeError, ValueError or FloatingPointError otherwise."""
+def loss_value(loss: Any) -> float:
+    """The value of a loss that can be trained on; TypeError or ValueError otherwise."""
     if not isinstance(loss, Tensor) or loss.dim() != 0:
         got = list(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
         raise TypeError(f"Distiller: loss must return a scalar tensor, got {got}")
     if not loss.requires_grad:
         raise ValueError("Distiller: loss must depend on the student's parameters, got one without gradient")
-    value = float(loss.detach())
+    return float(loss.detach())
+
+
+def check_finite_loss(value: float, step: int) -> None:
+    """FloatingPointError for NaN and Inf."""
     if not math.isfinite(value):
         raise FloatingPointError(
             f"Distiller: loss must be finite, got {value} at step {step}; lower the learning rate, or look "
             "for NaN in the inputs; the student is as it was before this step"
         )
-    return value
 
 
-def check_gradients(optimizer: Optimizer, step: int) -> None:
-    """FloatingPointError if any gradient that the optimizer is about to use is not finite."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    if not math.isfinite(float(nn.utils.get_total_norm(gradients))):
-        raise FloatingPointError(
-            f"Distiller: gradients must be finite, got NaN or Inf at step {step}; lower the learning rate; "
-            "the student is as it was before this step"
-        )
+def raise_gradients(step: int) -> None:
+    """FloatingPointError: the gradients are not finite."""
+    raise FloatingPointError(
+        f"Distiller: gradients must be finite, got NaN or Inf at step {step}; lower the learning rate; "
+        "the student is as it was before this step"
+    )

@@ -1,8 +1,9 @@
-"""Training a student from a teacher."""
+"""Training a student, with or without a teacher."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+import math
+from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import islice
 from os import PathLike
@@ -10,28 +11,31 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from tautorch._batches import call_model, model_device, to_device, training_modes_kept
+from tautorch import distributed
+from tautorch._batches import model_device, training_modes_kept
 from tautorch.distill import checkpoint as checkpoints
-from tautorch.distill import checks
-from tautorch.distill.callbacks import OnEpoch, OnFit, OnStep, Stateful
+from tautorch.distill import checks, state
+from tautorch.distill.callbacks import OnEnd, OnEpoch, OnFit, OnStep
 from tautorch.distill.losses import Loss
 from tautorch.distill.progress import Bar
+from tautorch.distill.step import train_step
 
 if TYPE_CHECKING:
     from rich.progress import Progress
 
-Callback = OnFit | OnStep | OnEpoch | Callable[[Any], Any]
+Callback = OnFit | OnStep | OnEpoch | OnEnd | Callable[[Any], Any]
+_LISTENERS = (OnFit, OnStep, OnEpoch, OnEnd)
 
 
 @runtime_checkable
 class Attachable(Protocol):
     """A loss that looks into the models, such as `FeatureHint`: attached for the length of a `fit`."""
 
-    def attached(self, teacher: nn.Module, student: nn.Module) -> AbstractContextManager[None]:
+    def attached(self, teacher: nn.Module | None, student: nn.Module) -> AbstractContextManager[None]:
         """A context in which the loss sees both models' forward passes."""
 
 
@@ -40,57 +44,70 @@ class Distiller:
 
     Args:
         teacher: frozen: run without gradients, in eval mode (ValueError otherwise, never switched silently).
-        student: trained in place.
-        loss: see `tautorch.distill.losses`; any callable of that form.
+            None trains without one: the loss is given None for its output.
+        student: trained in place. With several ranks it is wrapped, by you, in `DistributedDataParallel` or
+            with `fully_shard`; each rank's loader gives its share of the batches.
+        loss: see `tautorch.distill.losses`; any callable of that form. One with an attribute `components`,
+            {name: value of the last batch}, has these shown and logged.
         optimizer: over the student's parameters, and the loss's own where it has any.
-        scheduler: stepped after every epoch or step, as `scheduler_interval` says.
-        callbacks: objects with `on_fit`, `on_step` or `on_epoch` (`tautorch.prune.Schedule`, a mask handle),
-            or plain callables, which are called after each optimizer step; all are given this object. Those
-            with `state_dict` and `load_state_dict` are saved in checkpoints.
+        scheduler: anything with `step()`, called after every epoch or step, as `scheduler_interval` says.
+            `ReduceLROnPlateau` is given the loss, or in its mode "max" the score.
+        amp: torch.bfloat16 or torch.float16: both models and the loss run under `torch.autocast`; float16
+            with a `GradScaler`. None: in the dtypes the models have.
+        clip_norm: gradients are scaled down to this L2 norm, all parameters together.
+        accumulate: batches of the loader for each optimizer step; their mean loss is minimised. The last
+            step of an epoch takes what is left.
+        callbacks: objects with `on_fit`, `on_step`, `on_epoch` or `on_end` (`tautorch.prune.Schedule`, a mask
+            handle, `JsonLog`), or plain callables, which are called after each optimizer step; all are given
+            this object. Those with `state_dict` and `load_state_dict` are saved in checkpoints.
         output: what the loss sees of a model's output, e.g. `lambda out: out.logits`.
         split: how a batch of the loader becomes (inputs, target). By default a pair is just that, and a
             tensor or dict is inputs without target. Inputs are a tensor, a tuple of positional or a dict of
             keyword arguments; all tensors are moved to the student's device.
-        progress: a bar of its own, none, or a task on the `rich.progress.Progress` given.
+        progress: a bar of its own, none, or a task on the `rich.progress.Progress` given; on rank 0 only.
 
     During `fit`, `epoch` and `global_step` count what is done, `total_steps` is None for a loader of unknown
-    length, and `history` holds a record for each epoch: {"epoch", "loss", "lr"} and "score" where evaluated.
+    length, `record` holds the last step's {"loss", "lr", "grad_norm"} and "loss/NAME" of each component, and
+    `history` a record for each epoch: {"epoch", "loss", "lr"}, the components' means, and "score".
     """
 
     def __init__(
         self,
-        teacher: nn.Module,
+        teacher: nn.Module | None,
         student: nn.Module,
         loss: Loss,
         optimizer: Optimizer,
         *,
-        scheduler: LRScheduler | ReduceLROnPlateau | None = None,
+        scheduler: LRScheduler | ReduceLROnPlateau | Any | None = None,
         scheduler_interval: Literal["epoch", "step"] = "epoch",
+        amp: torch.dtype | None = None,
+        clip_norm: float | None = None,
+        accumulate: int = 1,
         callbacks: Iterable[Callback] = (),
         output: Callable[[Any], Any] | None = None,
         split: Callable[[Any], tuple[Any, Any]] | None = None,
         progress: bool | Progress = True,
     ) -> None:
-        if scheduler_interval not in ("epoch", "step"):
-            raise ValueError(
-                f'Distiller: scheduler_interval must be "epoch" or "step", got {scheduler_interval!r}'
-            )
+        checks.check_options(scheduler, scheduler_interval, amp, clip_norm, accumulate)
         self.teacher, self.student, self.loss, self.optimizer = teacher, student, loss, optimizer
         self.scheduler, self.scheduler_interval = scheduler, scheduler_interval
+        self.amp, self.clip_norm, self.accumulate = amp, clip_norm, accumulate
         self.callbacks: list[Any] = list(callbacks)
         self.output = output if output is not None else lambda out: out
         self.split = split if split is not None else checks.split_pair
         self.progress = progress
         self.epoch = self.global_step = 0
         self.total_steps: int | None = None
+        self.record: dict[str, float] = {}
         self.history: list[dict[str, float]] = []
-        self._best: dict[str, Any] | None = None
+        self.best: dict[str, Any] | None = None
+        self.scaler = torch.amp.GradScaler(enabled=False)
         checks.check_models(teacher, student)
         checks.check_optimizer(teacher, student, loss, optimizer)
         for callback in self.callbacks:
-            if not isinstance(callback, (OnFit, OnStep, OnEpoch)) and not callable(callback):
+            if not isinstance(callback, _LISTENERS) and not callable(callback):
                 raise TypeError(
-                    "Distiller: callbacks must have on_fit, on_step or on_epoch, or be callable, "
+                    "Distiller: callbacks must have on_fit, on_step, on_epoch or on_end, or be callable, "
                     f"got {type(callback).__name__}"
                 )
 
@@ -105,21 +122,26 @@ class Distiller:
         evaluate: Callable[[nn.Module], float] | None = None,
         keep_best: bool = False,
         best_from: int = 0,
+        patience: int | None = None,
+        min_delta: float = 0.0,
     ) -> list[dict[str, float]]:
         """Train for `epochs` passes over `loader`; returns `history`.
 
         Args:
-            loader: a re-iterable of batches, such as a DataLoader.
+            loader: a re-iterable of batches, such as a DataLoader. `set_epoch` of its sampler is called.
             epochs: in all, those before a resumed checkpoint included.
-            checkpoint: a directory; `last.pt` is replaced there, atomically, after every epoch.
+            checkpoint: a directory, seen by all ranks; `last.pt` is replaced there, atomically, after every
+                epoch. It holds whole tensors: one process, DDP and FSDP2 read each other's.
             resume: continue from `last.pt` if it is there. On one machine's CPU the run then ends with
                 bit-identical weights: the optimizer, schedulers, callbacks, random generators and the place
                 in the loader's order are restored.
             checkpoint_every: also save after every so many optimizer steps, within epochs.
-            evaluate: called after each epoch with the student in eval mode, without gradients; higher is
-                better. Recorded as "score".
+            evaluate: called after each epoch with the student (without its DDP wrapper) in eval mode, without
+                gradients; higher is better. Recorded as "score", the mean over the ranks.
             keep_best: end with the weights of the best score, also written as `best.pt` (a state_dict).
             best_from: the first epoch (from 0) that may be best; set it past a pruning schedule's end.
+            patience: stop after so many epochs without a better score, or lower loss without `evaluate`;
+                better by more than `min_delta`.
 
         Raises FloatingPointError for a loss or gradient that is not finite: the student is then as it was
         before that step. ValueError for a loader that is empty or can be read once only, a checkpoint of
@@ -127,34 +149,46 @@ class Distiller:
         """
         checks.check_loader(loader, epochs)
         folder = checks.checkpoint_folder(checkpoint, resume, checkpoint_every)
-        if keep_best and evaluate is None:
-            raise ValueError("Distiller: keep_best must have evaluate=, got None")
+        checks.check_stopping(evaluate, keep_best, patience, min_delta, self.scheduler)
+        checks.check_ranks(self.student, loader)
         generators = checkpoints.loader_generators(loader)
         length = len(loader) if isinstance(loader, Sized) else None
         self.epoch = self.global_step = 0
-        self.history, self._best = [], None
-        self.total_steps = None if length is None else epochs * length
-        place = None
-        if folder is not None and resume and (folder / checkpoints.LAST).exists():
-            place = self._restore(folder, generators)
+        self.record, self.history, self.best = {}, [], None
+        self.total_steps = None if length is None else epochs * math.ceil(length / self.accumulate)
+        device = model_device(self.student)
+        kind = device.type if device is not None else "cpu"
+        self.scaler = torch.amp.GradScaler(kind, enabled=self.amp is torch.float16)
+        if isinstance(self.loss, nn.Module):
+            state.share_parameters(self.loss)
+        place = self._resume(folder, generators) if folder is not None and resume else None
         with (
             training_modes_kept(self.student),
             self._attached(),
-            Bar(self.progress, "distil", self.total_steps, self.global_step) as bar,
+            Bar(
+                self.progress if distributed.is_main() else False,
+                "distil",
+                self.total_steps,
+                self.global_step,
+            ) as bar,
+            self._listening(),
         ):
-            for callback in self.callbacks:
-                if isinstance(callback, OnFit):
-                    callback.on_fit(self)
-            while self.epoch < epochs:
+            while self.epoch < epochs and not self._out_of_patience(patience, best_from, min_delta):
                 checks.check_models(self.teacher, self.student)
                 self._run_epoch(loader, epochs, generators, place, bar, folder, checkpoint_every)
                 place = None
                 self._end_epoch(evaluate, keep_best and self.epoch >= best_from, folder)
                 if folder is not None:
-                    self._save(folder, generators, checkpoints.random_state(generators), 0, 0.0)
+                    state.save(self, folder, generators, checkpoints.random_state(generators), 0, {})
             if keep_best:
                 self._take_best()
         return self.history
+
+    def _resume(self, folder: Path, generators: list[torch.Generator]) -> dict[str, Any] | None:
+        if distributed.is_main():
+            checkpoints.remove_parts(folder)
+        found = distributed.broadcast_value((folder / checkpoints.LAST).exists())
+        return state.restore(self, folder, generators) if found else None
 
     def _run_epoch(
         self,
@@ -167,66 +201,49 @@ class Distiller:
         every: int | None,
     ) -> None:
         self.student.train()
-        sampler: Any = getattr(loader, "sampler", None)
-        if hasattr(sampler, "set_epoch"):
-            sampler.set_epoch(self.epoch)
+        for name in ("sampler", "batch_sampler"):
+            set_epoch: Any = getattr(getattr(loader, name, None), "set_epoch", None)
+            if set_epoch is not None:
+                set_epoch(self.epoch)
         if place is not None:
             checkpoints.set_random_state(place["epoch_start"], generators)
         start = checkpoints.random_state(generators)
-        batches, done, total = iter(loader), 0, 0.0
+        batches, done, totals = iter(loader), 0, dict[str, float]()
         if place is not None and place["batch"] > 0:
             # The same order is drawn again and the batches already learnt from are passed over.
-            done, total = place["batch"], place["loss"]
+            done, totals = place["batch"], place["totals"]
             skipped = sum(1 for _ in islice(batches, done))
             if skipped != done:
                 raise ValueError(
                     f"Distiller: loader must give the {done} batches that are already done, got {skipped}"
                 )
-            checkpoints.set_random_state(place["random"], generators)
-        for batch in batches:
-            value = self._step(batch)
-            done, total = done + 1, total + value
+            checkpoints.set_random_state(place["random"][distributed.rank()], generators)
+        while group := list(islice(batches, self.accumulate)):
+            self.record = train_step(self, group)
+            for name, value in self.record.items():
+                if name.startswith("loss"):
+                    totals[name] = totals.get(name, 0.0) + value * len(group)
+            done += len(group)
             self.global_step += 1
-            if self.scheduler is not None and self.scheduler_interval == "step":
-                self._step_scheduler(value)
+            if self.scheduler_interval == "step":
+                self._step_scheduler(self.record)
             for callback in self.callbacks:
                 if isinstance(callback, OnStep):
                     callback.on_step(self)
-                elif callable(callback) and not isinstance(callback, (OnFit, OnEpoch)):
+                elif callable(callback) and not isinstance(callback, _LISTENERS):
                     callback(self)
-            bar.advance(f"distil {self.epoch + 1}/{epochs}", value)
+            bar.advance(f"distil {self.epoch + 1}/{epochs}", self.record)
             if folder is not None and every is not None and self.global_step % every == 0:
-                self._save(folder, generators, start, done, total)
+                state.save(self, folder, generators, start, done, totals)
         if done == 0:
             raise ValueError("Distiller: loader must give at least one batch, got none")
+        means = {name: total / done for name, total in totals.items()}
         learning_rate = float(self.optimizer.param_groups[0]["lr"])
-        self.history.append({"epoch": self.epoch, "loss": total / done, "lr": learning_rate})
+        self.history.append({"epoch": self.epoch, "lr": learning_rate, **means})
 
-    def _step(self, batch: Any) -> float:
-        """One optimizer step; if anything fails first, the student's buffers are put back."""
-        before = [(buffer, buffer.clone()) for buffer in self.student.buffers()]
-        try:
-            inputs, target = to_device(self.split(batch), model_device(self.student))
-            self.optimizer.zero_grad(set_to_none=True)
-            with torch.no_grad():
-                teacher_out = self.output(call_model("Distiller", self.teacher, inputs))
-            student_out = self.output(call_model("Distiller", self.student, inputs))
-            loss = self.loss(student_out, teacher_out, target)
-            value = checks.finite_loss(loss, self.global_step)
-            loss.backward()  # type: ignore[no-untyped-call]
-            checks.check_gradients(self.optimizer, self.global_step)
-        except BaseException:
-            self.optimizer.zero_grad(set_to_none=True)
-            with torch.no_grad():
-                for buffer, saved in before:
-                    buffer.copy_(saved)
-            raise
-        self.optimizer.step()
-        return value
-
-    def _step_scheduler(self, loss: float) -> None:
+    def _step_scheduler(self, record: dict[str, float]) -> None:
         if isinstance(self.scheduler, ReduceLROnPlateau):
-            self.scheduler.step(loss)
+            self.scheduler.step(record["score" if self.scheduler.mode == "max" else "loss"])
         elif self.scheduler is not None:
             self.scheduler.step()
 
@@ -234,92 +251,56 @@ class Distiller:
         self, evaluate: Callable[[nn.Module], float] | None, may_be_best: bool, folder: Path | None
     ) -> None:
         record = self.history[-1]
-        if self.scheduler is not None and self.scheduler_interval == "epoch":
-            self._step_scheduler(record["loss"])
+        state.share_buffers(self.student)
+        student = state.unwrapped(self.student)
         if evaluate is not None:
-            with training_modes_kept(self.student), torch.no_grad():
-                self.student.eval()
-                record["score"] = float(evaluate(self.student))
+            with training_modes_kept(student), torch.no_grad():
+                student.eval()
+                mine = torch.tensor(checks.score_value(evaluate(student)), dtype=torch.float64)
+            distributed.reshard(student)
+            record["score"] = float(distributed.all_reduce(mine)) / distributed.world_size()
+        if self.scheduler_interval == "epoch":
+            self._step_scheduler(record)
         self.epoch += 1
         for callback in self.callbacks:
             if isinstance(callback, OnEpoch):
                 callback.on_epoch(self)
-        if may_be_best and (self._best is None or record["score"] > self._best["score"]):
-            state = _copy(self.student.state_dict())
-            self._best = {"score": record["score"], "epoch": record["epoch"], "student": state}
+        if may_be_best and (self.best is None or record["score"] > self.best["score"]):
+            weights = state.copied(student.state_dict())
+            self.best = {"score": record["score"], "epoch": record["epoch"], "student": weights}
             if folder is not None:
-                checkpoints.save_atomic(state, folder / checkpoints.BEST)
+                whole = state.gathered(weights)
+                if distributed.is_main():
+                    checkpoints.save_atomic(whole, folder / checkpoints.BEST)
 
     def _take_best(self) -> None:
-        if self._best is not None:
-            self.student.load_state_dict(self._best["student"])
+        if self.best is not None:
+            state.load_module(state.unwrapped(self.student), self.best["student"])
 
-    def _save(
-        self,
-        folder: Path,
-        generators: list[torch.Generator],
-        epoch_start: Mapping[str, Any],
-        batch: int,
-        loss: float,
-    ) -> None:
-        state = {
-            "format": checkpoints.FORMAT,
-            "student": self.student.state_dict(),
-            "loss_state": self.loss.state_dict() if isinstance(self.loss, nn.Module) else None,
-            "optimizer": self.optimizer.state_dict(),
-            "scheduler": self.scheduler.state_dict() if self.scheduler is not None else None,
-            "callbacks": [c.state_dict() if isinstance(c, Stateful) else None for c in self.callbacks],
-            "epoch": self.epoch,
-            "global_step": self.global_step,
-            "history": self.history,
-            "best": self._best,
-            "batch": batch,
-            "loss": loss,
-            "epoch_start": epoch_start,
-            "random": checkpoints.random_state(generators),
-        }
-        checkpoints.save_atomic(state, folder / checkpoints.LAST)
-
-    def _restore(self, folder: Path, generators: list[torch.Generator]) -> dict[str, Any]:
-        """Load `last.pt` into everything; the student's weights come last, after all that may refuse."""
-        state = checkpoints.load_checkpoint(folder / checkpoints.LAST)
-        checkpoints.check_fits("student", self.student, state["student"])
-        if isinstance(self.loss, nn.Module):
-            checkpoints.check_fits("loss", self.loss, state["loss_state"] or {})
-        if len(state["callbacks"]) != len(self.callbacks) or (state["scheduler"] is None) != (
-            self.scheduler is None
-        ):
-            raise ValueError(
-                f"Distiller: callbacks and scheduler must be as at the checkpoint ({len(state['callbacks'])} "
-                f"callbacks, scheduler {state['scheduler'] is not None}), got {len(self.callbacks)} and "
-                f"{self.scheduler is not None}"
-            )
-        checkpoints.set_random_state(state["random"], generators)
-        self.optimizer.load_state_dict(state["optimizer"])
-        if self.scheduler is not None:
-            self.scheduler.load_state_dict(state["scheduler"])
-        before = _copy(self.student.state_dict())
-        try:
-            # Callbacks come after the weights: a mask handle applies its masks to what is there.
-            self.student.load_state_dict(state["student"])
-            for callback, saved in zip(self.callbacks, state["callbacks"], strict=True):
-                if isinstance(callback, Stateful) and saved is not None:
-                    callback.load_state_dict(saved)
-        except BaseException:
-            self.student.load_state_dict(before)
-            raise
-        if isinstance(self.loss, nn.Module):
-            self.loss.load_state_dict(state["loss_state"])
-        self.epoch, self.global_step = state["epoch"], state["global_step"]
-        self.history, self._best = state["history"], state["best"]
-        return state
+    def _out_of_patience(self, patience: int | None, first: int, min_delta: float) -> bool:
+        """From the history alone, so that a resumed run stops where it would have."""
+        best, since = -math.inf, 0
+        for record in self.history[first:]:
+            value = record.get("score", -record["loss"])
+            best, since = (value, 0) if value > best + min_delta else (best, since + 1)
+        return patience is not None and since >= patience
 
     @contextmanager
     def _attached(self) -> Iterator[None]:
         loss: Any = self.loss
-        with loss.attached(self.teacher, self.student) if isinstance(loss, Attachable) else nullcontext():
+        student = state.unwrapped(self.student)
+        with loss.attached(self.teacher, student) if isinstance(loss, Attachable) else nullcontext():
             yield
 
-
-def _copy(state: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value.clone() if isinstance(value, Tensor) else value for name, value in state.items()}
+    @contextmanager
+    def _listening(self) -> Iterator[None]:
+        """on_fit on entering; on_end on leaving, after an error too."""
+        try:
+            for callback in self.callbacks:
+                if isinstance(callback, OnFit):
+                    callback.on_fit(self)
+            yield
+        finally:
+            for callback in self.callbacks:
+                if isinstance(callback, OnEnd):
+                    callback.on_end(self)

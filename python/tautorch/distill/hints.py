@@ -66,7 +66,7 @@ class FeatureHint(nn.Module):
         self._features: dict[str, Tensor] = {}
 
     @contextmanager
-    def attached(self, teacher: nn.Module, student: nn.Module) -> Iterator[None]:
+    def attached(self, teacher: nn.Module | None, student: nn.Module) -> Iterator[None]:
         """While open, remember the features of each forward pass; ValueError for an unknown layer."""
         handles = []
         try:
@@ -121,7 +121,9 @@ class FeatureHint(nn.Module):
         return total if self.base is None else total + self.base(student_out, teacher_out, target)
 
 
-def _find(role: str, model: nn.Module, name: str) -> nn.Module:
+def _find(role: str, model: nn.Module | None, name: str) -> nn.Module:
+    if model is None:
+        raise ValueError(f"FeatureHint: the {role} must be a module to look into, got None")
     modules: dict[str, nn.Module] = dict(model.named_modules())
     if name not in modules or not name:
         shown = ", ".join([key for key in modules if key][:12])

@@ -126,6 +126,8 @@ def _in_unit_interval(op: str, name: str, value: float) -> float:
 
 def _logits(op: str, student: Any, teacher: Any) -> tuple[Tensor, Tensor]:
     for name, value in (("student", student), ("teacher", teacher)):
+        if value is None:
+            raise TypeError(f"{op}: the {name} must give logits, got None; give Distiller a {name}")
         if not isinstance(value, Tensor):
             raise TypeError(
                 f"{op}: the {name}'s output must be a tensor of logits, got {type(value).__name__}; "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -16,7 +17,7 @@ class Bar:
         self._description, self._total, self._done = description, total, done
         self._own = progress is True
         self._display = _display() if progress is True else progress or None
-        self._loss: float | None = None
+        self._means: dict[str, float] = {}
 
     def __enter__(self) -> Bar:
         if self._display is not None:
@@ -27,13 +28,15 @@ class Bar:
             )
         return self
 
-    def advance(self, description: str, loss: float) -> None:
-        """One step done, with its loss; the bar shows an exponential mean over about 20 steps."""
-        self._loss = loss if self._loss is None else 0.95 * self._loss + 0.05 * loss
+    def advance(self, description: str, record: Mapping[str, float]) -> None:
+        """One step done, with its "loss" and "loss/NAME"; shown as exponential means over about 20 steps."""
+        for name, value in record.items():
+            if name.startswith("loss"):
+                key = name.removeprefix("loss/")
+                self._means[key] = 0.95 * self._means.get(key, value) + 0.05 * value
         if self._display is not None:
-            self._display.update(
-                self._task, advance=1, description=description, loss=f"loss {self._loss:.4f}"
-            )
+            shown = " ".join(f"{name} {mean:.4f}" for name, mean in self._means.items())
+            self._display.update(self._task, advance=1, description=description, loss=shown)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

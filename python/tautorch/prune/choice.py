@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from tautorch import distributed
 from tautorch._batches import Batches
 from tautorch._gram import input_grams, inverse_factor
 from tautorch._layers import Layer, layer_groups, select_layers
@@ -73,7 +74,7 @@ def choose(rule: Rule, model: nn.Module) -> Choice:
     check_importance(op, rule.importance, rule.calibration, rule.loss)
     targets = select_layers(op, model, rule.layers)
     for name, layer in targets.items():
-        if not bool(torch.isfinite(layer.weight).all()):
+        if not bool(torch.isfinite(distributed.full_tensor(layer.weight)).all()):
             raise ValueError(f"{op}: the weight of layer {name!r} must be finite, got NaN or Inf")
     if rule.importance == "sparsegpt":
         return _compensated(rule, model, targets, share, ranking)
@@ -124,4 +125,5 @@ def _compensated(
 
 def _matrix(layer: Layer) -> Tensor:
     groups = layer_groups(layer)
-    return layer.weight.detach().double().reshape(groups, layer.weight.shape[0] // groups, -1)
+    weight = distributed.full_tensor(layer.weight).detach().double()
+    return weight.reshape(groups, weight.shape[0] // groups, -1)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tautorch import distributed
 from tautorch._batches import (
     Batches,
     check_batches,
@@ -76,7 +77,9 @@ def importance_scores(
     if callable(importance):
         return {name: _checked(op, name, layer, importance(name, layer)) for name, layer in layers.items()}
     check_importance(op, importance, calibration, loss)
-    weights = {name: layer.weight.detach().double() for name, layer in layers.items()}
+    weights = {
+        name: distributed.full_tensor(layer.weight).detach().double() for name, layer in layers.items()
+    }
     if importance == "magnitude":
         return {name: weight.abs() for name, weight in weights.items()}
     if calibration is not None and importance == "activation":
@@ -113,6 +116,7 @@ def _gradient_scores(
     frozen = [weight for weight in weights.values() if not weight.requires_grad]
     scores: dict[str, Tensor] = {}
     count = 0
+    failure: Exception | None = None
     with training_modes_kept(model), torch.enable_grad():
         model.eval()
         for weight in frozen:
@@ -128,11 +132,17 @@ def _gradient_scores(
                         term = (gradient.detach().double() * weight.detach().double()).abs() ** power
                         scores[name] = scores[name] + term if name in scores else term
                 count += 1
+            if count == 0:
+                raise ValueError(
+                    f"{op}: calibration must hold at least one batch, got none (a spent generator?)"
+                )
+        except Exception as error:
+            failure = error
         finally:
             for weight in frozen:
                 weight.requires_grad_(False)
-    if count == 0:
-        raise ValueError(f"{op}: calibration must hold at least one batch, got none (a spent generator?)")
+    distributed.raise_together(failure)
+    scores = distributed.sum_over_ranks(scores)
     require_seen(op, layers, set(scores), named)
     for name, score in scores.items():
         if not bool(torch.isfinite(score).all()):
@@ -151,7 +161,7 @@ def _check_loss(op: str, value: object, batch: int) -> None:
 def input_norms(
     op: str, model: nn.Module, layers: Mapping[str, Layer], batches: Batches, named: bool = True
 ) -> dict[str, Tensor]:
-    """The L2 norm of each input of each layer over `batches`, float64, broadcastable to the layer's weight.
+    """The L2 norm of each input of each layer over all ranks' `batches`, float64, shaped to fit its weight.
 
     Linear: [1, K]. Conv2d: [O, I / groups, kh, kw], each tap over the positions it really sees. A layer that
     never ran is a ValueError, or left out unless `named`.
@@ -164,27 +174,30 @@ def input_norms(
         squares[name] = squares[name] + total if name in squares else total
 
     require_seen(op, layers, observe_inputs(op, model, layers, batches, see), named)
+    squares = distributed.sum_over_ranks(squares)
     return {name: squares[name].sqrt() for name in layers if name in squares}
 
 
 def input_means(
     op: str, model: nn.Module, layers: Mapping[str, Layer], batches: Batches, named: bool = True
 ) -> dict[str, Tensor]:
-    """The mean absolute value of each input channel over `batches`, float64, broadcastable to the weight.
+    """The mean absolute value of each input channel over all ranks' `batches`, float64, shaped to fit.
 
     Linear: [1, K]. Conv2d: [O, I / groups, 1, 1], over the samples and positions of the unpadded input.
     """
     sums: dict[str, Tensor] = {}
-    counts: dict[str, int] = {}
+    counts: dict[str, Tensor] = {}
 
     def see(name: str, layer: Layer, x: Tensor) -> None:
         wide = x.double().abs()
         channels = wide.movedim(-1 if isinstance(layer, nn.Linear) else -3, 0).flatten(1)
         total = channels.sum(1)
         sums[name] = sums[name] + total if name in sums else total
-        counts[name] = counts.get(name, 0) + channels.shape[1]
+        rows = torch.tensor(channels.shape[1], dtype=torch.float64, device=total.device)
+        counts[name] = counts[name] + rows if name in counts else rows
 
     require_seen(op, layers, observe_inputs(op, model, layers, batches, see), named)
+    sums, counts = distributed.sum_over_ranks(sums), distributed.sum_over_ranks(counts)
     means: dict[str, Tensor] = {}
     for name, layer in layers.items():
         if name in sums:

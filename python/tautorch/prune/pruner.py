@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from tautorch import distributed
 from tautorch._batches import Batches
 from tautorch._layers import select_layers
 from tautorch.prune.choice import Choice, Rule, choose
@@ -91,8 +92,9 @@ def prune(
 def apply_choice(model: nn.Module, choice: Choice) -> None:
     """Put the choice's weights in place and zero what its masks remove."""
     with torch.no_grad():
-        for name, weight in choice.weights.items():
-            _weight(model, name).copy_(weight)
+        for name, new in choice.weights.items():
+            weight = _weight(model, name)
+            distributed.local_tensor(weight).copy_(distributed.local_part(new, weight))
     apply_masks(model, choice.masks)
 
 
@@ -103,7 +105,9 @@ def apply_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
     with torch.no_grad():
         for name, mask in masks.items():
             weight = _weight(model, name)
-            weight.masked_fill_(~mask.to(weight.device), 0.0)
+            # Of a sharded weight each rank zeroes its own part.
+            kept = distributed.local_part(mask.to(weight.device), weight)
+            distributed.local_tensor(weight).masked_fill_(~kept, 0.0)
 
 
 def masks_from_zeros(model: nn.Module, layers: Iterable[str] | None = None) -> dict[str, Tensor]:
@@ -114,7 +118,7 @@ def masks_from_zeros(model: nn.Module, layers: Iterable[str] | None = None) -> d
     """
     masks: dict[str, Tensor] = {}
     for name, layer in select_layers("masks_from_zeros", model, layers).items():
-        mask = layer.weight.detach() != 0
+        mask = distributed.full_tensor(layer.weight).detach() != 0
         if layers is not None or (bool(mask.any()) and not bool(mask.all())):
             masks[name] = mask
     return masks
@@ -146,6 +150,8 @@ class MaskHandle:
     ) -> None:
         self._model = model
         self._masks: dict[str, Tensor] = {}
+        # On the weights' devices; of a sharded weight this rank's part.
+        self._parts: dict[str, Tensor] = {}
         self.update(masks)
         self._hook: RemovableHandle | None = None
         if optimizer is not None:
@@ -161,6 +167,7 @@ class MaskHandle:
         for name, mask in masks.items():
             _check_mask("hold_masks", self._model, name, mask)
         self._masks = {name: mask.clone() for name, mask in masks.items()}
+        self._parts = {}
         self.apply()
 
     def apply(self) -> None:
@@ -168,9 +175,9 @@ class MaskHandle:
         with torch.no_grad():
             for name, mask in self._masks.items():
                 weight = _weight(self._model, name)
-                if mask.device != weight.device:
-                    mask = self._masks[name] = mask.to(weight.device)
-                weight.masked_fill_(~mask, 0.0)
+                if name not in self._parts or self._parts[name].device != weight.device:
+                    self._parts[name] = distributed.local_part(mask.to(weight.device), weight)
+                distributed.local_tensor(weight).masked_fill_(~self._parts[name], 0.0)
 
     def on_step(self, distiller: Any) -> None:
         """The Distiller's callback after each optimizer step."""
@@ -181,7 +188,7 @@ class MaskHandle:
         if self._hook is not None:
             self._hook.remove()
             self._hook = None
-        self._masks = {}
+        self._masks, self._parts = {}, {}
 
     def state_dict(self) -> dict[str, Any]:
         """The masks, for a checkpoint."""

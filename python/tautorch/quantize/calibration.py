@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 
 from torch import Tensor, nn
 
+from tautorch import distributed
 from tautorch._batches import Batches, observe_inputs, require_seen
 from tautorch._layers import Layer, select_layers
 from tautorch.quantize.observers import Kl, MinMax, Mse, Observer, Percentile
@@ -30,7 +31,8 @@ def calibrate(
 
     Args:
         model: run over `batches` in eval mode; it is not changed.
-        batches: batches of what the model takes.
+        batches: batches of what the model takes. Under `torch.distributed` each rank gives its own, and all
+            get the parameters of the whole.
         observer: "minmax", "percentile" (99.99 %), "mse", "kl", or a callable that makes an `Observer`, such
             as `functools.partial(Percentile, 99.9)`.
         layers: names or shell patterns. None takes every layer that owns its weight alone, and leaves out
@@ -54,4 +56,10 @@ def calibrate(
 
     seen = observe_inputs("calibrate", model, targets, batches, see)
     require_seen("calibrate", targets, seen, named=layers is not None)
-    return {name: observers[name].qparams(symmetric) for name in targets if name in seen}
+    found: dict[str, QParams] = {}
+    for name in (name for name in targets if name in seen):
+        mine = observers[name] if name in observers else make()
+        if distributed.active():
+            mine.all_reduce()
+        found[name] = mine.qparams(symmetric)
+    return found

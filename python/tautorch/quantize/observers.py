@@ -13,6 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from tautorch import distributed
 from tautorch.quantize.qparams import QParams, qparams_of_range
 
 # Bins over [-2^k, 2^k): at least 8 for each of 256 quantisation steps of a one-sided range.
@@ -29,6 +30,9 @@ class Observer(Protocol):
     def observe(self, x: Tensor) -> None:
         """Take in the values of x: finite, at least one."""
 
+    def all_reduce(self) -> None:
+        """Take in what the other ranks' observers saw, if anything; called on each rank, before `qparams`."""
+
     def qparams(self, symmetric: bool = False) -> QParams:
         """The parameters for what was seen; ValueError if nothing was."""
 
@@ -43,6 +47,11 @@ class MinMax:
         """Widen the range to that of x."""
         low, high = torch.aminmax(x.detach().float())
         self.low, self.high = min(self.low, float(low)), max(self.high, float(high))
+
+    def all_reduce(self) -> None:
+        """The range of all ranks."""
+        self.low = float(distributed.all_reduce(torch.tensor(self.low, dtype=torch.float64), "min"))
+        self.high = float(distributed.all_reduce(torch.tensor(self.high, dtype=torch.float64), "max"))
 
     def qparams(self, symmetric: bool = False) -> QParams:
         """The parameters of [min, max]."""
@@ -73,6 +82,15 @@ class Histogram(MinMax):
         index = (values / self.width).floor_().long() + _BINS // 2
         # frexp puts top below 2^exponent, so only -2^exponent itself is at the edge, and it is inside.
         self.counts += torch.bincount(index, minlength=_BINS).double().cpu()
+
+    def all_reduce(self) -> None:
+        """The range and counts of all ranks, as one observer of all their values would have them."""
+        super().all_reduce()
+        exponents = [exponent for exponent in distributed.all_gather(self._exponent) if exponent is not None]
+        if exponents:
+            self._grow(max(exponents))
+        self.counts = distributed.all_reduce(self.counts)
+        self.zeros = int(distributed.all_reduce(torch.tensor(self.zeros)))
 
     @property
     def width(self) -> float:

@@ -1,0 +1,60 @@
+"""Running a function of a test on two ranks, as `torchrun --nproc-per-node=2` starts them (gloo, CPU)."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import distributed as dist
+
+ROOT = Path(__file__).parents[2]
+
+
+def command(arguments: list[str], ranks: int = 2, restarts: int = 0) -> list[str]:
+    """The torchrun command line of a script or module, on a port of its own."""
+    return [
+        *(sys.executable, "-m", "torch.distributed.run"),
+        *(f"--nproc-per-node={ranks}", f"--max-restarts={restarts}", "--monitor-interval=0.1"),
+        "--standalone",
+        *arguments,
+    ]
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+
+def on_two_ranks(work: Callable[[Path], Any], folder: Path, restarts: int = 0) -> list[Any]:
+    """What `work(folder)` returns on each rank, by rank; AssertionError with the output if a rank fails."""
+    name = f"{work.__module__}:{work.__name__}"
+    done = subprocess.run(
+        command(["-m", "tests.distributed.torchrun", name, str(folder)], restarts=restarts),
+        env=environment(),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return [torch.load(folder / f"result{rank}.pt", weights_only=False) for rank in range(2)]
+
+
+def main() -> None:
+    name, folder = sys.argv[1:]
+    module, function = name.split(":")
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    result = getattr(importlib.import_module(module), function)(Path(folder))
+    torch.save(result, Path(folder) / f"result{dist.get_rank()}.pt")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
