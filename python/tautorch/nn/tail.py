@@ -26,8 +26,8 @@ def left_by_quantize(layer: nn.Module, name: str) -> Tensor | None:
 def grid_of(layer: nn.Module) -> Tensor | None:
     """The steps ``[out]`` that ``tautorch.quantize`` left on a float layer, if its weight still lies on them.
 
-    None once the weight was trained or loaded anew. "On" is within 0.3 of a step, which float16 keeps at 8 bits
-    and bfloat16 at 4 (their steps are rounded too).
+    None once the weight was trained or loaded anew. "On" is within 0.3 of a step, which float16 keeps at 8
+    bits and bfloat16 at 4 (their steps are rounded too).
     """
     steps = layer._buffers.get("weight_scale")
     if steps is None or not isinstance(layer.weight, Tensor):
