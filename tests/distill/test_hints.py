@@ -78,7 +78,7 @@ def test_bad_input_is_named() -> None:
         pass
     assert not student[0]._forward_hooks
     hint = FeatureHint("0", "0")
-    with pytest.raises(ValueError, match="layer of the student and teacher must run"):
+    with pytest.raises(ValueError, match="got no feature of the student's '0' and the teacher's '0'"):
         hint(student(x), teacher(x), None)
     with (
         hint.attached(teacher, student),

@@ -6,10 +6,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tautorch.distill.arguments import at_least_single, positive
+from tautorch.distill.features import Features, attached_all, on_top
 from tautorch.distill.losses import Loss
 
 
@@ -57,52 +58,21 @@ class FeatureHint(nn.Module):
         weight: float = 1.0,
     ) -> None:
         super().__init__()
-        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 < weight < float("inf"):
-            raise ValueError(f"FeatureHint: weight must be a finite number > 0, got {weight!r}")
+        self.weight = positive("FeatureHint", "weight", weight)
         self.student_layer, self.teacher_layer = student_layer, teacher_layer
         self.adapter = ChannelAdapter(*channels) if channels is not None else None
         self.base = base
-        self.weight = float(weight)
-        self._features: dict[str, Tensor] = {}
+        self._features = Features("FeatureHint", [(student_layer, teacher_layer)])
 
     @contextmanager
     def attached(self, teacher: nn.Module | None, student: nn.Module) -> Iterator[None]:
         """While open, remember the features of each forward pass; ValueError for an unknown layer."""
-        handles = []
-        try:
-            for role, model, name in (
-                ("student", student, self.student_layer),
-                ("teacher", teacher, self.teacher_layer),
-            ):
-                handles.append(_find(role, model, name).register_forward_hook(self._watch(role)))
-            if isinstance(self.base, FeatureHint):
-                with self.base.attached(teacher, student):
-                    yield
-            else:
-                yield
-        finally:
-            for handle in handles:
-                handle.remove()
-            self._features.clear()
-
-    def _watch(self, role: str) -> Any:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
-            if not isinstance(output, Tensor):
-                kind = type(output).__name__
-                raise TypeError(f"FeatureHint: the {role}'s layer must give a tensor, got {kind}")
-            self._features[role] = output
-
-        return hook
+        with self._features.watching(teacher, student), attached_all([self.base], teacher, student):
+            yield
 
     def forward(self, student_out: Any, teacher_out: Any, target: Any) -> Tensor:
         """The loss of the batch that both models have just seen, a scalar."""
-        missing = {"student", "teacher"} - self._features.keys()
-        if missing:
-            raise ValueError(
-                f"FeatureHint: the layer of the {' and '.join(sorted(missing))} must run in the forward "
-                "pass, got no feature; check its name, and use `with hint.attached(teacher, student):`"
-            )
-        mine, theirs = self._features.pop("student"), self._features.pop("teacher").detach()
+        ((mine, theirs),) = self._features.take()
         if self.adapter is not None:
             want, dim = self.adapter.weight.shape[1], 1 if mine.dim() == 4 else -1
             if mine.shape[dim] != want:
@@ -116,16 +86,7 @@ class FeatureHint(nn.Module):
                 f"FeatureHint: features must have one shape, got {list(mine.shape)} from the student and "
                 f"{list(theirs.shape)} from the teacher; set channels=(student's, teacher's) or other layers"
             )
-        kind = torch.promote_types(mine.dtype, torch.float32)
-        total = self.weight * F.mse_loss(mine.to(kind), theirs.to(kind))
-        return total if self.base is None else total + self.base(student_out, teacher_out, target)
-
-
-def _find(role: str, model: nn.Module | None, name: str) -> nn.Module:
-    if model is None:
-        raise ValueError(f"FeatureHint: the {role} must be a module to look into, got None")
-    modules: dict[str, nn.Module] = dict(model.named_modules())
-    if name not in modules or not name:
-        shown = ", ".join([key for key in modules if key][:12])
-        raise ValueError(f"FeatureHint: {role}_layer must name a module, got {name!r}; it has {shown}")
-    return modules[name]
+        total = self.weight * F.mse_loss(at_least_single(mine), at_least_single(theirs))
+        outputs = student_out, teacher_out, target
+        total, self.components = on_top("hint", total, self.base, outputs)
+        return total
