@@ -107,8 +107,12 @@ def _case(session: Session, layer: Layer, batch: int, kind: str) -> None:
             about[name] = session.array(name, tensor)
         session.add_remote(case, "openvino", "OpenVINO int8", about, expected)
     elif layer.kernel == 1:
-        case.own = [ours(session, f"4x1 {SPARSITY:.0%}", _sparse(conv), given)]
-        case.targets.append(Target("4x1 80 % over dense", 3.0, ("ours",), (case.own[0].name,)))
+        # Both with float output: the sparse module has no other.
+        dense, sparse = _ours(conv, expected, "float"), _sparse(conv)
+        case.own = [
+            ours(session, "float output", dense, given), ours(session, f"4x1 {SPARSITY:.0%}", sparse, given)
+        ]  # fmt: skip
+        case.targets.append(Target("4x1 80 % over dense", 3.0, ("float output",), (case.own[1].name,)))
     case.targets.insert(0, Target("torch.ao", 1.0, aos))
     if kind == "int8" and layer.kernel == 3:
         case.share = 0.7

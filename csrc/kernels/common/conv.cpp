@@ -160,6 +160,7 @@ void Job::run(const ConvBand &band, int64_t m0, int64_t m1, int64_t p0, int64_t 
             for (int r = 0; r < rows; ++r)
                 scales[r] = in_order[block.index[r]];
         }
+        const void *ahead = c.in_place && m + step < m1 ? band.pixel(m + step) : nullptr;
         // Groups lie beside each other in a pixel. What is read past the end of a group has weight 0.
         for (int64_t g = 0; g < groups(); ++g) {
             for (int64_t t = 0; t < taps; ++t) {
@@ -176,7 +177,7 @@ void Job::run(const ConvBand &band, int64_t m0, int64_t m1, int64_t p0, int64_t 
                     gemm_block_taps(isa, a.packed, g, pointers + run.taps.tap0 * kBlockRows + run.first,
                                     kBlockRows, run.rows, run.taps, p, p + together, out, m + at,
                                     scale ? scale + run.first : nullptr,
-                                    block.sorted ? block.index + run.first : nullptr);
+                                    block.sorted ? block.index + run.first : nullptr, ahead);
                 }
         }
     }

@@ -181,7 +181,7 @@ void gemm_block(const Isa &isa, const uint8_t *packed, int64_t group, const void
 
 void gemm_block_taps(const Isa &isa, const uint8_t *packed, int64_t group, const void *const *pointers,
                      int64_t ld, int rows, const Taps &part, int64_t p0, int64_t p1, const Output &out,
-                     int64_t m0, const float *row_scale, const int32_t *out_row) {
+                     int64_t m0, const float *row_scale, const int32_t *out_row, const void *ahead) {
     const PackHeader &h = header_of(packed);
     const int64_t taps = part.tap1 - part.tap0, k = part.k1 - part.k0, kq = div_up(k, h.kr);
     const int64_t skipped =
@@ -229,7 +229,9 @@ void gemm_block_taps(const Isa &isa, const uint8_t *packed, int64_t group, const
             task.panel = reinterpret_cast<const int8_t *>(data);
             task.width = width;
             task.gap = (div_up(h.k, h.kr) - kq) * h.kr * width;
-            task.next = p + 1 < p1 ? task.panel + kq * 4 * width : task.panel;
+            task.next = p + 1 < p1 ? task.panel + kq * 4 * width
+                        : ahead    ? static_cast<const int8_t *>(ahead)
+                                   : task.panel;
             task.cols = cols;
             fused_panel(isa, task, out, m0, group * h.n + p * h.nr);
             continue;

@@ -17,14 +17,16 @@ using Sums = __m512i[kRows][2];
 
 // What turns the sums of 32 outputs into their codes.
 struct Scales {
-    alignas(64) float w[32];
-    alignas(64) float bias[32];
+    alignas(64) float w[2][16];
+    alignas(64) float bias[2][16];
     __m512i start[2]; // what the sums begin with
     float inv, lo, hi;
     int32_t zp;
+    __mmask32 outputs; // that there are
 };
 
 // By the arithmetic of epilogue.h. The operands in memory leave the registers to two tiles.
+template <bool Whole>
 __attribute__((always_inline)) inline void finish_row(const Scales &e, __m512i c0, __m512i c1,
                                                       const float &row_scale, char *out) {
     __m512i y0, y1;
@@ -33,25 +35,29 @@ __attribute__((always_inline)) inline void finish_row(const Scales &e, __m512i c
         "vmulps %4%{1to16%}, %0, %0\n\t"
         "vmulps %4%{1to16%}, %1, %1\n\t"
         "vmulps %5, %0, %0\n\t"
-        "vmulps 64+%5, %1, %1\n\t"
-        "vaddps %6, %0, %0\n\t"
-        "vaddps 64+%6, %1, %1\n\t"
-        "vmulps %7%{1to16%}, %0, %0\n\t"
-        "vmulps %7%{1to16%}, %1, %1\n\t"
-        "vmaxps %8%{1to16%}, %0, %0\n\t"
-        "vmaxps %8%{1to16%}, %1, %1\n\t"
-        "vminps %9%{1to16%}, %0, %0\n\t"
-        "vminps %9%{1to16%}, %1, %1\n\t"
+        "vmulps %6, %1, %1\n\t"
+        "vaddps %7, %0, %0\n\t"
+        "vaddps %8, %1, %1\n\t"
+        "vmulps %9%{1to16%}, %0, %0\n\t"
+        "vmulps %9%{1to16%}, %1, %1\n\t"
+        "vmaxps %10%{1to16%}, %0, %0\n\t"
+        "vmaxps %10%{1to16%}, %1, %1\n\t"
+        "vminps %11%{1to16%}, %0, %0\n\t"
+        "vminps %11%{1to16%}, %1, %1\n\t"
         "vcvtps2dq %0, %0\n\t"
         "vcvtps2dq %1, %1\n\t"
         "vpackssdw %1, %0, %0"
         : "=&v"(y0), "=&v"(y1)
-        : "v"(c0), "v"(c1), "m"(row_scale), "m"(e.w), "m"(e.bias), "m"(e.inv), "m"(e.lo), "m"(e.hi));
+        : "v"(c0), "v"(c1), "m"(row_scale), "m"(e.w[0]), "m"(e.w[1]), "m"(e.bias[0]), "m"(e.bias[1]),
+          "m"(e.inv), "m"(e.lo), "m"(e.hi));
     // Four outputs of the one vector and four of the other lie in turn.
-    const __m256i codes =
-        _mm512_cvtepi16_epi8(_mm512_add_epi16(y0, _mm512_set1_epi16(static_cast<short>(e.zp))));
-    _mm256_storeu_si256(reinterpret_cast<__m256i *>(out),
-                        _mm256_permutevar8x32_epi32(codes, _mm256_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7)));
+    const __m256i codes = _mm256_permutevar8x32_epi32(
+        _mm512_cvtepi16_epi8(_mm512_add_epi16(y0, _mm512_set1_epi16(static_cast<short>(e.zp)))),
+        _mm256_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7));
+    if (Whole)
+        _mm256_storeu_si256(reinterpret_cast<__m256i *>(out), codes);
+    else
+        _mm256_mask_storeu_epi8(out, e.outputs, codes);
 }
 
 // The rows of a tile under one tap. Even: at one distance from each other.
@@ -88,10 +94,11 @@ char *line(const ProductI8 &p, int64_t i, int r) {
     return p.out + (p.out_row ? p.out_row[r] : r) * p.row_bytes + i;
 }
 
-// Products of the rows from r0 on, while the sums of the rows from r1 on leave.
-template <bool Even>
+// Products of the rows from r0 on, while the sums of the rows from r1 on leave. Even rows: `ahead` is fetched
+// into L2 meanwhile, half as many bytes as the rows have.
+template <bool Even, bool Whole>
 __attribute__((always_inline)) inline void tile(const ProductI8 &p, const Scales &e, int64_t i, Sums &c,
-                                                int r0, const Sums &before, int r1) {
+                                                int r0, const Sums &before, int r1, const int8_t *ahead) {
     const int64_t width = 4 * p.width;
     const int8_t *b = p.panel + 4 * i;
 #pragma GCC unroll 6
@@ -99,6 +106,11 @@ __attribute__((always_inline)) inline void tile(const ProductI8 &p, const Scales
         c[r][0] = e.start[0];
         c[r][1] = e.start[1];
     }
+    // Steps ask for a line several times, which costs less than a test.
+    const auto fetch = [ahead](int64_t q) __attribute__((always_inline)) {
+        if (Even)
+            _mm_prefetch(reinterpret_cast<const char *>(ahead + 12 * q), _MM_HINT_T1);
+    };
     for (int64_t t = 0; t < (Even ? 1 : p.taps); ++t, b += p.gap) {
         const Rows<Even> x(p, t, r0);
         int64_t q = 0;
@@ -106,16 +118,20 @@ __attribute__((always_inline)) inline void tile(const ProductI8 &p, const Scales
 #pragma GCC unroll 6
             for (; q < kRows; ++q, b += width) {
                 step<Even>(c, b, x, q);
-                finish_row(e, before[q][0], before[q][1], p.row_scale[r1 + q], line(p, i, r1 + q));
+                finish_row<Whole>(e, before[q][0], before[q][1], p.row_scale[r1 + q], line(p, i, r1 + q));
                 asm volatile("prefetchw %0" : : "m"(*line(p, i, r0 + q)));
+                fetch(q);
             }
-        for (; q < p.kq; ++q, b += width)
+        for (; q < p.kq; ++q, b += width) {
             step<Even>(c, b, x, q);
+            fetch(q);
+        }
     }
 }
 
 // The first `count` rows, a multiple of kRows.
-template <bool Even> void strip(const ProductI8 &p, const Scales &e, int64_t i, int count) {
+template <bool Even, bool Whole>
+__attribute__((noinline)) void strip(const ProductI8 &p, const Scales &e, int64_t i, int count) {
     Sums a, b;
 #pragma GCC unroll 6
     for (int r = 0; r < kRows; ++r)
@@ -123,18 +139,21 @@ template <bool Even> void strip(const ProductI8 &p, const Scales &e, int64_t i, 
     const auto leave = [&](const Sums &c, int r0) __attribute__((always_inline)) {
 #pragma GCC unroll 6
         for (int r = 0; r < kRows; ++r)
-            finish_row(e, c[r][0], c[r][1], p.row_scale[r0 + r], line(p, i, r0 + r));
+            finish_row<Whole>(e, c[r][0], c[r][1], p.row_scale[r0 + r], line(p, i, r0 + r));
     };
+    const int64_t part = p.next == p.panel ? 0 : 2 * p.kq; // a row's share of what is fetched
+    const int8_t *next = p.next + i / 32 * count * part;
+    const auto ahead = [=](int r) { return next + r * part; };
     // The first tile finds none before it: what it writes, it writes over.
-    tile<Even>(p, e, i, a, 0, b, 0);
+    tile<Even, Whole>(p, e, i, a, 0, b, 0, ahead(0));
     int r = kRows;
     for (; r + kRows < count; r += 2 * kRows) {
-        tile<Even>(p, e, i, b, r, a, r - kRows);
-        tile<Even>(p, e, i, a, r + kRows, b, r);
+        tile<Even, Whole>(p, e, i, b, r, a, r - kRows, ahead(r));
+        tile<Even, Whole>(p, e, i, a, r + kRows, b, r, ahead(r + kRows));
     }
     if (r == count)
         return leave(a, r - kRows);
-    tile<Even>(p, e, i, b, r, a, r - kRows);
+    tile<Even, Whole>(p, e, i, b, r, a, r - kRows, ahead(r));
     leave(b, r);
 }
 
@@ -143,16 +162,19 @@ bool finite(__m512 v) { return _mm512_fpclass_ps_mask(v, 0x99) == 0; }
 // False where an output may be NaN, which finish_row takes for a number.
 bool scales_of(const ProductI8 &p, int64_t i, Scales &to) {
     const Epilogue &e = *p.epilogue;
+    const int64_t left = p.cols - i;
+    to.outputs = left >= 32 ? ~0u : (1u << left) - 1;
     for (int v = 0; v < 2; ++v) {
         const int64_t at = p.n0 + i + 16 * v;
-        const __m512 w = e.w_scale ? _mm512_loadu_ps(e.w_scale + at) : _mm512_set1_ps(1.0f),
-                     b = e.bias ? _mm512_loadu_ps(e.bias + at) : _mm512_setzero_ps();
+        const __mmask16 m = static_cast<__mmask16>(to.outputs >> 16 * v);
+        const __m512 w = e.w_scale ? _mm512_maskz_loadu_ps(m, e.w_scale + at) : _mm512_set1_ps(1.0f),
+                     b = e.bias ? _mm512_maskz_loadu_ps(m, e.bias + at) : _mm512_setzero_ps();
         if (!finite(w) || !finite(b))
             return false;
-        _mm512_store_ps(to.w + 16 * v, w);
-        _mm512_store_ps(to.bias + 16 * v, b);
+        _mm512_store_ps(to.w[v], w);
+        _mm512_store_ps(to.bias[v], b);
         to.start[v] = e.correction == 0 ? _mm512_setzero_si512()
-                                        : _mm512_mullo_epi32(_mm512_loadu_si512(e.colsum + at),
+                                        : _mm512_mullo_epi32(_mm512_maskz_loadu_epi32(m, e.colsum + at),
                                                              _mm512_set1_epi32(e.correction));
     }
     to.inv = e.out_inv_scale;
@@ -167,17 +189,26 @@ bool scales_of(const ProductI8 &p, int64_t i, Scales &to) {
 int product_i8_codes_avx512vnni(const ProductI8 &p) {
     const Epilogue &e = *p.epilogue;
     const int count = p.count / kRows * kRows;
-    if (e.out_dtype != DType::i8 || e.addend || count == 0 || p.kq < kRows || p.cols % 32 != 0 ||
-        p.cols != p.width || !(e.out_inv_scale < 0x1p126f))
+    if (e.out_dtype != DType::i8 || e.addend || count == 0 || p.kq < kRows || p.width % 32 != 0 ||
+        !(e.out_inv_scale < 0x1p126f))
         return 0;
-    for (int r = 0; r < count; ++r) // a sum times 2^90 is finite; of NaN the comparison is false
-        if (!(p.row_scale[r] <= 0x1p90f))
+    // A sum times 2^90 is finite.
+    const __m512 most = _mm512_set1_ps(0x1p90f);
+    for (int r = 0; r < count; r += 16) {
+        const int left = count - r;
+        const __mmask16 m = static_cast<__mmask16>(left >= 16 ? 0xffff : (1u << left) - 1);
+        if (_mm512_mask_cmp_ps_mask(m, _mm512_maskz_loadu_ps(m, p.row_scale + r), most, _CMP_NLE_UQ) != 0)
             return 0;
+    }
     for (int64_t i = 0; i < p.cols; i += 32) {
         Scales s;
         if (!scales_of(p, i, s))
             return 0;
-        p.even() ? strip<true>(p, s, i, count) : strip<false>(p, s, i, count);
+        const bool whole = s.outputs == ~0u;
+        if (p.even())
+            whole ? strip<true, true>(p, s, i, count) : strip<true, false>(p, s, i, count);
+        else
+            whole ? strip<false, true>(p, s, i, count) : strip<false, false>(p, s, i, count);
     }
     return count;
 }

@@ -76,6 +76,7 @@ class ConvModule(LayerModule):
         quant: str,
         quants: Sequence[str],
         activation: str,
+        requantize: bool = False,
     ) -> None:
         super().__init__()
         op = self.op
@@ -92,7 +93,7 @@ class ConvModule(LayerModule):
         self.stride, self.dilation, self.groups = stride, dilation, groups
         self.padding = padding if isinstance(padding, str) else pixels  # as nn.Conv2d has it
         self.padding_mode, self.output_padding, self.transposed = padding_mode, (0, 0), False
-        self._init_tail(out_channels, bias, device, quant, quants, activation)
+        self._init_tail(out_channels, bias, device, quant, quants, activation, requantize)
 
     @classmethod
     def _arguments(cls, module: nn.Module) -> dict[str, Any]:

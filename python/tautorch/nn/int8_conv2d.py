@@ -16,7 +16,7 @@ from tautorch.reference.quantizer import quantize_weight
 
 from .convolution import ConvModule, Padding
 from .packed import Canonical
-from .tail import QUANTS, grid_of, static_tensors
+from .tail import QUANTS, grid_of, output_tensors, static_tensors
 
 
 class Int8Conv2d(ConvModule):
@@ -29,9 +29,10 @@ class Int8Conv2d(ConvModule):
         quant: "dynamic" (x quantised per sample), "static" (by ``x_scale``, ``x_zero_point``) or
             "weight_only" (x stays float).
         activation: "none", "relu", "gelu", "gelu_tanh" or "silu", fused.
+        requantize: the output is int8, by ``out_scale`` and ``out_zero_point``, for a layer that takes int8.
 
     Buffers: ``weight``, ``weight_scale`` float32 ``[O]``; static: ``x_scale`` float32 and ``x_zero_point``
-    int32, one value each.
+    int32, one value each; ``requantize``: ``out_scale`` and ``out_zero_point``, likewise.
     """
 
     op: ClassVar[str] = OP
@@ -57,10 +58,11 @@ class Int8Conv2d(ConvModule):
         *,
         quant: str = "dynamic",
         activation: str = "none",
+        requantize: bool = False,
     ) -> None:
         super().__init__(
             in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode,
-            device, quant=quant, quants=QUANTS, activation=activation,
+            device, quant=quant, quants=QUANTS, activation=activation, requantize=requantize,
         )  # fmt: skip
         if quant != "weight_only":
             lib.check_k(OP, self.geometry.k)
@@ -77,6 +79,8 @@ class Int8Conv2d(ConvModule):
         x_zero_point: Tensor | int | None = None,
         weight_scale: Tensor | None = None,
         activation: str = "none",
+        out_scale: Tensor | float | None = None,
+        out_zero_point: Tensor | int | None = None,
     ) -> Int8Conv2d:
         """Quantise a float layer's weight to int8, symmetric, one scale per output channel.
 
@@ -88,18 +92,29 @@ class Int8Conv2d(ConvModule):
             weight_scale: ``[out]``, the int8 steps of each output; None takes the layer's ``weight_scale``
                 buffer, which ``tautorch.quantize`` leaves, while the weight lies on those steps, else
                 amax / 127.
+            out_scale, out_zero_point: of the next layer's input; the output is int8 then.
 
         Raises:
             TypeError: not an ``nn.Conv2d``.
             ValueError: a weight or bias with NaN or Inf, scales that do not fit ``quant``, or padding that
                 is not zeros on both sides alike.
         """
-        new = cls(**cls._arguments(module), quant=quant, activation=activation)
+        requantize = out_scale is not None
+        new = cls(**cls._arguments(module), quant=quant, activation=activation, requantize=requantize)
         scale, zero_point = static_tensors(OP, quant, x_scale, x_zero_point, module.weight.device, module)
+        out = output_tensors(OP, out_scale, out_zero_point, module.weight.device)
         if weight_scale is None:
             weight_scale = grid_of(module)
         q, weight_scale = quantize_weight(module.weight, weight_scale, op=OP)
-        new._take(module.bias, weight=q, weight_scale=weight_scale, x_scale=scale, x_zero_point=zero_point)
+        new._take(
+            module.bias,
+            weight=q,
+            weight_scale=weight_scale,
+            x_scale=scale,
+            x_zero_point=zero_point,
+            out_scale=out[0],
+            out_zero_point=out[1],
+        )
         return new.train(module.training)
 
     def dense_weight(self) -> Tensor:
@@ -138,5 +153,7 @@ class Int8Conv2d(ConvModule):
             buffers["x_zero_point"],
             self.quant == "weight_only",
             self.activation,
+            buffers["out_scale"],
+            buffers["out_zero_point"],
         )
         return y

@@ -27,6 +27,8 @@ class LayerModule(PackedModule):
     bias: nn.Parameter | None
     x_scale: Tensor | None
     x_zero_point: Tensor | None
+    out_scale: Tensor | None
+    out_zero_point: Tensor | None
 
     def _init_tail(
         self,
@@ -36,8 +38,9 @@ class LayerModule(PackedModule):
         quant: str,
         quants: Sequence[str],
         activation: str,
+        requantize: bool = False,
     ) -> None:
-        """Check and register what follows the product."""
+        """Check and register what follows the product. ``requantize``: the output is int8."""
         if quant not in quants:
             raise ValueError(f"{self.op}: quant must be one of {', '.join(quants)}, got {quant!r}")
         check_activation(self.op, activation)
@@ -46,6 +49,10 @@ class LayerModule(PackedModule):
         self.register_buffer("x_scale", torch.ones(1, device=device) if static else None)
         self.register_buffer(
             "x_zero_point", torch.zeros(1, dtype=torch.int32, device=device) if static else None
+        )
+        self.register_buffer("out_scale", torch.ones(1, device=device) if requantize else None)
+        self.register_buffer(
+            "out_zero_point", torch.zeros(1, dtype=torch.int32, device=device) if requantize else None
         )
         zeros = nn.Parameter(torch.zeros(outputs, device=device), requires_grad=False) if bias else None
         self.register_parameter("bias", zeros)
@@ -91,12 +98,14 @@ class LayerModule(PackedModule):
         layer.train(self.training)
 
     def get_config(self) -> dict[str, Any]:
-        return {"bias": self.bias is not None, "quant": self.quant, "activation": self.activation}
+        config = {"bias": self.bias is not None, "quant": self.quant, "activation": self.activation}
+        return config if self.out_scale is None else {**config, "requantize": True}
 
     def _repr_end(self) -> str:
         """How the weight is stored, and the activation."""
         text = self._format_repr()
-        return text if self.activation == "none" else f"{text}, activation={self.activation}"
+        text += "" if self.activation == "none" else f", activation={self.activation}"
+        return text if self.out_scale is None else f"{text}, requantize=True"
 
     def _format_repr(self) -> str:
         """How the weight is stored."""
@@ -132,10 +141,12 @@ class LayerModule(PackedModule):
         static = self.quant == "static"
         mode = lib.NONE if self._float_input() else lib.STATIC if static else lib.DYNAMIC
         plan = self._plan_of(packed, mode)
+        codes = None if self.out_scale is None else torch.int8
         for dtype in _FLOATS:
-            self._plans[dtype] = self._call(plan, dtype, dtype)
+            self._plans[dtype] = self._call(plan, dtype, codes or dtype)
         if static:
-            self._plans[torch.int8] = self._call(self._plan_of(packed, lib.GIVEN), torch.int8, torch.float32)
+            given = self._plan_of(packed, lib.GIVEN)
+            self._plans[torch.int8] = self._call(given, torch.int8, codes or torch.float32)
 
     def _plan_of(self, packed: Tensor, mode: int) -> bytes:
         codes, keep = lib.tail(
@@ -145,6 +156,8 @@ class LayerModule(PackedModule):
             x_scale=self.x_scale,
             x_zero_point=self.x_zero_point,
             activation=self.activation,
+            out_scale=self.out_scale,
+            out_zero_point=self.out_zero_point,
         )
         self._keep += keep
         return self._plan(packed, codes)

@@ -33,10 +33,11 @@ class LinearModule(LayerModule):
         quant: str,
         quants: Sequence[str],
         activation: str,
+        requantize: bool = False,
     ) -> None:
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
-        self._init_tail(out_features, bias, device, quant, quants, activation)
+        self._init_tail(out_features, bias, device, quant, quants, activation, requantize)
 
     @classmethod
     def _arguments(cls, module: nn.Module) -> dict[str, Any]:

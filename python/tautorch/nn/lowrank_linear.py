@@ -91,10 +91,11 @@ class LowRankLinear(LowRankModule, LinearModule):
                 f"{OP}: residual must be {self.in_features} -> {self.out_features} as this layer, got "
                 f"{shape[0]} -> {shape[1]}"
             )
-        if residual.bias is not None or residual.activation != "none" or residual.quant != "dynamic":
+        plain = residual.activation == "none" and residual.out_scale is None
+        if residual.bias is not None or not plain or residual.quant != "dynamic":
             raise ValueError(
-                f'{OP}: residual must have no bias, no activation and quant="dynamic": this layer adds them '
-                f"and says how x is quantised, got {residual}"
+                f'{OP}: residual must have no bias, no activation, float output and quant="dynamic": this '
+                f"layer adds them and says how x is quantised, got {residual}"
             )
         if residual._float_input() and not self._float_input():
             raise ValueError(f"{OP}: residual must hold int8 values with int8 factors, got {residual}")

@@ -60,7 +60,7 @@ class PackedModule(nn.Module):
     #: canonical buffers that packing replaces
     packed_names: ClassVar[tuple[str, ...]]
     #: buffers and parameters that stay fp32 through ``.half()`` and the like
-    fp32_names: ClassVar[tuple[str, ...]] = ("weight_scale", "bias", "x_scale")
+    fp32_names: ClassVar[tuple[str, ...]] = ("weight_scale", "bias", "x_scale", "out_scale")
 
     _epoch: int
     _keep: list[Tensor]

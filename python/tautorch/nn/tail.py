@@ -61,12 +61,41 @@ def static_tensors(
         x_scale, x_zero_point = left_by_quantize(layer, "x_scale"), left_by_quantize(layer, "x_zero_point")
     if x_scale is None:
         raise ValueError(f'{op}: quant="static" needs x_scale, got None; see tautorch.quantize.calibrate')
-    scale = float(x_scale)
-    zero_point = 0 if x_zero_point is None else int(x_zero_point)
+    return _scale_and_point(op, "x", x_scale, x_zero_point, device)
+
+
+def output_tensors(
+    op: str,
+    out_scale: Tensor | float | None,
+    out_zero_point: Tensor | int | None,
+    device: torch.device | str | None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """The buffers ``out_scale`` (float32 [1]) and ``out_zero_point`` (int32 [1]) of a layer with int8 output.
+
+    Raises:
+        ValueError: a zero point without a scale, a scale that is not finite and positive, or a zero point
+            outside [-128, 127].
+    """
+    if out_scale is None:
+        if out_zero_point is not None:
+            raise ValueError(f"{op}: out_zero_point needs out_scale, got None")
+        return None, None
+    return _scale_and_point(op, "out", out_scale, out_zero_point, device)
+
+
+def _scale_and_point(
+    op: str,
+    name: str,
+    given_scale: Tensor | float,
+    given_point: Tensor | int | None,
+    device: torch.device | str | None,
+) -> tuple[Tensor, Tensor]:
+    scale = float(given_scale)
+    zero_point = 0 if given_point is None else int(given_point)
     if not (math.isfinite(scale) and scale > 0):
-        raise ValueError(f"{op}: x_scale must be finite and positive, got {scale}")
+        raise ValueError(f"{op}: {name}_scale must be finite and positive, got {scale}")
     if not -128 <= zero_point <= 127:
-        raise ValueError(f"{op}: x_zero_point must lie in [-128, 127], got {zero_point}")
+        raise ValueError(f"{op}: {name}_zero_point must lie in [-128, 127], got {zero_point}")
     return (
         torch.tensor([scale], dtype=torch.float32, device=device),
         torch.tensor([zero_point], dtype=torch.int32, device=device),
