@@ -226,6 +226,33 @@ def test_other_readers_refuse(kind: str) -> None:
         assert torch.equal(value, state[name])
 
 
+class Branches(nn.Module):
+    """What a run does depends on the batch; `kind` says what the other way does."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind, self.norm, self.fc = kind, nn.LayerNorm(8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(x)
+        if x.sum() < 0:
+            return y.exp() if self.kind == "reads" else self.fc(y).exp()
+        return self.fc(y)
+
+
+@pytest.mark.parametrize(("kind", "absorbed"), [("reads", False), ("passes", True), ("skips", True)])
+def test_every_way_through_the_model_counts(kind: str, absorbed: bool) -> None:
+    model = Branches(kind)
+    if kind == "skips":  # a norm that is not read there at all
+        model.forward = lambda x: x if x.sum() < 0 else model.fc(model.norm(x))  # type: ignore[method-assign]
+    before = copy.deepcopy(model.norm.weight)
+    report: list[Smoothed] = []
+    first = torch.rand(9, 8)
+    smooth(model, [first, first * 2, -first, first * 3], explicit=False, report=report)
+    assert [part.into for part in report] == (["norm"] if absorbed else [])
+    assert torch.equal(before, model.norm.weight) is not absorbed
+
+
 def test_alpha_is_chosen_by_the_error_and_none_of_them_may_win() -> None:
     model = nn.Sequential(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 16))
     plain = copy.deepcopy(model)

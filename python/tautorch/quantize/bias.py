@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tautorch import distributed
 from tautorch._batches import Batches, check_batches, run_calibration
 from tautorch._layers import select_layers
 from tautorch.nn import PackedModule
@@ -29,7 +30,7 @@ def correct_bias(
     Args:
         model: `original` with layers quantised: compiled ones, or float ones on a grid (`gptq`, `finalize`).
         original: the float model, such as a deepcopy taken before; not changed.
-        batches: what both take; no spent generator.
+        batches: what both take; no spent generator. Under `torch.distributed` each rank gives its own.
         layers: names or shell patterns of the original's Linear and Conv2d; None takes all that run and are
             not plain layers with the original's weight.
 
@@ -98,7 +99,7 @@ def _targets(model: nn.Module, original: nn.Module, layers: Iterable[str] | None
 def _means(model: nn.Module, layers: Mapping[str, nn.Module], batches: list[Any]) -> dict[str, Tensor]:
     """The mean output of each channel of each layer that runs, float64 [O], in the order they first ran."""
     total: dict[str, Tensor] = {}
-    count: dict[str, int] = {}
+    count: dict[str, Tensor] = {}
 
     def watch(name: str, images: bool) -> Any:
         def hook(layer: nn.Module, args: Any, out: Tensor) -> None:
@@ -107,7 +108,7 @@ def _means(model: nn.Module, layers: Mapping[str, nn.Module], batches: list[Any]
             rows = (out.movedim(-3, -1) if images else out).detach().double()
             rows = rows.reshape(-1, rows.shape[-1])
             total[name] = total.get(name, 0.0) + rows.sum(0)
-            count[name] = count.get(name, 0) + rows.shape[0]
+            count[name] = count.get(name, 0) + torch.tensor(float(rows.shape[0]), dtype=torch.float64)
 
         return hook
 
@@ -115,12 +116,18 @@ def _means(model: nn.Module, layers: Mapping[str, nn.Module], batches: list[Any]
         layer.register_forward_hook(watch(name, hasattr(layer, "kernel_size")))
         for name, layer in layers.items()
     ]
+    failure: Exception | None = None
     try:
         run_calibration("correct_bias", model, batches)
+    except Exception as error:
+        failure = error
     finally:
         for handle in handles:
             handle.remove()
-    return {name: total[name] / count[name] for name in total if count[name]}
+    distributed.raise_together(failure)
+    sums = distributed.sum_over_ranks(total)
+    counts = distributed.sum_over_ranks(count)
+    return {name: sums[name] / counts[name] for name in sums if bool(counts[name] > 0)}
 
 
 def _add(layer: nn.Module, shift: Tensor) -> None:

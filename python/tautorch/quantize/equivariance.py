@@ -109,6 +109,30 @@ class Trace:
                     self.maker.setdefault(id(tensor), index)
 
 
+class Signature(TorchFunctionMode):
+    """While active, which calls are made and which parameters they read; `take()` tells, and begins anew."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._value = 0
+
+    def take(self) -> int:
+        """What the calls since the last `take()` hash to."""
+        value, self._value = self._value, 0
+        return value
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        read = tuple(id(t) for t in (*args, *(kwargs or {}).values()) if isinstance(t, nn.Parameter))
+        self._value = hash((self._value, getattr(func, "__name__", ""), read))
+        return func(*args, **(kwargs or {}))
+
+
 def record(run: Callable[[], Any]) -> Trace:
     """Write down the torch calls of `run()`."""
     with _Recorder() as recorder:
@@ -118,12 +142,21 @@ def record(run: Callable[[], Any]) -> Trace:
 
 @dataclass
 class Absorber:
-    """Parameters to divide by s [C], and the columns to multiply: `columns[layer][j]` is the channel of j."""
+    """Parameters to divide by s [C], and the columns to multiply: `columns[layer][j]` is the channel of j.
+
+    `name` is the absorbing module's, `touched` holds the names of all parameters that change.
+    """
 
     parameters: list[nn.Parameter]
     channels: int
     columns: dict[str, Tensor]
     name: str
+    touched: frozenset[str]
+
+    def key(self) -> tuple[Any, ...]:
+        """What two runs of a model must agree on."""
+        columns = sorted((name, tuple(index.tolist())) for name, index in self.columns.items())
+        return self.name, tuple(columns)
 
 
 class Paths:
@@ -155,6 +188,10 @@ class Paths:
             if found is not None:
                 return found
         return None
+
+    def read(self) -> set[str]:
+        """The names of the parameters that the run read."""
+        return {name for key, (_, name) in self._owners.items() if self._trace.readers.get(key)}
 
     def _reader(self, step: Step) -> str | None:
         if step.func is not F.linear:
@@ -219,7 +256,9 @@ class Paths:
         columns = self._follow(source, out, torch.where(wanted, every, -1), strict=True)
         if columns is None or name not in columns:
             return None
-        return Absorber(found[0], channels, columns, found[1])
+        weights = [self._owners[id(self._targets[name].weight)][1] for name in columns]
+        touched = frozenset([*weights, *(self._owners[id(p)][1] for p in found[0])])
+        return Absorber(found[0], channels, columns, found[1], touched)
 
     def _follow(self, source: int, out: Tensor, channels: Tensor, strict: bool) -> dict[str, Tensor] | None:
         """Columns of the target layers that read the labelled channels (-1: unscaled) of a call's output.
@@ -330,4 +369,4 @@ def _mixed(label: Tensor, shape: torch.Size) -> list[Tensor] | None:
     return [row.expand(shape)]
 
 
-__all__ = ["Absorber", "Paths", "Step", "Trace", "record"]
+__all__ = ["Absorber", "Paths", "Signature", "Step", "Trace", "record"]

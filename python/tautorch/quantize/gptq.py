@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tautorch import distributed
 from tautorch._batches import Batches, check_batches, observe_inputs, require_seen
 from tautorch._gram import input_grams, inverse_factor
 from tautorch._layers import Layer, layer_groups, select_layers
@@ -54,7 +55,7 @@ def gptq(
 
     Args:
         batches: what the model takes; used again for each layer, so no spent generator. At least as many rows
-            as a layer has inputs.
+            as a layer has inputs. Under `torch.distributed` each rank gives its own.
         bits: 4 to 8: integers in [-7, 7] to [-127, 127].
         layers: names or shell patterns; None takes every Linear and Conv2d that owns its weight alone and
             runs.
@@ -135,7 +136,8 @@ def _order(
     finally:
         handle.remove()
     require_seen("gptq", targets, seen, named)
-    return list(last), last.keys() - twice
+    order = list(dict.fromkeys(name for names in distributed.all_gather(list(last)) for name in names))
+    return order, set(order) - distributed.union(twice)
 
 
 class _Stop(Exception):

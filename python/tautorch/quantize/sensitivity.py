@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from tautorch import distributed
 from tautorch._batches import (
     Batches,
     call_model,
@@ -76,6 +77,7 @@ def sensitivity(
 
     One run of the model over `batches` for each layer (and one of the metric). The layers at the head of the
     list are those to leave in float, to give more bits, or to train. The model is not changed.
+    Under `torch.distributed` each rank gives its own batches, and the metric of rank 0 counts.
 
     Args:
         bits, quant, layers, observer: as in `prepare_qat`; static ranges come from `batches`.
@@ -111,13 +113,13 @@ def sensitivity(
                     outputs, outer = _run(model, batch, {name: targets[name]})
                 whole[name].add(exact, outputs)
                 own[name].add(inner[name], outer[name])
-    normal = None if metric is None else float(metric(model))
+    normal = None if metric is None else distributed.broadcast_value(float(metric(model)))
     costs = []
     for name, layer in targets.items():
         drop = None
         if metric is not None and normal is not None:
             with _quantised(layer, *made[name]):
-                drop = normal - float(metric(model))
+                drop = normal - distributed.broadcast_value(float(metric(model)))
         costs.append(
             LayerCost(name, whole[name].decibels(), own[name].decibels(), drop, layer.weight.numel())
         )
@@ -137,6 +139,9 @@ class _Ratio:
             self.error += float((y.double() - x.double()).square().sum())
 
     def decibels(self) -> float:
+        """Over all ranks."""
+        both = torch.tensor([self.signal, self.error], dtype=torch.float64)
+        self.signal, self.error = distributed.all_reduce(both).tolist()
         if self.error == 0:
             return math.inf
         return 10 * math.log10(self.signal / self.error) if self.signal > 0 else -math.inf

@@ -6,7 +6,8 @@ Xiao et al. 2022, "SmoothQuant", arXiv:2211.10438.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
+from tautorch import distributed
 from tautorch._batches import (
     Batches,
     call_model,
@@ -27,7 +29,7 @@ from tautorch._batches import (
 )
 from tautorch._layers import replace_layers, select_layers
 from tautorch.nn.tail import grid_of
-from tautorch.quantize.equivariance import Absorber, Paths, record
+from tautorch.quantize.equivariance import Absorber, Paths, Signature, record
 from tautorch.quantize.qparams import qparams_of_range, quantize_weight
 
 # Input rows of each layer that the int8 error is measured on.
@@ -109,13 +111,14 @@ def smooth(
     SmoothQuant: Xiao et al. 2022, arXiv:2211.10438. The division goes into the norm or linear layer that
     makes the channels: LayerNorm, RMSNorm (also hand-written ones that end in a product with a parameter),
     the linear layer before a ReLU, the values of an attention, the ungated half of a gated unit. They are
-    found by following the channels through one run of the model on the first batch, whose tensors are all
-    kept until then; a reader that is not one of `layers`, such as a residual, refuses. Where nothing can take
+    found by following the channels through a run of the model, whose tensors are all kept meanwhile: on the
+    first batch, and on each that takes another way through the model. A reader that is not one of `layers`,
+    such as a residual, refuses. Where nothing can take
     the division, the layer becomes nn.Sequential(scale=InputScale, layer=Linear), if that lowers its int8
     error to 80 % or less.
 
     Args:
-        batches: what the model takes; used twice, so no spent generator.
+        batches: what the model takes. Under `torch.distributed` each rank gives its own.
         alpha: 0 leaves the range in the weights, 1 moves it all there; 0.5 is the paper's, 0.75 to 0.9 serve
             strong outliers. Of a sequence, each group takes the one with the least int8 error, or none.
         layers: names or shell patterns of nn.Linear; None takes all that own their weight alone and run.
@@ -140,22 +143,23 @@ def smooth(
     found: dict[str, _Seen] = {}
 
     def see(name: str, layer: nn.Linear, x: Tensor) -> None:
-        if name not in found:
-            found[name] = _Seen(torch.zeros(layer.in_features, device=x.device), [])
-        found[name].add(x)
+        with torch._C.DisableTorchFunction():  # no part of what the model does
+            if name not in found:
+                found[name] = _Seen(torch.zeros(layer.in_features, device=x.device), [])
+            found[name].add(x)
 
-    require_seen(
-        "smooth", targets, observe_inputs("smooth", model, targets, held, see), named=layers is not None
-    )
-    targets = {name: layer for name, layer in targets.items() if name in found}
-    first = to_device(held[0], model_device(model))
+    kinds: dict[int, int] = {}  # what a run does: the first batch that does it
+    with _each_run(model) as runs:
+        seen = observe_inputs("smooth", model, targets, held, see)
+    for index, kind in enumerate(runs):
+        kinds.setdefault(kind, index)
+    require_seen("smooth", targets, seen, named=layers is not None)
+    targets = {name: layer for name, layer in targets.items() if name in seen}
+    found = {name: _merged(found.get(name), layer) for name, layer in targets.items()}
+    samples = [to_device(held[index], model_device(model)) for index in kinds.values()]
     with training_modes_kept(model), torch.no_grad():
         model.eval()
-        trace = record(lambda: call_model("smooth", model, first))
-        paths = Paths(model, trace, targets)
-        before = [t.clone() for t in pytree.tree_leaves(trace.output) if isinstance(t, Tensor)]
-        groups = _groups(paths, targets)
-        del trace, paths
+        groups, before = _groups(model, targets, samples)
         work = _Work(model, targets, found, alphas, quant)
         try:
             for absorber in reversed(groups):  # rows first, columns after, of a layer that is both
@@ -165,7 +169,8 @@ def smooth(
                 if name not in taken:
                     work.multiply(name)
             replace_layers(model, work.wrapped)
-            work.check(before, call_model("smooth", model, first))
+            for outputs, batch in zip(before, samples, strict=True):
+                work.check(outputs, call_model("smooth", model, batch))
         except BaseException:
             work.undo()
             raise
@@ -183,8 +188,60 @@ def _checked_alphas(alpha: float | Sequence[float]) -> list[float]:
     return alphas
 
 
-def _groups(paths: Paths, targets: Iterable[str]) -> list[Absorber]:
-    """Absorbers in the order of the layers, each layer in one of them."""
+@contextmanager
+def _each_run(model: nn.Module) -> Iterator[list[int]]:
+    """A list that grows by the signature of each run of the model."""
+    runs: list[int] = []
+    with Signature() as signature:
+        begin = model.register_forward_pre_hook(lambda *_: signature.take() and None)
+        end = model.register_forward_hook(lambda *_: runs.append(signature.take()))
+        try:
+            yield runs
+        finally:
+            begin.remove()
+            end.remove()
+
+
+def _merged(seen: _Seen | None, layer: nn.Linear) -> _Seen:
+    """With the largest magnitudes of all ranks; the rows stay each rank's own."""
+    if seen is None:
+        seen = _Seen(torch.zeros(layer.in_features, device=layer.weight.device), [])
+    seen.amax = distributed.all_reduce(seen.amax, "max")
+    return seen
+
+
+def _groups(
+    model: nn.Module, targets: dict[str, nn.Linear], samples: list[Any]
+) -> tuple[list[Absorber], list[list[Tensor]]]:
+    """Absorbers in the order of the layers, each layer in one of them; and the outputs for the samples.
+
+    Where runs differ (a branch that depends on the data, on this rank or another), an absorber counts if each
+    of them finds the same one or reads none of its parameters.
+    """
+    found: list[list[Absorber]] = []
+    reads: list[set[str]] = []
+    outputs: list[list[Tensor]] = []
+    for batch in samples:
+        trace = record(lambda batch=batch: call_model("smooth", model, batch))  # type: ignore[misc]
+        outputs.append([t.clone() for t in pytree.tree_leaves(trace.output) if isinstance(t, Tensor)])
+        paths = Paths(model, trace, targets)
+        found.append(_disjoint(paths, targets))
+        reads.append(paths.read())
+        del trace, paths
+    mine = [({group.key() for group in groups}, read) for groups, read in zip(found, reads, strict=True)]
+    runs = [run for each in distributed.all_gather(mine) for run in each]
+    agreed: dict[tuple[Any, ...], Absorber] = {}
+    for group in (group for groups in found for group in groups):
+        if all(group.key() in keys or not group.touched & read for keys, read in runs):
+            agreed.setdefault(group.key(), group)
+    # A rank whose runs never came by a group does not have it: it is left out everywhere.
+    common = set.intersection(*(set(keys) for keys in distributed.all_gather(list(agreed))))
+    places = {name: place for place, name in enumerate(targets)}
+    kept = [group for key, group in agreed.items() if key in common]
+    return sorted(kept, key=lambda group: min(places[name] for name in group.columns)), outputs
+
+
+def _disjoint(paths: Paths, targets: Iterable[str]) -> list[Absorber]:
     found: list[Absorber] = []
     taken: set[str] = set()
     for name in targets:
@@ -279,6 +336,8 @@ class _Work:
         """Relative squared error of the int8 layers' outputs on the sampled rows."""
         wrong = norm = 0.0
         for name, index in columns.items():
+            if not self._seen[name].rows:
+                continue
             weight = self._targets[name].weight.detach().float()
             s = scale[index.long()]
             rows = torch.cat(self._seen[name].rows)
@@ -287,7 +346,8 @@ class _Work:
             q, step = quantize_weight(weight * s)
             wrong += float((F.linear(x, q.float() * step[:, None]) - exact).double().square().sum())
             norm += float(exact.double().square().sum())
-        return wrong / max(norm, 1e-300)
+        both = distributed.all_reduce(torch.tensor([wrong, norm], dtype=torch.float64))
+        return float(both[0]) / max(float(both[1]), 1e-300)
 
     def _multiply_columns(self, name: str, scale: Tensor) -> None:
         weight = self._targets[name].weight
