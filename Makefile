@@ -5,6 +5,7 @@
 # make build   the extension alone             make bench    timings beside the peers, with figures
 # make lint    ruff, mypy, clang-format        make gpu      build, test, sanitize, bench on a GPU (STAGE=...)
 # make bench-peers   beside OpenVINO, ONNX Runtime and DeepSparse, installed in .venv-peers
+# make methods       every compression method on real data: one table, benches/results/methods.json, an HTML page
 # make bench-report  docs/performance.md and its plots, from the results in benches/results
 # make wheel   dist/*.whl                      make sanitize the C++ kernels under ASan and UBSan
 # make cuda    the CUDA extension alone        make clean   forget what was built
@@ -31,7 +32,7 @@ export TAUTORCH_CUDA
 CSRC := $(shell find csrc cmake -type f)
 CFORMAT := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test build bench bench-peers bench-report gpu cuda lint wheel sanitize clean FORCE
+.PHONY: demo test build bench bench-peers bench-report methods gpu cuda lint wheel sanitize clean FORCE
 .DEFAULT_GOAL := build
 
 demo: build
@@ -49,6 +50,11 @@ bench-peers: build
 
 bench-report: build
 	$(PY) -m benches.report $(ARGS)
+
+# Under an hour on two idle cores; results are kept in build/methods, and a run that was stopped goes on.
+# ARGS="--only digits", ARGS="--claim QAT", ARGS=--quick, ARGS=--fresh.
+methods: build
+	$(PY) -m benches.methods $(ARGS)
 
 # Builds what it needs by itself: the machine with the GPU may have no network, so no .venv is made for it.
 gpu:

@@ -1,0 +1,1 @@
+"""The compression methods on real data: `make methods`."""
