@@ -140,6 +140,7 @@ def test_multihead_attention(training: bool, need_weights: bool, padding: bool, 
         assert weights.requires_grad == grad
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
 def test_an_encoder_in_its_fast_path_and_with_nested_tensors() -> None:
     """In eval mode torch runs whole encoder layers, and packs padded batches, in C++."""
     layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
@@ -212,9 +213,7 @@ def test_mse_of_the_maps() -> None:
     with loss.attached(teacher, student):
         s, t = student["a"](x), teacher["a"](x)
         found = loss(s, t, None)
-    expected = 3.0 * ((student["a"].by_hand(x) - teacher["a"].by_hand(x)) ** 2).mean() + float(
-        base(s, t, None)
-    )
+    expected = 3.0 * ((student["a"].by_hand(x) - teacher["a"].by_hand(x)) ** 2).mean() + (base(s, t, None))
     assert found.item() == pytest.approx(expected, rel=1e-12)
 
 

@@ -103,6 +103,19 @@ def test_half_precision_is_computed_in_float32(logits: tuple[Array, Array, Any])
     assert float(loss) == pytest.approx(expected, rel=1e-5)
 
 
+def test_classes_that_both_rule_out_cost_nothing(logits: tuple[Array, Array, Any]) -> None:
+    """Masked actions: minus infinity in both outputs."""
+    mask = np.arange(5) > 2
+    pair = [torch.from_numpy(z.copy()).masked_fill(torch.from_numpy(mask), -math.inf) for z in logits[:2]]
+    pair[0].requires_grad_()
+    loss = SoftTarget(2.0, 0.0)(*pair, None)
+    expected = soft_by_hand(logits[0][:, :3], logits[1][:, :3], np.zeros(7, dtype=int), 2.0, 0.0)
+    assert loss.item() == pytest.approx(expected, rel=1e-12)
+    loss.backward()
+    assert pair[0].grad is not None
+    assert bool(torch.isfinite(pair[0].grad).all())
+
+
 def test_no_gradient_reaches_the_teacher(logits: tuple[Array, Array, Any]) -> None:
     student, teacher = (torch.from_numpy(a).requires_grad_() for a in logits[:2])
     for loss in (SoftTarget(alpha=0), HardLabel(), DirectLogits()):

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
+from tautorch import distributed
 from tautorch._batches import Batches, call_model, check_batches, model_device, to_device
 from tautorch.distill.arguments import at_least_single, positive, whole
 
@@ -58,6 +59,8 @@ def cache_teacher(
     """
     op = "cache_teacher"
     check_batches(op, batches)
+    if distributed.active():
+        raise ValueError(f"{op}: one process must write a cache, got several ranks; use distributed.local()")
     if not isinstance(teacher, nn.Module) or any(module.training for module in teacher.modules()):
         raise ValueError(f"{op}: teacher must be an nn.Module in eval mode; call teacher.eval()")
     if top_k is not None:

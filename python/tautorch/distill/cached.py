@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from tautorch.distill.arguments import hard_loss, label_rows, one_logits, positive, unit_interval
 from tautorch.distill.cache import TeacherCache
-from tautorch.distill.losses import mix
+from tautorch.distill.losses import divergence, mix
 
 
 class CachedTarget(nn.Module):
@@ -105,9 +105,7 @@ class CachedTarget(nn.Module):
             log_s = picked
             # The stored values are rounded: they sum to one again afterwards.
             log_q = log_q - log_q.logsumexp(-1, keepdim=True)
-        # A class without probability costs nothing, also where its logarithm is minus infinity.
-        q = log_q.exp()
-        return torch.where(q > 0, q * (log_q - log_s), 0.0).sum(-1)
+        return divergence(log_q, log_s)
 
     def extra_repr(self) -> str:
         """The settings."""

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tautorch import distributed
 from tautorch._batches import Batches, run_calibration
 from tautorch._layers import replace_layers
 from tautorch.distill.arguments import whole
@@ -58,7 +59,8 @@ def light_head(
     Args:
         model: changed in place, in eval mode while the calibration runs; as it was if anything fails.
         name: of the head: any module from one tensor [..., K] to logits [..., N].
-        calibration: batches of the model's inputs, at least as many rows as the new head has inputs.
+        calibration: batches of the model's inputs, at least as many rows as the new head has inputs; with
+            several ranks, each its own share.
         rank: of the bottleneck, < min(inputs, N).
         channels: the number of channels of the features, whose positions come last.
 
@@ -132,17 +134,21 @@ class _Moments:
     """First and second moments of a head's inputs x [rows, K] and outputs y [rows, N], in float64."""
 
     def __init__(self) -> None:
-        self.rows = 0
-        self.sums: list[Tensor] = []
+        self._sums: dict[str, Tensor] = {}
 
     def add(self, x: Tensor, y: Tensor) -> None:
-        new = [x.sum(0), y.sum(0), x.T @ x, x.T @ y]
-        self.sums = [a + b for a, b in zip(self.sums, new, strict=True)] if self.sums else new
-        self.rows += len(x)
+        rows = torch.tensor(float(len(x)), dtype=torch.float64, device=x.device)
+        new = {"rows": rows, "x": x.sum(0), "y": y.sum(0), "xx": x.T @ x, "xy": x.T @ y}
+        self._sums = {name: value + self._sums.get(name, 0.0) for name, value in new.items()}
+
+    def share(self) -> bool:
+        """Add up what the ranks have seen; whether any has seen a row."""
+        self._sums = distributed.sum_over_ranks(self._sums)
+        return bool(self._sums)
 
     def fit(self) -> tuple[Tensor, Tensor, Tensor]:
         """(weight [N, K], bias [N], covariance [K, K]) of the least-squares map from x to y."""
-        mean_x, mean_y, xx, xy = (total / self.rows for total in self.sums)
+        mean_x, mean_y, xx, xy = (self._sums[name] / self._sums["rows"] for name in ("x", "y", "xx", "xy"))
         covariance = xx - torch.outer(mean_x, mean_x)
         ridge = _RIDGE * covariance.diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny)
         damped = covariance + ridge * torch.eye(len(covariance), dtype=xx.dtype, device=xx.device)
@@ -151,7 +157,7 @@ class _Moments:
 
     def bias_of(self, weight: Tensor) -> Tensor:
         """The best bias for a weight."""
-        return (self.sums[1] - weight @ self.sums[0]) / self.rows
+        return (self._sums["y"] - weight @ self._sums["x"]) / self._sums["rows"]
 
 
 def _moments(model: nn.Module, head: nn.Module, calibration: Batches, channels: int | None) -> _Moments:
@@ -173,10 +179,14 @@ def _moments(model: nn.Module, head: nn.Module, calibration: Batches, channels: 
         moments.add(x, y)
 
     handle = head.register_forward_hook(hook)
+    failure: Exception | None = None
     try:
         run_calibration("light_head", model, calibration)
+    except Exception as error:
+        failure = error
     finally:
         handle.remove()
-    if not moments.rows:
+    distributed.raise_together(failure)
+    if not moments.share():
         raise ValueError("light_head: calibration must reach the head, got no call of it")
     return moments

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tautorch.distill.arguments import at_least_single, logit_rows, positive
+from tautorch.distill.losses import divergence
 
 
 class PolicyKL(nn.Module):
@@ -27,7 +28,7 @@ class PolicyKL(nn.Module):
         """The loss of [..., actions] outputs, a scalar."""
         student, teacher = logit_rows("PolicyKL", student_out, teacher_out)
         log_p, log_q = F.log_softmax(student, -1), F.log_softmax(teacher / self.temperature, -1)
-        return F.kl_div(log_p, log_q, reduction="batchmean", log_target=True)
+        return divergence(log_q, log_p).mean()
 
     def extra_repr(self) -> str:
         """The setting."""
