@@ -21,7 +21,7 @@ def layer_groups(layer: nn.Module) -> int:
 def own_weight(layer: nn.Module) -> str | None:
     """None if `layer.weight` is a plain parameter of the layer, otherwise why it is not."""
     if parametrize.is_parametrized(layer, "weight"):
-        return "its weight is parametrised; call torch.nn.utils.parametrize.remove_parametrizations first"
+        return f"its weight is parametrised; {parametrised_remedy(layer, 'weight')}"
     weight = layer._parameters.get("weight")
     if weight is None:
         return "its weight is not a parameter of its own (weight_norm, spectral_norm or torch prune?)"
@@ -32,6 +32,23 @@ def own_weight(layer: nn.Module) -> str | None:
     if weight.is_meta:
         return "its weight is on the meta device; load the model first"
     return None
+
+
+def parametrised_remedy(layer: nn.Module, name: str) -> str:
+    """What to do about a parametrised tensor; a parametrisation may say so itself, in `remedy`."""
+    said = [getattr(part, "remedy", None) for part in layer.parametrizations[name]]  # type: ignore[index]
+    found = next((remedy for remedy in said if isinstance(remedy, str)), None)
+    return found or "call torch.nn.utils.parametrize.remove_parametrizations(layer, name) first"
+
+
+def pruned_share(layer: Layer) -> float:
+    """The share of a layer's weights that are zero, as pruning leaves them; 0 where it cannot be pruning.
+
+    Below 5 % zeros come about otherwise, and a layer of nothing but zeros is how some are initialised.
+    """
+    weight = layer.weight.detach()
+    share = 1 - int(weight.count_nonzero()) / max(weight.numel(), 1)
+    return share if 0.05 <= share < 1 else 0.0
 
 
 def readers_of(model: nn.Module, weight: Tensor) -> list[str]:
@@ -66,7 +83,11 @@ def select_layers(
             if _why_not(model, module, kinds) is None
         }
         if not chosen:
-            raise ValueError(f"{op}: the model must have at least one nn.Linear or nn.Conv2d, got none")
+            reasons = ((n, _why_not(model, m, kinds)) for n, m in modules.items() if isinstance(m, kinds))
+            first = next((f" that can be used ({name!r}: {reason})" for name, reason in reasons), "")
+            raise ValueError(
+                f"{op}: the model must have at least one nn.Linear or nn.Conv2d, got none{first}"
+            )
         return chosen
     wanted: set[str] = set()
     for entry in layers:

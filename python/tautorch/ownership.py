@@ -19,6 +19,8 @@ from torch import nn
 from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
 
+from tautorch._layers import parametrised_remedy
+
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 # Children that torch's own modules read past their forward; the source scan cannot see into C++ fast paths.
 _READ_BY_TORCH: tuple[tuple[type[nn.Module], frozenset[str]], ...] = (
@@ -58,11 +60,8 @@ def _own_state(layer: nn.Module) -> str | None:
     for part_name, part in layer.named_modules():
         where = f"its child {part_name!r}" if part_name else "it"
         if parametrize.is_parametrized(part):
-            names = ", ".join(sorted(part.parametrizations))
-            return (
-                f"{where} is parametrised ({names}); call "
-                "torch.nn.utils.parametrize.remove_parametrizations(layer, name) first"
-            )
+            names = sorted(part.parametrizations)
+            return f"{where} is parametrised ({', '.join(names)}); {parametrised_remedy(part, names[0])}"
         if any(torch.nn.parameter.is_lazy(p) for p in part.parameters(recurse=False)):
             return f"{where} has uninitialised (lazy) parameters; run the model once first"
         for hooks in _HOOKS:

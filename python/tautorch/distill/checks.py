@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sized
+from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from tautorch import distributed
+from tautorch._layers import pruned_share
 from tautorch.distill.checkpoint import LAST
+from tautorch.nn.tail import grid_of
+from tautorch.prune import MaskHandle
 
 
 def split_pair(batch: Any) -> tuple[Any, Any]:
@@ -116,6 +121,43 @@ def score_value(score: Any) -> float:
     if math.isnan(value):
         raise ValueError("Distiller: evaluate must return a number, got NaN")
     return value
+
+
+@contextmanager
+def zeros_held(
+    student: nn.Module, optimizer: Optimizer, callbacks: Iterable[Any], keep: bool | None
+) -> Iterator[None]:
+    """Keeps what pruning and quantising did to the student, or ValueError where training would undo it."""
+    layers = {
+        name: layer
+        for name, layer in student.named_modules()
+        if isinstance(layer, (nn.Linear, nn.Conv2d))
+        and isinstance(layer._parameters.get("weight"), Tensor)
+        and layer.weight.requires_grad
+        and not isinstance(layer.weight, DTensor)
+    }
+    for name, layer in layers.items():
+        if grid_of(layer) is not None:
+            raise ValueError(
+                f"Distiller: layer {name!r} of the student lies on the grid that it was quantised to, which "
+                "training leaves; train it after quantize.prepare_qat, or freeze its weight"
+            )
+    pruned = {name: share for name, layer in layers.items() if (share := pruned_share(layer))}
+    if keep and pruned:
+        masks = {name: layers[name].weight.detach() != 0 for name in pruned}
+        with MaskHandle(student, masks, optimizer):
+            yield
+        return
+    hooks = optimizer._optimizer_step_post_hooks.values()
+    owners = [*callbacks, *(getattr(hook, "__self__", None) for hook in hooks)]
+    if keep is None and pruned and not any(getattr(owner, "holds_zeros", False) for owner in owners):
+        name, share = next(iter(pruned.items()))
+        raise ValueError(
+            f"Distiller: {share:.0%} of the weights of the student's layer {name!r} are pruned, and training "
+            "would fill them; give keep_zeros=True (or callbacks=[prune.hold_masks(student)]) to keep them, "
+            "or keep_zeros=False to let them go"
+        )
+    yield
 
 
 def check_loader(loader: Any, epochs: int) -> None:

@@ -60,6 +60,9 @@ class Distiller:
         callbacks: objects with `on_fit`, `on_step`, `on_epoch` or `on_end` (`tautorch.prune.Schedule`, a mask
             handle, `JsonLog`), or plain callables, which are called after each optimizer step; all are given
             this object. Those with `state_dict` and `load_state_dict` are saved in checkpoints.
+        keep_zeros: of a pruned student: True holds its zeros through each `fit` (as `prune.hold_masks`
+            does), False lets training fill them. None raises ValueError where neither a callback nor the
+            optimizer's hook holds them.
         output: what the loss sees of a model's output, e.g. `lambda out: out.logits`.
         split: how a batch of the loader becomes (inputs, target). By default a pair is just that, and a
             tensor or dict is inputs without target. Inputs are a tensor, a tuple of positional or a dict of
@@ -84,6 +87,7 @@ class Distiller:
         clip_norm: float | None = None,
         accumulate: int = 1,
         callbacks: Iterable[Callback] = (),
+        keep_zeros: bool | None = None,
         output: Callable[[Any], Any] | None = None,
         split: Callable[[Any], tuple[Any, Any]] | None = None,
         progress: bool | Progress = True,
@@ -93,6 +97,7 @@ class Distiller:
         self.scheduler, self.scheduler_interval = scheduler, scheduler_interval
         self.amp, self.clip_norm, self.accumulate = amp, clip_norm, accumulate
         self.callbacks: list[Any] = list(callbacks)
+        self.keep_zeros = keep_zeros
         self.output = output if output is not None else lambda out: out
         self.split = split if split is not None else checks.split_pair
         self.progress = progress
@@ -172,6 +177,7 @@ class Distiller:
                 self.global_step,
             ) as bar,
             self._listening(),
+            checks.zeros_held(self.student, self.optimizer, self.callbacks, self.keep_zeros),
         ):
             while self.epoch < epochs and not self._out_of_patience(patience, best_from, min_delta):
                 checks.check_models(self.teacher, self.student)

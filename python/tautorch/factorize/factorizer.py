@@ -10,11 +10,12 @@ from torch import Tensor, nn
 
 from tautorch._batches import Batches, check_batches, model_device, to_device, training_modes_kept
 from tautorch._gram import input_grams
-from tautorch._layers import Layer, replace_layers, select_layers
+from tautorch._layers import Layer, pruned_share, replace_layers, select_layers
 from tautorch.capture import capture
 from tautorch.factorize.layers import FactorizedConv2d, FactorizedLinear, TuckerConv2d
 from tautorch.factorize.ranks import Allocation, Compiler, Size, allocate, fast_rank
 from tautorch.factorize.targets import PairTarget, Rank, Target, TuckerTarget
+from tautorch.nn.tail import grid_of
 from tautorch.ownership import refusal
 
 Method = Literal["svd", "whitened", "tucker"]
@@ -32,6 +33,7 @@ def factorize(
     multiple: int = 1,
     layers: Iterable[str] | None = None,
     calibration: Batches | None = None,
+    ignore_zeros: bool = False,
     compiled: Compiler | None = None,
     baseline: Compiler | None = None,
 ) -> nn.Module:
@@ -53,15 +55,16 @@ def factorize(
             (Kim et al. 2019, arXiv:1811.12781); a layer may stay dense.
         multiple: ranks that are chosen are multiples of it; `rank=` is taken as it is.
         layers: names or shell patterns; None takes every layer that may be replaced and gets smaller (and,
-            if whitened or timed, that calibration runs).
+            if whitened or timed, that calibration runs). Pruned and quantised layers may not: their factors
+            would have neither the zeros nor the grid.
         calibration: batches of what the model takes, for "whitened" and `speedup`.
+        ignore_zeros: factorise pruned layers all the same.
         compiled, baseline: for `speedup`, what is timed: functions of the pair and of the dense layer. By
             default the float32 `LowRankLinear` or `LowRankConv2d`, and the layer itself.
 
     A linear layer becomes `FactorizedLinear(down, up)`, a convolution `FactorizedConv2d(down, up)` with the
-    kh x kw part in `down`, or `TuckerConv2d(down, core, up)`. A pruned layer's zeros would be lost: factorise
-    first, or name other layers. Raises ValueError for a named layer that cannot be replaced (tied, read by
-    its parent, hooked) or that the rank would not make smaller.
+    kh x kw part in `down`, or `TuckerConv2d(down, core, up)`. Raises ValueError for a named layer that
+    cannot be replaced (tied, read by its parent, hooked, pruned, quantised) or would not get smaller.
     """
     if method not in get_args(Method):
         raise ValueError(f"factorize: method must be one of {', '.join(get_args(Method))}, got {method!r}")
@@ -76,7 +79,7 @@ def factorize(
         calibration = list(calibration)
     if layers is None and isinstance(rank, Mapping):
         layers = list(rank)
-    chosen = _replaceable(model, method, layers)
+    chosen = _replaceable(model, method, layers, ignore_zeros)
     for name, layer in chosen.items():
         if not bool(torch.isfinite(layer.weight).all()):
             raise ValueError(f"factorize: the weight of layer {name!r} must be finite, got NaN or Inf")
@@ -140,13 +143,24 @@ def _timed(
     return {name: rank for name, rank in ranks.items() if rank is not None}
 
 
-def _replaceable(model: nn.Module, method: str, layers: Iterable[str] | None) -> dict[str, Layer]:
+def _replaceable(
+    model: nn.Module, method: str, layers: Iterable[str] | None, ignore_zeros: bool
+) -> dict[str, Layer]:
     targets = select_layers("factorize", model, layers)
-    reasons = {name: _why_not(model, name, layer, method) for name, layer in targets.items()}
+    reasons = {
+        name: _why_not(model, name, layer, method) or _undone(layer, ignore_zeros)
+        for name, layer in targets.items()
+    }
     if layers is not None:
         for name, reason in reasons.items():
             if reason is not None:
                 raise ValueError(f"factorize: layer {name!r} must be replaceable, got one where {reason}")
+    elif all(reasons.values()):
+        name, reason = next(iter(reasons.items()))
+        raise ValueError(
+            f"factorize: at least one layer must get smaller, got none that may be replaced "
+            f"({name!r}: {reason})"
+        )
     return {name: layer for name, layer in targets.items() if reasons[name] is None}
 
 
@@ -161,3 +175,15 @@ def _why_not(model: nn.Module, name: str, layer: Layer, method: str) -> str | No
     ):
         return 'tucker does not apply (it takes convolutions larger than 1x1, without groups); use "svd"'
     return refusal(model, name)
+
+
+def _undone(layer: Layer, ignore_zeros: bool) -> str | None:
+    """What factors would undo."""
+    if grid_of(layer) is not None:
+        return "its weight is quantised, and factors would leave its grid; factorise first, then quantise"
+    if not ignore_zeros and (share := pruned_share(layer)):
+        return (
+            f"{share:.0%} of its weights are pruned, and factors would fill them; factorise first and prune "
+            "the factors, or give ignore_zeros=True"
+        )
+    return None

@@ -94,6 +94,9 @@ def prune_channels(
     kept = select_layers(op, model, protect) if list(protect) else {}
     for name in heads or {}:
         select_layers(op, model, [name])
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.Linear, nn.Conv2d)) and module._buffers.get("weight_scale") is not None:
+            raise ValueError(f"{op}: layer {name!r} must not be quantised yet; remove channels first")
     example = to_device(example_input, model_device(model))
     before = Snapshot(model)
     try:

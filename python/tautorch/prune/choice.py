@@ -12,6 +12,7 @@ from tautorch import distributed
 from tautorch._batches import Batches
 from tautorch._gram import input_grams, inverse_factor
 from tautorch._layers import Layer, layer_groups, select_layers
+from tautorch.nn.tail import grid_of
 from tautorch.prune.importance import Importance, LossOf, check_importance, importance_scores
 from tautorch.prune.patterns import (
     Normalize,
@@ -96,6 +97,12 @@ def _compensated(
     op, form = rule.op, rule.form()
     if rule.calibration is None:
         raise ValueError(f'{op}: calibration must hold batches for importance "sparsegpt", got None')
+    for name, layer in targets.items():
+        if grid_of(layer) is not None:
+            raise ValueError(
+                f"{op}: layer {name!r} must not be quantised yet, sparsegpt moves weights off their grid; "
+                "prune first (quantize.gptq and prepare_qat keep the zeros)"
+            )
     grams = input_grams(op, model, targets, rule.calibration, named=rule.layers is not None)
     factors = {
         name: inverse_factor(op, name, gram.to(targets[name].weight.device), rule.dampening)

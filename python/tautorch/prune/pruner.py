@@ -145,6 +145,9 @@ def hold_masks(
 class MaskHandle:
     """Masks held on a model; see `hold_masks`. A context manager that removes itself, and a callback."""
 
+    #: What a `Distiller` asks its callbacks before it trains a pruned student.
+    holds_zeros = True
+
     def __init__(
         self, model: nn.Module, masks: Mapping[str, Tensor], optimizer: Optimizer | None = None
     ) -> None:
@@ -155,7 +158,10 @@ class MaskHandle:
         self.update(masks)
         self._hook: RemovableHandle | None = None
         if optimizer is not None:
-            self._hook = optimizer.register_step_post_hook(lambda *_: self.apply())
+            self._hook = optimizer.register_step_post_hook(self._after_step)
+
+    def _after_step(self, *_: Any) -> None:
+        self.apply()
 
     @property
     def masks(self) -> dict[str, Tensor]:

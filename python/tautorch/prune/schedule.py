@@ -59,6 +59,8 @@ class Schedule:
     Raises ValueError/TypeError for arguments out of range, before anything changes.
     """
 
+    holds_zeros = True  # see MaskHandle
+
     def __init__(
         self,
         model: nn.Module,

@@ -69,6 +69,8 @@ class SoftThreshold:
     arguments out of range, before anything changes.
     """
 
+    holds_zeros = True  # see MaskHandle
+
     def __init__(
         self,
         model: nn.Module,

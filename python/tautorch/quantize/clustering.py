@@ -34,6 +34,8 @@ class Clustered(nn.Module):
 
     indices: Tensor
     gain: Tensor
+    #: For methods that need a plain weight.
+    remedy = "prune and factorise before quantize.cluster, or call quantize.finalize first"
 
     def __init__(self, indices: Tensor, codebook: Tensor, held_zero: bool) -> None:
         super().__init__()

@@ -65,6 +65,8 @@ class FakeQuantWeight(nn.Module):
     """
 
     mask: Tensor | None
+    #: For methods that need a plain weight.
+    remedy = "prune and factorise before quantize.prepare_qat, or call quantize.finalize first"
 
     def __init__(self, bits: int, step: Tensor, mask: Tensor | None = None, learned: bool = True) -> None:
         super().__init__()

@@ -1,0 +1,278 @@
+"""Every ordered pair of distil, prune, factorise and quantise, to compiled layers.
+
+Each step is checked for what it did to the model, and the pair for the first step's work still being there:
+zeros, ranks, grids. Where a second step would undo the first, it must refuse and say the right order.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from functools import partial
+from itertools import permutations
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import tautorch as tt
+from tautorch import distill, factorize, prune, quantize
+from tautorch.factorize import FactorizedConv2d, FactorizedLinear
+from tautorch.nn import Int8Conv2d, Int8Linear, LowRankConv2d, LowRankLinear, SparseConv2d, SparseLinear
+
+COMPILED = (Int8Conv2d, Int8Linear, LowRankConv2d, LowRankLinear, SparseConv2d, SparseLinear)
+#: Where the second step may not touch what the first did, the two share the layers out.
+APART = {("prune", "factorise"), ("quantise", "factorise")}
+FIRST_HALF, SECOND_HALF = ["conv", "fc1"], ["conv2", "fc2"]
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(4, 16, 3, padding=1)
+        self.conv2 = nn.Conv2d(16, 16, 3, stride=2, padding=1)
+        self.fc1, self.fc2 = nn.Linear(16 * 16, 32), nn.Linear(32, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.conv2(F.relu(self.conv(x))))
+        return self.fc2(F.relu(self.fc1(x.flatten(1))))
+
+
+def images(seed: int = 0, count: int = 16) -> Tensor:
+    return torch.randn(count, 4, 8, 8, generator=torch.Generator().manual_seed(seed))
+
+
+def net() -> Net:
+    torch.manual_seed(0)
+    return Net()
+
+
+# ---- the steps ----
+
+
+def distilled(model: nn.Module, layers: list[str] | None, **options: Any) -> nn.Module:
+    teacher = net().eval()
+    with torch.no_grad():
+        teacher.fc2.bias += 1.0
+    optimizer = torch.optim.SGD(model.parameters(), 0.05)
+    loader = [(images(seed), torch.zeros(16, dtype=torch.long)) for seed in range(3)]
+    trainer = distill.Distiller(teacher, model, distill.SoftTarget(), optimizer, progress=False, **options)
+    trainer.fit(loader, 2)
+    return model
+
+
+def pruned(model: nn.Module, layers: list[str] | None) -> nn.Module:
+    return prune.prune(model, pattern="4x1", sparsity=0.5, layers=layers)
+
+
+def factorised(model: nn.Module, layers: list[str] | None) -> nn.Module:
+    return factorize.factorize(model, "whitened", budget=0.5, layers=layers, calibration=[images()])
+
+
+def quantised(model: nn.Module, layers: list[str] | None) -> nn.Module:
+    return quantize.gptq(model, [images()], bits=4, layers=layers)
+
+
+STEPS: dict[str, Callable[..., nn.Module]] = {
+    "distil": distilled,
+    "prune": pruned,
+    "factorise": factorised,
+    "quantise": quantised,
+}
+
+
+# ---- what a step leaves ----
+
+
+def plain_layers(model: nn.Module) -> dict[str, nn.Module]:
+    return {n: m for n, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))}
+
+
+def zeros(model: nn.Module) -> dict[str, Tensor]:
+    return {
+        n: m.weight == 0
+        for n, m in plain_layers(model).items()
+        if float((m.weight == 0).float().mean()) > 0.2
+    }
+
+
+def pairs(model: nn.Module) -> dict[str, int]:
+    return {
+        n: m.rank for n, m in model.named_modules() if isinstance(m, (FactorizedLinear, FactorizedConv2d))
+    }
+
+
+def grids(model: nn.Module) -> dict[str, Tensor]:
+    """The steps of the layers whose weights are whole numbers of them, in [-7, 7]."""
+    found = {}
+    for name, layer in plain_layers(model).items():
+        steps = layer._buffers.get("weight_scale")
+        if steps is not None:
+            q = layer.weight.detach().double().flatten(1) / steps.double()[:, None]
+            assert float((q - q.round()).abs().max()) < 1e-4 and float(q.abs().max()) < 7.5
+            found[name] = steps
+    return found
+
+
+def compiled(model: nn.Module) -> nn.Module:
+    """Every layer by the kernel that fits what was done to it."""
+    plan: dict[str, Any] = {}
+    on_grid, sparse = grids(model), zeros(model)
+    for name, module in model.named_modules():
+        conv = isinstance(module, (nn.Conv2d, FactorizedConv2d))
+        if isinstance(module, (FactorizedLinear, FactorizedConv2d)):
+            dtype = torch.int8 if f"{name}.down" in on_grid else torch.float32
+            plan[name] = partial((LowRankConv2d if conv else LowRankLinear).from_float, weight_dtype=dtype)
+        elif isinstance(module, (nn.Linear, nn.Conv2d)) and name.rpartition(".")[0] not in plan:
+            if name in sparse:
+                dtype = torch.int8 if name in on_grid else torch.float32
+                kind: Any = SparseConv2d if conv else SparseLinear
+                plan[name] = partial(kind.from_float, pattern="4x1", weight_dtype=dtype)
+            else:
+                plan[name] = (Int8Conv2d if conv else Int8Linear).from_float
+    return tt.convert(copy.deepcopy(model).eval(), plan)
+
+
+@pytest.mark.parametrize(("first", "second"), list(permutations(STEPS, 2)))
+def test_pair(first: str, second: str) -> None:
+    apart = (first, second) in APART
+    model = net()
+    start = copy.deepcopy(model.state_dict())
+    STEPS[first](model, FIRST_HALF if apart else None)
+    before = {"prune": zeros(model), "factorise": pairs(model), "quantise": grids(model)}
+    if first in before:
+        assert before[first]
+    if first == "distil":
+        assert all(not torch.equal(v, start[k]) for k, v in model.state_dict().items())
+    weights = {n: m.weight.detach().clone() for n, m in plain_layers(model).items()}
+
+    if second == "distil":
+        if first == "quantise":
+            model = quantised_training(model)
+        else:
+            distilled(model, None, keep_zeros=True if first == "prune" else None)
+        moved = [
+            n
+            for n, m in plain_layers(model).items()
+            if n in weights and not torch.equal(m.weight, weights[n])
+        ]
+        assert moved
+    else:
+        STEPS[second](model, None)  # which passes over what it would undo
+
+    if first == "prune":
+        after = zeros(model)
+        assert all(bool((after[name] >= mask).all()) for name, mask in before["prune"].items())
+    if first == "factorise":
+        assert pairs(model) == before["factorise"]
+    if first == "quantise":
+        kept = grids(model)
+        assert set(before["quantise"]) <= set(kept)
+    if "prune" in (first, second):
+        assert zeros(model)
+    if "factorise" in (first, second):
+        assert pairs(model)
+    if "quantise" in (first, second):
+        assert grids(model)
+
+    model.eval()
+    fast = compiled(model)
+    assert sum(isinstance(m, COMPILED) for m in fast.modules()) == 4
+    with torch.no_grad():
+        expected, got = model(images(9)), fast(images(9))
+    assert got.shape == expected.shape
+    assert float((got - expected).norm() / expected.norm()) < 0.05  # int8 inputs
+
+
+def quantised_training(model: nn.Module) -> nn.Module:
+    """Training leaves the grid: refused on plain layers; `prepare_qat` starts from the grid."""
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=r"layer .conv. .* lies on the grid .*quantize.prepare_qat"):
+        distilled(model, None)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    quantize.prepare_qat(model, bits=4)
+    distilled(model, None)
+    return quantize.finalize(model)
+
+
+# ---- what would undo an earlier step ----
+
+
+def test_training_a_pruned_model_must_say_what_becomes_of_its_zeros() -> None:
+    model = pruned(net(), None)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(
+        ValueError, match=r"50% of the weights of the student's layer 'conv' .* keep_zeros=True"
+    ):
+        distilled(model, None)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    held = copy.deepcopy(model)
+    distilled(held, None, callbacks=[prune.hold_masks(held)])
+    assert all(torch.equal(zeros(held)[n], mask) for n, mask in zeros(model).items())
+    hooked = copy.deepcopy(model)
+    optimizer = torch.optim.SGD(hooked.parameters(), 0.05)
+    with prune.hold_masks(hooked, optimizer=optimizer):
+        distill.Distiller(net().eval(), hooked, distill.SoftTarget(), optimizer, progress=False).fit(
+            [(images(), torch.zeros(16, dtype=torch.long))], 1
+        )
+    assert all(torch.equal(zeros(hooked)[n], mask) for n, mask in zeros(model).items())
+    distilled(model, None, keep_zeros=False)
+    assert not zeros(model)
+
+
+def test_keep_zeros_lets_go_after_the_fit() -> None:
+    model = distilled(pruned(net(), None), None, keep_zeros=True)
+    optimizer = torch.optim.SGD(model.parameters(), 0.05)
+    model(images()).square().sum().backward()
+    optimizer.step()
+    assert not zeros(model)
+
+
+def test_factors_of_a_pruned_layer() -> None:
+    model = pruned(net(), ["fc1"])
+    with pytest.raises(ValueError, match=r"layer 'fc1' .* 50% of its weights are pruned, .* factorise first"):
+        factorize.factorize(model, rank=4, layers=["fc1"])
+    assert isinstance(model.fc1, nn.Linear)
+    factorize.factorize(model, rank=4, layers=["fc1"], ignore_zeros=True)
+    assert isinstance(model.fc1, FactorizedLinear)
+    model = pruned(net(), None)
+    with pytest.raises(
+        ValueError, match=r"none that may be replaced \('conv': 50% of its weights are pruned"
+    ):
+        factorize.factorize(model, rank=4)
+
+
+def test_factors_of_a_quantised_layer() -> None:
+    model = quantised(net(), None)
+    with pytest.raises(ValueError, match=r"its weight is quantised, .* factorise first, then quantise"):
+        factorize.factorize(model, rank=4, layers=["fc1"])
+
+
+@pytest.mark.parametrize(
+    "prepare",
+    [lambda m: quantize.prepare_qat(m, bits=4), lambda m: quantize.cluster(m, bits=4)],
+    ids=["qat", "cluster"],
+)
+def test_prepared_layers_are_left_alone_and_the_order_is_said(prepare: Callable[[nn.Module], Any]) -> None:
+    model = net()
+    prepare(model)
+    state = copy.deepcopy(model.state_dict())
+    order = r"prune and factorise before quantize\.\w+, or call quantize.finalize first"
+    for options in ({}, {"layers": ["fc1"]}):
+        with pytest.raises(ValueError, match=order):
+            prune.prune(model, sparsity=0.5, **options)
+        with pytest.raises(ValueError, match=order):
+            factorize.factorize(model, rank=4, **options)
+    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
+    prune.prune(quantize.finalize(model), sparsity=0.5)
+    assert zeros(model)
+
+
+def test_compensation_would_leave_the_grid() -> None:
+    model = quantised(net(), None)
+    with pytest.raises(ValueError, match=r"sparsegpt moves weights off their grid; prune first"):
+        prune.prune(model, "sparsegpt", sparsity=0.5, calibration=[images()])
+    with pytest.raises(ValueError, match=r"layer 'conv' must not be quantised yet; remove channels first"):
+        prune.prune_channels(model, images(), 0.5)
