@@ -40,7 +40,7 @@ def clustered() -> nn.Module:
         for module in model.modules():
             if isinstance(module, (nn.Linear, nn.Conv2d)):
                 step = module.weight.abs().max() / 7
-                module.weight.copy_((module.weight / step).round() * step)
+                module.weight.copy_((module.weight / step).round() * step + 0.0)
     return model
 
 
@@ -80,6 +80,18 @@ def test_report_and_file_agree(path: Path) -> None:
     assert row.coded == tt.describe(path)["coded"]["4.weight"][2]
     assert row.dense > row.pruned > row.clustered > row.coded
     assert "smaller" in str(report) and "4.weight" in str(report)
+
+
+def test_signs_of_zeros_are_reported_and_kept(path: Path) -> None:
+    model = clustered()
+    with torch.no_grad():
+        model[4].weight.mul_(torch.where(model[4].weight == 0, -1.0, 1.0))
+    report = tt.size_report(model)
+    row = next(t for t in report.tensors if t.name == "4.weight")
+    assert row.negative_zeros == int((model[4].weight == 0).sum())
+    assert "zeros have a minus sign" in str(report) and "minus sign" not in str(tt.size_report(clustered()))
+    tt.save(model, path, encode="entropy")
+    assert torch.equal(tt.load(path, net)[4].weight.signbit(), model[4].weight.signbit())
 
 
 def test_compressed_layers_and_tied_weights(path: Path) -> None:

@@ -201,6 +201,7 @@ def _layer(
     q = torch.where(better.unsqueeze(2), found[0], plain[0])
     scale = torch.where(better, found[1], plain[1]).flatten().float()
     on_grid = q.float().reshape(weight.shape) * scale.reshape(-1, *[1] * (weight.dim() - 1))
+    on_grid += 0.0  # -0.0 becomes 0.0: a sign that rounding left would cost a bit in a coded file
     total = max(float(_squared(rows, gram).sum()), 1e-300)
     left = float(torch.minimum(*errors).sum())
     return on_grid, scale, Rounded(name, float(errors[0].sum()) / total, left / total)

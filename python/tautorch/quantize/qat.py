@@ -132,6 +132,10 @@ def freeze_on_grid(layer: nn.Module) -> None:
         if step is not None:
             scales |= {"x_scale": step.detach().clone(), "x_zero_point": given.zero_point.clone()}
     detach(layer)
+    with torch.no_grad():
+        layer.get_parameter("weight").add_(
+            0.0
+        )  # -0.0 becomes 0.0: a sign that rounding left would cost a bit in a coded file
     for name, value in scales.items():
         layer.register_buffer(name, value, persistent=False)
 
