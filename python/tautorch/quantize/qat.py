@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from tautorch.nn.tail import grid_of
 from tautorch.ownership import refusal
 from tautorch.quantize.calibration import calibrate
 from tautorch.quantize.fake import FakeQuantInput, FakeQuantWeight
+from tautorch.quantize.observers import Observer
 from tautorch.quantize.qparams import QParams, check_bits, quantize_weight
 
 QUANTS = ("dynamic", "static", "weight_only")
@@ -27,7 +28,7 @@ def prepare_qat(
     quant: str = "dynamic",
     calibration: Batches | None = None,
     layers: Iterable[str] | None = None,
-    observer: str = "mse",
+    observer: str | Callable[[], Observer] = "mse",
     learn_steps: bool = True,
 ) -> nn.Module:
     """Make the linear and convolution layers compute with quantised weights and inputs while they train.

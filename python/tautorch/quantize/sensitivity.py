@@ -26,6 +26,7 @@ from tautorch._batches import (
 from tautorch._layers import Layer
 from tautorch.quantize.calibration import calibrate
 from tautorch.quantize.fake import FakeQuantInput, FakeQuantWeight
+from tautorch.quantize.observers import Observer
 from tautorch.quantize.qat import attach, detach, input_quantizer, qat_targets, weight_quantizer
 from tautorch.quantize.qparams import check_bits
 
@@ -71,7 +72,7 @@ def sensitivity(
     quant: str = "dynamic",
     layers: Iterable[str] | None = None,
     metric: Callable[[nn.Module], float] | None = None,
-    observer: str = "mse",
+    observer: str | Callable[[], Observer] = "mse",
 ) -> Sensitivity:
     """Quantise one layer at a time, as `prepare_qat` does, and measure what that does to the model.
 

@@ -35,7 +35,7 @@ from tautorch.quantize.qparams import qparams_of_range, quantize_weight
 # Input rows of each layer that the int8 error is measured on.
 _ROWS = 256
 # A multiplication of its own must lower a layer's int8 error (squared) at least to this share.
-_WORTH = 0.8
+_WORTH = 0.5
 # The model's outputs may move by this much (relative L2) where it computes in float32.
 _ROUNDING = 1e-4
 
@@ -114,8 +114,8 @@ def smooth(
     found by following the channels through a run of the model, whose tensors are all kept meanwhile: on the
     first batch, and on each that takes another way through the model. A reader that is not one of `layers`,
     such as a residual, refuses. Where nothing can take
-    the division, the layer becomes nn.Sequential(scale=InputScale, layer=Linear), if that lowers its int8
-    error to 80 % or less.
+    the division, the layer becomes nn.Sequential(scale=InputScale, layer=Linear), if that halves its
+    int8 error.
 
     Args:
         batches: what the model takes. Under `torch.distributed` each rank gives its own.
