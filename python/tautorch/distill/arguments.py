@@ -65,7 +65,7 @@ def logit_rows(op: str, student: Any, teacher: Any) -> tuple[Tensor, Tensor]:
             f"{op}: student and teacher must give logits of one shape, got {list(student.shape)} and "
             f"{list(teacher.shape)}"
         )
-    return mine, theirs.detach()
+    return mine, theirs.detach().to(mine.dtype)
 
 
 def label_rows(op: str, target: Any, rows: int, classes: int) -> tuple[Tensor, Tensor | None]:

@@ -83,6 +83,7 @@ class AttentionTransfer(nn.Module):
                 f"{list(student.shape)} from the student and {list(teacher.shape)} from the teacher"
                 + ("" if student.shape[2:] != teacher.shape[2:] else '; use heads="mean"')
             )
+        teacher = teacher.to(student.dtype)
         p = teacher.exp()
         if self.distance == "mse":
             return F.mse_loss(student.exp(), p)

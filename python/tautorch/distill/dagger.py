@@ -115,7 +115,7 @@ def dagger(
             record = {"round": i, "beta": share, "samples": len(data), **record, "loss": trained[-1]["loss"]}
             if evaluate is not None:
                 with acting(student):
-                    record["score"] = float(evaluate(student))
+                    record["score"] = checks.score_value(evaluate(student))
             run.end_round(record)
             bar.advance(f"dagger {i + 1}/{rounds}", record)
     if keep_best:

@@ -86,7 +86,8 @@ class FeatureHint(nn.Module):
                 f"FeatureHint: features must have one shape, got {list(mine.shape)} from the student and "
                 f"{list(theirs.shape)} from the teacher; set channels=(student's, teacher's) or other layers"
             )
-        total = self.weight * F.mse_loss(at_least_single(mine), at_least_single(theirs))
+        mine = at_least_single(mine)
+        total = self.weight * F.mse_loss(mine, theirs.to(mine.dtype))
         outputs = student_out, teacher_out, target
         total, self.components = on_top("hint", total, self.base, outputs)
         return total

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any, Literal, get_args
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -71,4 +70,4 @@ def _values(what: str, value: Any, like: Tensor | None) -> Tensor:
             f"got {list(value.shape)}"
         )
     wide = at_least_single(value)
-    return wide if like is None else wide.to(torch.promote_types(wide.dtype, like.dtype))
+    return wide if like is None else wide.to(like.dtype)

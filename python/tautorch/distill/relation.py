@@ -77,7 +77,7 @@ class Relation(nn.Module):
         if self._features is not None:
             ((mine, theirs),) = self._features.take()
         mine = _rows("student", mine)
-        theirs = _rows("teacher", theirs).detach()
+        theirs = _rows("teacher", theirs).detach().to(mine.dtype)
         least = 3 if self.kind == "angle" else 2
         if len(mine) != len(theirs) or len(mine) < least:
             raise ValueError(

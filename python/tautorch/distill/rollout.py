@@ -143,7 +143,8 @@ def evaluate_policy(
 
     Args:
         policy: an nn.Module (put in eval mode meanwhile) or callable; [n, ...] observations to outputs.
-        env: of gymnasium's API, single or vectorised; left where the last episode ended, not closed.
+        env: of gymnasium's API, single or vectorised; its episodes must end (gymnasium.wrappers.TimeLimit).
+            Left where the last one ended, not closed.
         act: outputs to actions. By default the argmax for a Discrete action space, and for a Box the output
             (or the first of a tuple: a Gaussian's mean), clipped to its bounds.
         output: what to take of the policy's output, e.g. `lambda out: out.logits`.
