@@ -18,6 +18,9 @@ from tautorch.distill.state import unwrapped
 from tautorch.prune import Schedule, hold_masks, prune
 from tests.distributed.torchrun import on_two_ranks
 
+# Some forty small runs of two ranks, in one launch of torchrun.
+pytestmark = pytest.mark.slow
+
 WRAPPERS = ("ddp", "fsdp")
 GLOBAL_BATCH = 8
 

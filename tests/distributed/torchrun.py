@@ -27,11 +27,18 @@ def command(arguments: list[str], ranks: int = 2, restarts: int = 0) -> list[str
 
 
 def environment() -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    # A restart needs a store of its own: in torch 2.13's shared one gloo finds the last attempt's addresses.
+    share = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    return {**os.environ, **share, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 
-def on_two_ranks(work: Callable[[Path], Any], folder: Path, restarts: int = 0) -> list[Any]:
-    """What `work(folder)` returns on each rank, by rank; AssertionError with the output if a rank fails."""
+def on_two_ranks(
+    work: Callable[[Path], Any], folder: Path, restarts: int = 0, fails: bool = False
+) -> list[Any]:
+    """What `work(folder)` returns on each rank, by rank; AssertionError with the output if a rank fails.
+
+    With `fails` it is one if none does, and nothing is returned.
+    """
     name = f"{work.__module__}:{work.__name__}"
     done = subprocess.run(
         command(["-m", "tests.distributed.torchrun", name, str(folder)], restarts=restarts),
@@ -39,10 +46,12 @@ def on_two_ranks(work: Callable[[Path], Any], folder: Path, restarts: int = 0) -
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
         check=False,
     )
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert (done.returncode != 0) == fails, done.stdout + done.stderr
+    if fails:
+        return []
     return [torch.load(folder / f"result{rank}.pt", weights_only=False) for rank in range(2)]
 
 
