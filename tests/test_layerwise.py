@@ -300,6 +300,6 @@ def test_peak_memory_is_that_of_a_few_blocks(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     grown = int(done.stdout) * 1024
     assert size == 4_206_592
-    # The weights, the file's buffer, and float64 scores and their ranks of a layer: 43 MB, whatever the depth.
+    # The weights, the file's buffer, and float64 scores and their ranks of a layer: 43 MB at any depth.
     assert grown < 12 * size, f"{grown / size:.1f} blocks"
     assert len(written(tmp_path / "out")) == 24 * 7 + 4

@@ -70,6 +70,8 @@ ARROWS: dict[str, set[str]] = {
     "distributed": set(),
     "_batches": {"distributed"},
     "_layers": set(),
+    "_shards": set(),
+    "layerwise": {"_batches", "_shards", "distributed"},
     "_gram": {"_batches", "_layers", "distributed"},
     "timing": set(),
     "coding": set(),
