@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from benches.methods import digits_claims, page, text, text_claims
+from benches.methods import agent_claims, digits_claims, lenet_claims, page, text, text_claims
 from benches.methods.claims import Claim, judge
 from benches.methods.jobs import run_all
 from benches.methods.results import Results, table
@@ -20,7 +20,8 @@ from tautorch.compress.report import describe_environment
 ROOT = Path(__file__).parents[2]
 TASKS: dict[str, Callable[[Sequence[int], bool], list[Claim]]] = {
     "text": text_claims.claims,
-    "digits": digits_claims.claims,
+    "digits": lambda seeds, quick: [*digits_claims.claims(seeds, quick), *lenet_claims.claims(seeds, quick)],
+    "agent": agent_claims.claims,
 }
 
 

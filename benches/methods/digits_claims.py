@@ -47,6 +47,13 @@ def claims(seeds: Sequence[int], quick: bool) -> list[Claim]:
     )
     for seed, found in learning.items():
         found["alone"] = alone[seed]
+    together = {
+        seed: {
+            "alone": alone[seed],
+            "mutual": Job("digits-mutual", jobs.mutual, {"seed": seed, "steps": steps, "per_class": FEW}),
+        }
+        for seed in seeds
+    }
     tuned = {"sparsity": 0.75, "epochs": max(2, epochs // 2)}
     return [
         *(
@@ -67,6 +74,18 @@ def claims(seeds: Sequence[int], quick: bool) -> list[Claim]:
                 ("distilled", "the teacher labels the other images of the fold"),
                 ("distilled on the few images", "no images but the labelled ones"),
             )
+        ),
+        Claim(
+            task="digits",
+            title=f"mutual learning of two students, {FEW} labels a class",
+            measured="accuracy gained by the mean of the two over the same student alone",
+            relation=">",
+            bound=0.0,
+            unit="points",
+            jobs=together,
+            value=lambda results: _accuracy(results["mutual"]) - _accuracy(results["alone"]),
+            parts=_accuracies,
+            parts_unit="accuracy",
         ),
         Claim(
             task="digits",
@@ -113,4 +132,4 @@ def _accuracies(results: Results) -> dict[str, float]:
 
 def _accuracy(result: Result) -> float:
     """Pooled over the folds."""
-    return int(result["right"]) / digits.IMAGES
+    return float(result["right"] / digits.IMAGES)

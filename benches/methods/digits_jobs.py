@@ -38,11 +38,7 @@ def alone(seed: int, steps: int, per_class: int) -> Result:
     """Students trained on a few labelled images of their fold."""
 
     def one(data: digits.Digits, fold: int) -> nn.Module:
-        little = digits.few(data, per_class, seed)
-        loader = digits.Batches(
-            little.train_x, little.train_y, steps=steps, seed=fold, background=data.background
-        )
-        return digits.train(digits.ResNet(STUDENT_WIDTH), loader)
+        return digits.train(digits.ResNet(STUDENT_WIDTH), _few_labels(data, per_class, steps, seed, fold))
 
     return _folds(seed, one)
 
@@ -52,15 +48,27 @@ def distilled(seed: int, steps: int, per_class: int, temperature: float, teacher
     unlabelled."""
 
     def one(data: digits.Digits, fold: int) -> nn.Module:
-        little = digits.few(data, per_class, seed) if per_class else data
-        loader = digits.Batches(
-            little.train_x, little.train_y, steps=steps, seed=fold, background=data.background
-        )
+        loader = _few_labels(data, per_class, steps, seed, fold)
         student = digits.ResNet(STUDENT_WIDTH)
         loss = tt.distill.SoftTarget(temperature, alpha=0.1 if per_class else 0.0)
         return _distil(_teacher(teacher, fold), student, loader, loss, lr=3e-3)
 
     return _folds(seed, one)
+
+
+def mutual(seed: int, steps: int, per_class: int) -> Result:
+    """Two students that learn from one another and from a few labels; `right` is the mean of both."""
+    others: list[int] = []
+
+    def one(data: digits.Digits, fold: int) -> nn.Module:
+        peers = tt.distill.Peers(digits.ResNet(STUDENT_WIDTH) for _ in range(2))
+        loader = _few_labels(data, per_class, steps, seed, fold)
+        _distil(None, peers, loader, tt.distill.Mutual(), lr=3e-3)
+        others.append(digits.correct(peers[1], data))
+        return peers[0]
+
+    result = _folds(seed, one, keep=False)
+    return result | {"first": result["right"], "right": (result["right"] + sum(others)) / 2}
 
 
 def sparse(seed: int, sparsity: float, epochs: int, teacher: Result) -> Result:
@@ -111,6 +119,12 @@ def _static(found: tt.quantize.QParams) -> Callable[[Any], nn.Module]:
 def _prunable(layer: nn.Module) -> bool:
     """The 3x3 convolutions but the first, which has one input: 97 % of the weights."""
     return isinstance(layer, nn.Conv2d) and layer.in_channels > 1 and layer.kernel_size == (3, 3)
+
+
+def _few_labels(data: digits.Digits, per_class: int, steps: int, seed: int, fold: int) -> digits.Batches:
+    """Batches of a few images of each digit, or (0 per class) of all."""
+    some = digits.few(data, per_class, seed) if per_class else data
+    return digits.Batches(some.train_x, some.train_y, steps=steps, seed=fold, background=data.background)
 
 
 def _folds(seed: int, one: Callable[[digits.Digits, int], nn.Module], keep: bool = True) -> Result:

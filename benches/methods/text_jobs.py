@@ -50,15 +50,16 @@ def distilled(
 
 
 def oneshot(
-    seed: int, importance: str, pattern: str, dampening: float, outliers: bool, teacher: Result
-) -> Result:
+    seed: int, importance: str, pattern: str, dampening: float, outliers: bool, teacher: Result,
+    ranking: str | None = None,
+) -> Result:  # fmt: skip
     """Half of the weights removed at once, without training."""
     model = loaded(teacher)
     if outliers:
         inject_outliers(model, seed)
     tt.prune.prune(
         model, importance, pattern, 0.5, layers=text.BLOCKS, calibration=text.calibration(64, seed + 1000),
-        dampening=dampening,
+        ranking=ranking, dampening=dampening,
     )  # fmt: skip
     return {"perplexity": text.perplexity(model)}
 
@@ -169,14 +170,8 @@ def _distil(
     callbacks: Sequence[Any] = (),
 ) -> None:  # fmt: skip
     optimizer, cycle = text.optimizer_for(student.parameters(), lr, steps)
-    optimizer.register_step_pre_hook(lambda *_: clip(student))
     tt.distill.Distiller(
         teacher, student, loss, optimizer, scheduler=cycle, scheduler_interval="step", callbacks=callbacks,
-        progress=False,
+        clip_norm=1.0, progress=False,
     ).fit(text.Windows(steps, seed), 1)  # fmt: skip
     student.eval()
-
-
-def clip(model: nn.Module) -> None:
-    """As in `text.train`."""
-    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
