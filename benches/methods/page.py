@@ -5,10 +5,9 @@ from __future__ import annotations
 from html import escape
 from importlib.resources import files
 
+from benches.methods import plots
 from benches.methods.claims import Row, shown
-from benches.methods.results import Results, got, part_shown, target
-
-from tautorch.compress import charts
+from benches.methods.results import Results, got, target
 
 CHIPS = {"met": "good", "missed": "warn", "failed": "bad", "not judged": "soft"}
 TASKS = {
@@ -99,19 +98,15 @@ def _alike(rows: list[Row]) -> list[list[Row]]:
 
 
 def _figure(rows: list[Row]) -> str:
-    """Bars of the means, with the range over the seeds at the end of each."""
+    """What the figures of these rows are made of."""
     first = rows[0]
-    bars = []
-    for name in next(iter(first.parts.values())):
-        mean, low, high = first.part(name)
-        ends = [part_shown(value, first.parts_unit) for value in (low, high)]
-        text = f"{part_shown(mean, first.parts_unit)} [{ends[0].removesuffix(' %')}, {ends[1]}]"
-        bars.append((name, [charts.Bar(max(mean, 0.0), text, "plain" if not bars else "accent")]))
-    title = " / ".join(row.title for row in rows)
+    title = " / ".join(dict.fromkeys(row.title for row in rows))
     notes = " ".join(dict.fromkeys(row.note for row in rows if row.note))
-    caption = f"{first.parts_unit}: mean over the seeds [least, greatest]. {notes}"
+    caption = (
+        f"{first.parts_unit[0].upper()}{first.parts_unit[1:]}; each dot a seed, the bar their mean. {notes}"
+    )
     head = f"<h3>{escape(title)}</h3><figcaption>{escape(caption)}</figcaption>"
-    return f"<figure>{head}{charts.bars(bars, title)}</figure>"
+    return f"<figure>{head}{plots.strip(first, title)}</figure>"
 
 
 def _footer(results: Results) -> str:

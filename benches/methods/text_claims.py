@@ -19,8 +19,8 @@ OUTLIERS = (
     "so much smaller: the same function, with the outliers that large language models have."
 )
 EVEN = (
-    "Behind the layer norms of so small a model all channels are about as large: weighing by them has little to "
-    "say. SparseGPT's correction of the weights that stay has."
+    "Behind the layer norms of so small a model all channels are about as large: little to weigh by. "
+    "SparseGPT corrects the weights that stay."
 )
 BySeed = dict[int, dict[str, Job]]
 

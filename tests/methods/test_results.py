@@ -10,7 +10,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 import pytest
-from benches.methods import page
+from benches.methods import page, plots
 from benches.methods.claims import Claim, Relation, Row, judge, shown
 from benches.methods.jobs import Job, Outcome, Result
 from benches.methods.results import Results, got, ingredients, table, target
@@ -135,8 +135,20 @@ def test_page_is_whole_and_escaped(results: Results) -> None:
     assert "<method>" not in html and "<noted>" not in html and "<fast>" not in html
     assert "a &lt;method&gt; of [some] kind &amp; more" in html
     assert "1 of 3 targets met" in html and "lr=0.25" in html
-    assert not re.search(r"(?:src|href)=|https?://", html)
-    figures = re.findall(r"<svg.*?</svg>", html)
+    assert not re.search(r"(?:src|href)=", html) and html.count("http") == html.count('xmlns="http')
+    figures = re.findall(r"<svg.*?</svg>", html, flags=re.DOTALL)
     assert len(figures) == 3
     for figure in figures:
-        assert len(list(ElementTree.fromstring(figure).iter("rect"))) == 2
+        dots = [mark for mark in ElementTree.fromstring(figure).iter() if mark.tag.endswith("circle")]
+        assert len(dots) == 6  # two parts, three seeds
+
+
+@pytest.mark.parametrize("values", [(0.5, 0.5, 0.5), (0.0, 0.0, 0.0), (-1.0, 2.0, 3.0), (1.0, 50.0, 4000.0)])
+def test_plots_hold_every_value_inside(values: tuple[float, ...]) -> None:
+    made = row(values=values)
+    axis = plots._axis([value for parts in made.parts.values() for value in parts.values()])
+    ticks = plots._ticks(axis)
+    assert 1 <= len(ticks) <= 8 and all(axis.low <= tick <= axis.high for tick in ticks)
+    for mark in ElementTree.fromstring(plots.strip(made, "title")).iter():
+        if mark.tag.endswith("circle"):
+            assert axis.start <= float(mark.attrib["cx"]) <= axis.end
