@@ -82,6 +82,29 @@ def test_report_and_file_agree(path: Path) -> None:
     assert "smaller" in str(report) and "4.weight" in str(report)
 
 
+def test_deep_compression_end_to_end(path: Path) -> None:
+    """Prune, cluster, train the centroids, store: the stages of the paper, and the bytes of the file."""
+
+    def mlp() -> nn.Module:
+        return nn.Sequential(nn.Linear(400, 200), nn.ReLU(), nn.Linear(200, 10))
+
+    torch.manual_seed(1)
+    model = tt.quantize.cluster(tt.prune.prune(mlp(), sparsity=0.9), bits=4)
+    optimizer = torch.optim.Adam(model.parameters(), 1e-2, weight_decay=1e-4)
+    for _ in range(5):
+        optimizer.zero_grad()
+        model(torch.randn(32, 400)).square().mean().backward()
+        optimizer.step()
+    tt.quantize.finalize(model)
+    tt.save(model, path, encode="entropy")
+    row = next(t for t in tt.size_report(model).tensors if t.name == "0.weight")
+    assert (row.nonzero, row.distinct, row.negative_zeros) == (8000, 16, 0)
+    # 0.47 bits a place for where one in ten is kept, at most 4 bits each for which value.
+    assert row.coded < 80_000 * 0.47 / 8 + 8000 * 4 / 8 + 150
+    assert tt.size_report(model).ratio > 30
+    assert same_state(tt.load(path, mlp), model)
+
+
 def test_signs_of_zeros_are_reported_and_kept(path: Path) -> None:
     model = clustered()
     with torch.no_grad():

@@ -25,7 +25,7 @@ def factorize(
     model: nn.Module,
     method: Method = "svd",
     *,
-    rank: Rank | Mapping[str, Rank] | None = None,
+    rank: Rank | Mapping[str, Rank] | Literal["vbmf"] | None = None,
     energy: float | None = None,
     budget: float | None = None,
     speedup: float | None = None,
@@ -45,7 +45,8 @@ def factorize(
             2014, arXiv:1404.0736). "whitened": the best on the calibration's inputs, convolutions' unfolded
             ones too (Wang et al. 2024, SVD-LLM, arXiv:2403.07378). "tucker": Tucker-2 of kh x kw
             convolutions without groups (Kim et al. 2016, arXiv:1511.06530).
-        rank: inner channels (of each group), one for all layers or by layer name.
+        rank: inner channels (of each group), one for all layers or by layer name; or "vbmf": as many as stand
+            out of noise by variational Bayes (Nakajima et al. 2013), as the paper of "tucker" has it.
         energy: share of the squared singular values to keep, in (0, 1]; of the outputs' energy if whitened.
         budget: share of the weights to keep, in (0, 1).
         speedup: the largest rank whose compiled layer was measured this many times as fast as the dense

@@ -29,7 +29,7 @@ _CELLS = 4096  # of a budget
 class Size:
     """How the ranks are asked for: exactly one of the first four."""
 
-    rank: Rank | Mapping[str, Rank] | None
+    rank: Rank | Mapping[str, Rank] | Literal["vbmf"] | None
     energy: float | None
     budget: float | None
     speedup: float | None
@@ -44,9 +44,15 @@ class Size:
             raise ValueError(
                 f"factorize: one of rank, energy, budget and speedup must be given, got {told or 'none'}"
             )
-        for value in self.rank.values() if isinstance(self.rank, Mapping) else (self.rank,):
-            if value is not None:
-                _check_rank(value, method)
+        if self.rank == "vbmf":
+            if method == "whitened":
+                raise ValueError(
+                    'factorize: rank "vbmf" looks for noise in the weight itself; use "svd" or "tucker"'
+                )
+        else:
+            for value in self.rank.values() if isinstance(self.rank, Mapping) else (self.rank,):
+                if value is not None:
+                    _check_rank(value, method)
         _check_number("energy", self.energy, 0, 1, closed=True)
         _check_number("budget", self.budget, 0, 1)
         _check_number("speedup", self.speedup, 0, math.inf)
@@ -65,6 +71,8 @@ class Size:
             ranks, most = target.ranks(self.multiple), self.budget * target.dense
             fitting = largest(len(ranks), lambda n: target.weights(ranks[n - 1]) <= most)
             return ranks[fitting - 1] if fitting else None
+        if self.rank == "vbmf":
+            return target.of_noise(self.multiple)
         if not isinstance(self.rank, Mapping):
             return self.rank
         if target.name not in self.rank:

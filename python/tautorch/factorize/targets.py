@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from tautorch._layers import Layer, layer_groups
 from tautorch.factorize.layers import FactorizedConv2d, FactorizedLinear, TuckerConv2d
 from tautorch.factorize.svd import Svd, mode_ranks, tucker2, tucker_energy
+from tautorch.factorize.vbmf import vbmf_rank
 
 #: Inner channels, for "tucker" also (r_in, r_out).
 Rank = int | tuple[int, int]
@@ -52,6 +53,10 @@ class PairTarget:
     def of_energy(self, energy: float, multiple: int) -> Rank:
         """The least multiple that keeps this share of the energy."""
         return -(-self._svd.rank_of_energy(energy) // multiple) * multiple
+
+    def of_noise(self, multiple: int) -> Rank:
+        """The least multiple that holds what VBMF tells from noise."""
+        return -(-max(vbmf_rank(matrix) for matrix in self._matrix) // multiple) * multiple
 
     def problem(self, rank: Rank) -> str | None:
         """What is wrong with a rank, None if nothing."""
@@ -115,6 +120,13 @@ class TuckerTarget:
     def of_energy(self, energy: float, multiple: int) -> Rank:
         """The least multiples that keep this share of the energy in each channel mode."""
         r_in, r_out = (-(-r // multiple) * multiple for r in mode_ranks(self.layer.weight, energy))
+        return r_in, r_out
+
+    def of_noise(self, multiple: int) -> Rank:
+        """The least multiples that hold what VBMF tells from noise in each channel mode."""
+        weight = self.layer.weight
+        modes = (weight.transpose(0, 1).flatten(1), weight.flatten(1))
+        r_in, r_out = (-(-vbmf_rank(mode) // multiple) * multiple for mode in modes)
         return r_in, r_out
 
     def problem(self, rank: Rank) -> str | None:
