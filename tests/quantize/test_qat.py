@@ -256,6 +256,23 @@ def test_half_precision_and_keyword_calls() -> None:
         assert prepare_qat(nn.Sequential(nn.Linear(8, 4)))(x.float()).dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("quant", ["dynamic", "static"])
+def test_torch_compile_takes_it_whole(quant: str) -> None:
+    x = torch.randn(4, 16)
+    model = prepare_qat(
+        nn.Sequential(nn.Linear(16, 8)), quant=quant, calibration=[x] if quant == "static" else None
+    )
+    fast = torch.compile(model, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(fast(x), model(x))
+    fast(x).square().sum().backward()
+    got = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    model(x).square().sum().backward()
+    assert got.keys() == {name for name, _ in model.named_parameters()}
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(got[name], p.grad)
+
+
 def test_what_convert_refuses_is_left_alone() -> None:
     encoder = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
     model = nn.Sequential(encoder, nn.Linear(8, 8))

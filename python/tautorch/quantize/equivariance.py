@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -54,10 +55,12 @@ class Step:
     kwargs: dict[str, Any]
     out: Any
 
+    @cached_property
     def tensors(self) -> list[Tensor]:
         """The tensors among the arguments."""
         return [t for t in pytree.tree_leaves((self.args, self.kwargs)) if isinstance(t, Tensor)]
 
+    @cached_property
     def results(self) -> list[Tensor]:
         """The tensors it returned."""
         return [t for t in pytree.tree_leaves(self.out) if isinstance(t, Tensor)]
@@ -100,11 +103,11 @@ class Trace:
 
     def __post_init__(self) -> None:
         for index, step in enumerate(self.steps):
-            for tensor in step.tensors():
+            for tensor in step.tensors:
                 if not self.readers[id(tensor)] or self.readers[id(tensor)][-1] != index:
                     self.readers[id(tensor)].append(index)
-            given = {id(t) for t in step.tensors()}
-            for tensor in step.results():
+            given = {id(t) for t in step.tensors}
+            for tensor in step.results:
                 if id(tensor) not in given:
                     self.maker.setdefault(id(tensor), index)
 
@@ -211,7 +214,7 @@ class Paths:
             if self._parameters(step) is not None:
                 yield index
             if _passes(step):
-                queue += step.tensors()
+                queue += step.tensors
 
     def _parameters(self, step: Step) -> tuple[list[nn.Parameter], str] | None:
         """The parameters that a call's output channels are proportional to, and whose they are."""
@@ -225,7 +228,7 @@ class Paths:
             found = [t for t in step.args if isinstance(t, nn.Parameter) and t.dim() == 1][:1]
         else:
             return None
-        out = step.results()
+        out = step.results
         if not found or found[0] is None or len(out) != 1 or found[0].shape[0] != out[0].shape[-1]:
             return None
         if step.func is not F.linear and found[0].dim() != 1:
@@ -245,7 +248,7 @@ class Paths:
         found = self._parameters(self._trace.steps[source])
         if found is None:
             return None
-        (out,) = self._trace.steps[source].results()
+        (out,) = self._trace.steps[source].results
         channels = out.shape[-1]
         every = torch.arange(channels, dtype=torch.int32)
         columns = self._follow(source, out, every, strict=False)
@@ -270,7 +273,7 @@ class Paths:
         if strict and id(out) in self._final:
             return None
         for step in self._trace.steps[source + 1 :]:
-            if not any(id(t) in labels for t in step.tensors()):
+            if not any(id(t) in labels for t in step.tensors):
                 continue
             name = self._reader(step)
             if name is not None:
@@ -286,7 +289,7 @@ class Paths:
                 if strict:
                     return None
                 continue
-            for tensor, label in zip(step.results(), made, strict=True):
+            for tensor, label in zip(step.results, made, strict=True):
                 if bool((label >= 0).any()):
                     if strict and id(tensor) in self._final:
                         return None
@@ -321,8 +324,8 @@ def _pass_on(step: Step, labels: Mapping[int, Tensor], strict: bool) -> list[Ten
 
     Unless `strict`, queries and keys may be labelled too: one linear layer often makes all three.
     """
-    results = step.results()
-    labelled = [t for t in step.tensors() if id(t) in labels]
+    results = step.results
+    labelled = [t for t in step.tensors if id(t) in labels]
     if not strict and step.func is F.scaled_dot_product_attention:
         labelled = [t for t in labelled if t is step.argument(2, "value")]
     if not results or any(r.numel() == 0 for r in results) or len(labelled) != 1:
@@ -355,7 +358,7 @@ def _moved(step: Step, source: Tensor, label: Tensor) -> list[Tensor] | None:
         made = [t for t in pytree.tree_leaves(step.func(*args, **kwargs)) if isinstance(t, Tensor)]
     except (RuntimeError, TypeError):  # an index on another device, a layout that the labels do not have
         return None
-    shapes = [t.shape for t in step.results()]
+    shapes = [t.shape for t in step.results]
     return made if [t.shape for t in made] == shapes else None
 
 

@@ -180,9 +180,9 @@ def input_quantizer(layer: Layer, quant: str, found: QParams | None, learned: bo
     if quant == "weight_only":
         return None
     samples = isinstance(layer, nn.Conv2d)
-    if found is None:
-        return FakeQuantInput(samples)
-    made = FakeQuantInput(samples, found.scale, found.zero_point, learned)
+    made = FakeQuantInput(samples)
+    if found is not None:
+        made = FakeQuantInput(samples, found.scale, found.zero_point, learned)
     return made.to(layer.weight.device)
 
 
