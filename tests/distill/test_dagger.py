@@ -239,6 +239,25 @@ def test_the_reservoir_keeps_every_row_with_the_same_probability() -> None:
     assert np.abs(counts - 2000 / 3).max() < 90
 
 
+def test_a_teacher_may_rule_actions_out() -> None:
+    class OnlyRight(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.tensor([[-float("inf"), 0.0]]).expand(len(x), 2)
+
+    student = net(1)
+    optimizer = torch.optim.Adam(student.parameters(), 0.05)
+    history = dagger(
+        *(OnlyRight().eval(), student, Walk(), PolicyKL(), optimizer),
+        rounds=2,
+        steps=60,
+        epochs=10,
+        batch_size=30,
+        progress=False,
+    )
+    assert history[-1]["loss"] < 0.1
+    assert evaluate_policy(student, Walk(), 5, seed=3) == evaluate_policy(OnlyRight(), Walk(), 5, seed=3)
+
+
 def test_bad_input_is_named() -> None:
     teacher, student = net(0).eval(), net(1)
     optimizer = torch.optim.SGD(student.parameters(), 0.1)

@@ -105,6 +105,28 @@ def test_halving_gives_the_time_to_the_promising() -> None:
     assert found.best.epochs == 9
 
 
+def test_a_scheduler_is_made_for_each_training() -> None:
+    teacher, student = models()
+    rates: list[float] = []
+
+    def decay(optimizer: torch.optim.Optimizer) -> Any:
+        rates.append(optimizer.param_groups[0]["lr"])
+        return torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+
+    search(
+        teacher,
+        student,
+        [torch.randn(4, 4)],
+        lambda m: 0.0,
+        adam,
+        epochs=2,
+        alphas=(0.0,),
+        scheduler=decay,
+        progress=False,
+    )
+    assert rates == [0.05] * 4
+
+
 def test_a_training_that_fails_loses_and_the_next_goes_on() -> None:
     teacher, student = models()
 
@@ -139,5 +161,7 @@ def test_bad_input_is_named() -> None:
         run(seeds=())
     with pytest.raises(ValueError, match="eta must be an int >= 2"):
         run(eta=1)
+    with pytest.raises(ValueError, match="callbacks must be left out"):
+        run(callbacks=[print])
     with pytest.raises(ValueError, match="teacher must be in eval mode"):
         run(teacher=nn.Linear(4, 3))

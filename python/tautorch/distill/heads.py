@@ -59,8 +59,8 @@ def light_head(
     Args:
         model: changed in place, in eval mode while the calibration runs; as it was if anything fails.
         name: of the head: any module from one tensor [..., K] to logits [..., N].
-        calibration: batches of the model's inputs, at least as many rows as the new head has inputs; with
-            several ranks, each its own share.
+        calibration: batches of the model's inputs, at least as many rows as the new head has inputs, K; with
+            several ranks, each its own share. What is gathered takes 8 K^2 bytes.
         rank: of the bottleneck, < min(inputs, N).
         channels: the number of channels of the features, whose positions come last.
 

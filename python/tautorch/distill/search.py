@@ -79,6 +79,7 @@ def search(
     method: Method = "grid",
     eta: int = 3,
     seeds: Sequence[int] = (0,),
+    scheduler: Callable[[Optimizer], Any] | None = None,
     progress: bool | Progress = True,
     **options: Any,
 ) -> SearchResult:
@@ -105,7 +106,8 @@ def search(
             is given the parameters too.
         eta: of "halving", >= 2.
         seeds: a training for each; the score is their mean.
-        options: more of `Distiller`'s.
+        scheduler: makes one from the optimizer; None for none.
+        options: more of `Distiller`'s, such as `clip_norm=`; callbacks cannot be shared by all trainings.
 
     A training whose loss is not finite scores minus infinity. Raises ValueError or TypeError for bad
     settings before anything runs, and RuntimeError if every training failed.
@@ -119,6 +121,8 @@ def search(
             raise ValueError(f"search: {name} must be a list of at least one, got {values!r}")
     if not callable(evaluate) or not callable(optimizer):
         raise TypeError("search: evaluate and optimizer must be callables")
+    if options.get("callbacks"):
+        raise ValueError("search: callbacks must be left out, they would be shared by all trainings")
     settings = [
         (positive("search", "temperatures", t), unit_interval("search", "alphas", alpha))
         for alpha in dict.fromkeys(alphas)
@@ -136,9 +140,10 @@ def search(
             for temperature, alpha in settings[:count]:
                 scores = []
                 for seed in seeds:
-                    student_loss = make(temperature, alpha)
+                    made = make(temperature, alpha)
                     score = _train(
-                        teacher, student, loader, evaluate, optimizer, student_loss, length, seed, options
+                        *(teacher, student, loader, evaluate, optimizer, scheduler, made, length, seed),
+                        options,
                     )
                     scores.append(score)
                     bar.advance(f"search T={temperature:g} alpha={alpha:g}", {"loss/score": score})
@@ -168,6 +173,7 @@ def _train(
     loader: Iterable[Any],
     evaluate: Callable[[nn.Module], float],
     optimizer: Callable[[list[nn.Parameter]], Optimizer],
+    scheduler: Callable[[Optimizer], Any] | None,
     loss: Loss,
     epochs: int,
     seed: int,
@@ -180,7 +186,8 @@ def _train(
         torch.manual_seed(seed)
         own = list(loss.parameters()) if isinstance(loss, nn.Module) else []
         stepper = optimizer([*copied.parameters(), *own])
-        Distiller(teacher, copied, loss, stepper, **{"progress": False, **options}).fit(loader, epochs)
+        made = {} if scheduler is None else {"scheduler": scheduler(stepper)}
+        Distiller(teacher, copied, loss, stepper, progress=False, **made, **options).fit(loader, epochs)
         with torch.no_grad():
             score = float(evaluate(copied.eval()))
         return score if not math.isnan(score) else -math.inf
