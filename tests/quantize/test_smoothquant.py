@@ -204,6 +204,10 @@ class Tricky(nn.Module):
             return y
         if self.kind == "square":
             y = y * y
+        if self.kind == "data":
+            y = y + y.data.exp()
+        if self.kind == "type":
+            return self.b(y) + y.type(torch.float64).exp()
         if self.kind == "gelu":
             y = F.gelu(y)
         if self.kind == "mixed":  # one column would need two scales
@@ -213,7 +217,8 @@ class Tricky(nn.Module):
 
 
 @pytest.mark.parametrize(
-    "kind", ["twice", "tied", "output", "in place", "sum", "condition", "square", "gelu", "mixed"]
+    "kind",
+    ["twice", "tied", "output", "in place", "sum", "condition", "square", "gelu", "mixed", "data", "type"],
 )
 def test_other_readers_refuse(kind: str) -> None:
     model = Tricky(kind)

@@ -1,6 +1,6 @@
 """Which channels of a tensor can be scaled where it is made, so that nothing but its readers' columns change.
 
-`record` runs a model once and writes down its torch calls. `Paths.absorber_of` then asks, for the input of a
+`record` runs a model once and writes down its torch calls. `Paths.absorber_of` asks, for the input of a
 linear layer, which norm or linear layer before it could divide its outputs by a vector while the layer
 multiplies its columns by it: it labels the outputs' elements by channel and follows the labels through every
 later call. A call passes labels on if scaling its input by channel scales its output by channel (reshapes,
@@ -10,25 +10,20 @@ element refuses.
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
-from functools import cached_property
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from tautorch import distributed
+from tautorch._batches import call_model
 from tautorch._layers import own_weight, readers_of
+from tautorch.quantize.record import Step, Trace, record
 
-# What a tensor is rather than what it holds.
-_METADATA = frozenset(
-    {"__get__", "size", "dim", "ndimension", "numel", "stride", "__len__", "is_floating_point", "is_complex"}
-    | {"is_contiguous", "element_size", "data_ptr", "storage_offset", "type", "get_device", "nelement"}
-)
 # Rearrangements: run on the labels as they ran on the values.
 _MOVES = frozenset(
     {"view", "reshape", "transpose", "permute", "contiguous", "flatten", "unflatten", "squeeze", "unsqueeze"}
@@ -36,111 +31,12 @@ _MOVES = frozenset(
     | {"repeat_interleave", "swapaxes", "swapdims", "movedim", "narrow", "select", "flip", "roll", "clone"}
     | {"index_select", "view_as", "reshape_as", "expand_as", "detach", "t", "adjoint", "moveaxis", "ravel"}
 )
-_MOVING_PROPERTIES = ("T", "mT")
 # Element by element, f(s x) = s f(x) for s > 0.
 _HOMOGENEOUS = frozenset({"relu", "relu_", "leaky_relu", "leaky_relu_", "abs", "neg", "__neg__", "identity"})
-_CASTS = frozenset({"to", "float", "half", "bfloat16", "double", "type_as", "cpu", "cuda"})
+_CASTS = frozenset({"to", "float", "half", "bfloat16", "double", "type", "type_as", "cpu", "cuda"})
 _PRODUCTS = frozenset({"mul", "multiply", "__mul__", "__rmul__"})
 _QUOTIENTS = frozenset({"div", "divide", "true_divide", "__truediv__"})
 _MATMULS = frozenset({"matmul", "bmm", "__matmul__"})
-
-
-@dataclass
-class Step:
-    """One torch call."""
-
-    func: Callable[..., Any]
-    name: str
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    out: Any
-
-    @cached_property
-    def tensors(self) -> list[Tensor]:
-        """The tensors among the arguments."""
-        return [t for t in pytree.tree_leaves((self.args, self.kwargs)) if isinstance(t, Tensor)]
-
-    @cached_property
-    def results(self) -> list[Tensor]:
-        """The tensors it returned."""
-        return [t for t in pytree.tree_leaves(self.out) if isinstance(t, Tensor)]
-
-    def argument(self, place: int, name: str) -> Any:
-        """An argument by place or name."""
-        return self.args[place] if len(self.args) > place else self.kwargs.get(name)
-
-
-class _Recorder(TorchFunctionMode):
-    def __init__(self) -> None:
-        super().__init__()
-        self.steps: list[Step] = []
-
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Iterable[type],
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        named = kwargs or {}
-        out = func(*args, **named)
-        name = getattr(func, "__name__", str(func))
-        if name == "__get__" and any(func == getattr(Tensor, p).__get__ for p in _MOVING_PROPERTIES):
-            name = "t"
-        if name not in _METADATA:
-            self.steps.append(Step(func, name, args, dict(named), out))
-        return out
-
-
-@dataclass
-class Trace:
-    """The calls of one run of a model, and what it returned; the tensors live as long as this."""
-
-    steps: list[Step]
-    output: Any
-    readers: dict[int, list[int]] = field(default_factory=lambda: defaultdict(list))
-    maker: dict[int, int] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        for index, step in enumerate(self.steps):
-            for tensor in step.tensors:
-                if not self.readers[id(tensor)] or self.readers[id(tensor)][-1] != index:
-                    self.readers[id(tensor)].append(index)
-            given = {id(t) for t in step.tensors}
-            for tensor in step.results:
-                if id(tensor) not in given:
-                    self.maker.setdefault(id(tensor), index)
-
-
-class Signature(TorchFunctionMode):
-    """While active, which calls are made and which parameters they read; `take()` tells, and begins anew."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._value = 0
-
-    def take(self) -> int:
-        """What the calls since the last `take()` hash to."""
-        value, self._value = self._value, 0
-        return value
-
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Iterable[type],
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        read = tuple(id(t) for t in (*args, *(kwargs or {}).values()) if isinstance(t, nn.Parameter))
-        self._value = hash((self._value, getattr(func, "__name__", ""), read))
-        return func(*args, **(kwargs or {}))
-
-
-def record(run: Callable[[], Any]) -> Trace:
-    """Write down the torch calls of `run()`."""
-    with _Recorder() as recorder:
-        output = run()
-    return Trace(recorder.steps, output)
 
 
 @dataclass
@@ -372,4 +268,45 @@ def _mixed(label: Tensor, shape: torch.Size) -> list[Tensor] | None:
     return [row.expand(shape)]
 
 
-__all__ = ["Absorber", "Paths", "Signature", "Step", "Trace", "record"]
+def agreed_absorbers(
+    op: str, model: nn.Module, targets: dict[str, nn.Linear], samples: list[Any]
+) -> tuple[list[Absorber], list[list[Tensor]]]:
+    """Absorbers in the order of the layers, each layer in one of them; and the outputs for the samples.
+
+    Where runs differ (a branch that depends on the data, on this rank or another), an absorber counts if each
+    of them finds the same one or reads none of its parameters.
+    """
+    found: list[list[Absorber]] = []
+    reads: list[set[str]] = []
+    outputs: list[list[Tensor]] = []
+    for batch in samples:
+        trace = record(lambda batch=batch: call_model(op, model, batch))  # type: ignore[misc]
+        outputs.append([t.clone() for t in pytree.tree_leaves(trace.output) if isinstance(t, Tensor)])
+        paths = Paths(model, trace, targets)
+        found.append(_disjoint(paths, targets))
+        reads.append(paths.read())
+        del trace, paths
+    mine = [({group.key() for group in groups}, read) for groups, read in zip(found, reads, strict=True)]
+    runs = [run for each in distributed.all_gather(mine) for run in each]
+    agreed: dict[tuple[Any, ...], Absorber] = {}
+    for group in (group for groups in found for group in groups):
+        if all(group.key() in keys or not group.touched & read for keys, read in runs):
+            agreed.setdefault(group.key(), group)
+    # A rank whose runs never came by a group does not have it: it is left out everywhere.
+    common = set.intersection(*(set(keys) for keys in distributed.all_gather(list(agreed))))
+    places = {name: place for place, name in enumerate(targets)}
+    kept = [group for key, group in agreed.items() if key in common]
+    return sorted(kept, key=lambda group: min(places[name] for name in group.columns)), outputs
+
+
+def _disjoint(paths: Paths, targets: Iterable[str]) -> list[Absorber]:
+    found: list[Absorber] = []
+    taken: set[str] = set()
+    for name in targets:
+        if name in taken:
+            continue
+        absorber = paths.absorber_of(name)
+        if absorber is not None and not taken & absorber.columns.keys():
+            found.append(absorber)
+            taken |= absorber.columns.keys()
+    return found

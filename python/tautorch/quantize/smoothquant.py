@@ -6,8 +6,7 @@ Xiao et al. 2022, "SmoothQuant", arXiv:2211.10438.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,8 +28,9 @@ from tautorch._batches import (
 )
 from tautorch._layers import replace_layers, select_layers
 from tautorch.nn.tail import grid_of
-from tautorch.quantize.equivariance import Absorber, Paths, Signature, record
+from tautorch.quantize.equivariance import Absorber, agreed_absorbers
 from tautorch.quantize.qparams import qparams_of_range, quantize_weight
+from tautorch.quantize.record import each_run
 
 # Input rows of each layer that the int8 error is measured on.
 _ROWS = 256
@@ -149,7 +149,7 @@ def smooth(
             found[name].add(x)
 
     kinds: dict[int, int] = {}  # what a run does: the first batch that does it
-    with _each_run(model) as runs:
+    with each_run(model) as runs:
         seen = observe_inputs("smooth", model, targets, held, see)
     for index, kind in enumerate(runs):
         kinds.setdefault(kind, index)
@@ -159,7 +159,7 @@ def smooth(
     samples = [to_device(held[index], model_device(model)) for index in kinds.values()]
     with training_modes_kept(model), torch.no_grad():
         model.eval()
-        groups, before = _groups(model, targets, samples)
+        groups, before = agreed_absorbers("smooth", model, targets, samples)
         work = _Work(model, targets, found, alphas, quant)
         try:
             for absorber in reversed(groups):  # rows first, columns after, of a layer that is both
@@ -188,70 +188,12 @@ def _checked_alphas(alpha: float | Sequence[float]) -> list[float]:
     return alphas
 
 
-@contextmanager
-def _each_run(model: nn.Module) -> Iterator[list[int]]:
-    """A list that grows by the signature of each run of the model."""
-    runs: list[int] = []
-    with Signature() as signature:
-        begin = model.register_forward_pre_hook(lambda *_: signature.take() and None)
-        end = model.register_forward_hook(lambda *_: runs.append(signature.take()))
-        try:
-            yield runs
-        finally:
-            begin.remove()
-            end.remove()
-
-
 def _merged(seen: _Seen | None, layer: nn.Linear) -> _Seen:
     """With the largest magnitudes of all ranks; the rows stay each rank's own."""
     if seen is None:
         seen = _Seen(torch.zeros(layer.in_features, device=layer.weight.device), [])
     seen.amax = distributed.all_reduce(seen.amax, "max")
     return seen
-
-
-def _groups(
-    model: nn.Module, targets: dict[str, nn.Linear], samples: list[Any]
-) -> tuple[list[Absorber], list[list[Tensor]]]:
-    """Absorbers in the order of the layers, each layer in one of them; and the outputs for the samples.
-
-    Where runs differ (a branch that depends on the data, on this rank or another), an absorber counts if each
-    of them finds the same one or reads none of its parameters.
-    """
-    found: list[list[Absorber]] = []
-    reads: list[set[str]] = []
-    outputs: list[list[Tensor]] = []
-    for batch in samples:
-        trace = record(lambda batch=batch: call_model("smooth", model, batch))  # type: ignore[misc]
-        outputs.append([t.clone() for t in pytree.tree_leaves(trace.output) if isinstance(t, Tensor)])
-        paths = Paths(model, trace, targets)
-        found.append(_disjoint(paths, targets))
-        reads.append(paths.read())
-        del trace, paths
-    mine = [({group.key() for group in groups}, read) for groups, read in zip(found, reads, strict=True)]
-    runs = [run for each in distributed.all_gather(mine) for run in each]
-    agreed: dict[tuple[Any, ...], Absorber] = {}
-    for group in (group for groups in found for group in groups):
-        if all(group.key() in keys or not group.touched & read for keys, read in runs):
-            agreed.setdefault(group.key(), group)
-    # A rank whose runs never came by a group does not have it: it is left out everywhere.
-    common = set.intersection(*(set(keys) for keys in distributed.all_gather(list(agreed))))
-    places = {name: place for place, name in enumerate(targets)}
-    kept = [group for key, group in agreed.items() if key in common]
-    return sorted(kept, key=lambda group: min(places[name] for name in group.columns)), outputs
-
-
-def _disjoint(paths: Paths, targets: Iterable[str]) -> list[Absorber]:
-    found: list[Absorber] = []
-    taken: set[str] = set()
-    for name in targets:
-        if name in taken:
-            continue
-        absorber = paths.absorber_of(name)
-        if absorber is not None and not taken & absorber.columns.keys():
-            found.append(absorber)
-            taken |= absorber.columns.keys()
-    return found
 
 
 class _Work:
