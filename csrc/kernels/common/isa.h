@@ -73,6 +73,8 @@ struct Isa {
 
     // out[k * ld + i] = rows[i][k] for i < w: bytes (w a multiple of 16) or 32-bit words (of 4).
     void (*transpose_u8)(const uint8_t *const *rows, int w, int64_t k, uint8_t *out, int64_t ld);
+    // out[k * w + i] = rows[i][k] ^ flip, w = 16 or 64.
+    void (*panel_u8)(const uint8_t *const *rows, int w, int64_t k, uint8_t flip, uint8_t *out);
     void (*transpose_32)(const uint32_t *const *rows, int w, int64_t k, uint32_t *out, int64_t ld);
 
     // Sparse, over a panel x[k][w] (w = 16 or 64). Group g covers `gs` (1 or 4) outputs that share the

@@ -27,9 +27,9 @@ inline __m256i madd(__m256i acc, __m256i x, __m256i w) {
 namespace tautorch {
 
 const Isa isa_avx2 = {
-    "avx2",    1,          ActKind::s16, 16,       8,        kKr,       mr_of,        dot_i8,
-    dot_f32,   rows_f32,   amax,         quantize, to_f32,   epilogue,  transpose_u8, transpose_32,
-    sparse_i8, sparse_f32, kPlainOrder,  peak_i8,  peak_f32, depthwise,
+    "avx2",       1,         ActKind::s16, 16,          8,       kKr,      mr_of,        dot_i8,
+    dot_f32,      rows_f32,  amax,         quantize,    to_f32,  epilogue, transpose_u8, panel_u8,
+    transpose_32, sparse_i8, sparse_f32,   kPlainOrder, peak_i8, peak_f32, depthwise,
 };
 
 } // namespace tautorch

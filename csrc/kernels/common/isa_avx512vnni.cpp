@@ -131,6 +131,7 @@ const Isa isa_avx512vnni = {
     to_f32,
     epilogue,
     transpose_u8,
+    panel_u8,
     transpose_32,
     sparse_i8_avx512vnni,
     sparse_f32,

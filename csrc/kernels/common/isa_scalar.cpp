@@ -64,6 +64,7 @@ const Isa isa_scalar = {
     to_f32,
     epilogue,
     transpose_u8,
+    panel_u8,
     transpose_32,
     sparse_i8_plain,
     sparse_f32,

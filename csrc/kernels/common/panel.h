@@ -7,13 +7,14 @@ namespace tautorch {
 namespace {
 
 // out[k * ld + w] = rows[w][k] for w in [0, 16), k in [0, n)
-inline void strip_u8(const uint8_t *const *rows, int64_t n, uint8_t *out, int64_t ld) {
+inline void strip_u8(const uint8_t *const *rows, int64_t n, uint8_t *out, int64_t ld, uint8_t flip) {
     int64_t k = 0;
 #if defined(__SSE2__)
+    const __m128i turn = _mm_set1_epi8(static_cast<char>(flip));
     for (; k + 16 <= n; k += 16) {
         __m128i a[16], b[16];
         for (int i = 0; i < 16; ++i)
-            a[i] = _mm_loadu_si128(reinterpret_cast<const __m128i *>(rows[i] + k));
+            a[i] = _mm_xor_si128(_mm_loadu_si128(reinterpret_cast<const __m128i *>(rows[i] + k)), turn);
         // Four rounds of a perfect shuffle of 16 rows with byte interleaving transpose 16 x 16 bytes.
         for (int round = 0; round < 2; ++round) {
             for (int i = 0; i < 8; ++i) {
@@ -31,13 +32,65 @@ inline void strip_u8(const uint8_t *const *rows, int64_t n, uint8_t *out, int64_
 #endif
     for (; k < n; ++k)
         for (int w = 0; w < 16; ++w)
-            out[k * ld + w] = rows[w][k];
+            out[k * ld + w] = static_cast<uint8_t>(rows[w][k] ^ flip);
 }
 
 void transpose_u8(const uint8_t *const *rows, int w, int64_t n, uint8_t *out, int64_t ld) {
     for (int i = 0; i < w; i += 16)
-        strip_u8(rows + i, n, out + i, ld);
+        strip_u8(rows + i, n, out + i, ld, 0);
 }
+
+#if TT_LANES != 16
+void panel_u8(const uint8_t *const *rows, int w, int64_t n, uint8_t flip, uint8_t *out) {
+    for (int i = 0; i < w; i += 16)
+        strip_u8(rows + i, n, out + i, w, flip);
+}
+#else
+// 64 rows: 16 inputs of rows i, i + 16, i + 32, i + 48 side by side in one register, then as strip_u8.
+inline void panel64_u8(const uint8_t *const *rows, int64_t n, uint8_t flip, uint8_t *out) {
+    const __m512i turn = _mm512_set1_epi8(static_cast<char>(flip));
+    int64_t k = 0;
+    for (; k + 16 <= n; k += 16) {
+        __m512i a[16], b[16];
+        const auto part = [&](int r) __attribute__((always_inline)) {
+            return _mm_loadu_si128(reinterpret_cast<const __m128i *>(rows[r] + k));
+        };
+        // Broadcasts under a mask: loads and no shuffles.
+#pragma GCC unroll 16
+        for (int i = 0; i < 16; ++i) {
+            __m512i v = _mm512_castsi128_si512(part(i));
+            v = _mm512_mask_broadcast_i32x4(v, 0x00f0, part(i + 16));
+            v = _mm512_mask_broadcast_i32x4(v, 0x0f00, part(i + 32));
+            v = _mm512_mask_broadcast_i32x4(v, 0xf000, part(i + 48));
+            a[i] = _mm512_xor_si512(v, turn);
+        }
+        for (int round = 0; round < 2; ++round) {
+#pragma GCC unroll 8
+            for (int i = 0; i < 8; ++i) {
+                b[2 * i] = _mm512_unpacklo_epi8(a[i], a[i + 8]);
+                b[2 * i + 1] = _mm512_unpackhi_epi8(a[i], a[i + 8]);
+            }
+#pragma GCC unroll 8
+            for (int i = 0; i < 8; ++i) {
+                a[2 * i] = _mm512_unpacklo_epi8(b[i], b[i + 8]);
+                a[2 * i + 1] = _mm512_unpackhi_epi8(b[i], b[i + 8]);
+            }
+        }
+#pragma GCC unroll 16
+        for (int i = 0; i < 16; ++i)
+            _mm512_storeu_si512(out + (k + i) * 64, a[i]);
+    }
+    for (; k < n; ++k)
+        for (int w = 0; w < 64; ++w)
+            out[k * 64 + w] = static_cast<uint8_t>(rows[w][k] ^ flip);
+}
+void panel_u8(const uint8_t *const *rows, int w, int64_t n, uint8_t flip, uint8_t *out) {
+    if (w == 64)
+        return panel64_u8(rows, n, flip, out);
+    for (int i = 0; i < w; i += 16)
+        strip_u8(rows + i, n, out + i, w, flip);
+}
+#endif
 
 #if defined(__SSE2__)
 // Four columns of N rows (4, or a whole register's) at a time. Rows r, r + 4, .. lie side by side in the

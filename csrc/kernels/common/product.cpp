@@ -34,7 +34,7 @@ void build_panel(const Isa &isa, const PackHeader &h, const Source &x, int64_t g
             const int at = w == kTileN ? isa.panel_order[r] : r;
             ordered[at] = static_cast<const uint8_t *>(pointers[t * kTileN + std::min(r, rows - 1)]) + k0;
         }
-        isa.transpose_u8(ordered, w, k1 - k0, static_cast<uint8_t *>(panel) + (t * h.k + k0) * w, w);
+        isa.panel_u8(ordered, w, k1 - k0, x.flip, static_cast<uint8_t *>(panel) + (t * h.k + k0) * w);
     }
 }
 

@@ -45,59 +45,67 @@ struct Rates {
     double slot1, window, far_window, slot1_few; // far: the rows' windows do not stay in L1
     double slot4, slot4_few, slot4_one;
     double quad1, quad1_16, quad4, quad4_16, list;
-    double sell_output, lists_output, input; // and per row again
+    double sell_output1, sell_output4, lists_output, input; // and per row again
     int64_t l1;
 };
 // Fitted to Zen 5 and to Zen 4; what else runs 512 bits whole is taken for the former.
-constexpr Rates kWholeRates = {0.72, 0.85, 0.85, 1.55, 2.4, 2.6, 4.5, 4.7,
-                               3.5,  8.6,  5.0,  15,   0.3, 0.4, 0.1, 48 * 1024};
-constexpr Rates kHalvesRates = {1.33, 0.5,  0.8, 2.2, 4.3, 4.5,  5.5,  8.0,
-                                6.2,  16.4, 9.0, 15,  0.6, 0.55, 0.15, 32 * 1024};
+constexpr Rates kWholeRates = {0.72, 0.85, 0.85, 1.55, 2.4, 2.6, 4.5, 4.7,      3.5,
+                               8.6,  5.0,  15,   0.3,  0.3, 0.4, 0.1, 48 * 1024};
+constexpr Rates kHalvesRates = {1.33, 0.5, 0.8, 2.2, 4.75, 4.5,  5.5, 8.0,      6.2,
+                                18,   9.0, 15,  0.6, 0.4,  0.65, 0.3, 32 * 1024};
 const Rates &rates_here() { return cpu_features().halves_512 ? kHalvesRates : kWholeRates; }
 
-constexpr int kSellTileRows = 24, kSellTileOutputs = 128; // of the accumulators between product and epilogue
+constexpr int kSellTileRows = 24, kSellTileOutputs = 128; // of sums that do not leave from registers
 
 #if defined(__x86_64__)
-// Outputs of tiles [t0, t1) (kSellTileOutputs each) of one convolution group, for rows m0 ...
+// Outputs of strips [s0, s1) of one convolution group, rows m0 ... Groups of 4 leave from registers, 64
+// outputs of a row at a time. Single outputs leave through a tile, as stores of 16 outputs to rows far apart
+// cost more than that (up to 18 % at 1024 rows); so do planes of outputs and activations with a series.
 void sell_block(const Isa &isa, const uint8_t *packed, int64_t group, const void *const *rows, int count,
-                int64_t t0, int64_t t1, const Output &out, int64_t m0, const float *scale) {
+                uint8_t flip, int64_t s0, int64_t s1, const Output &out, int64_t m0, const float *scale) {
     const PackHeader &h = header_of(packed);
-    const int64_t width = 16 * h.gs, strips = div_up(div_up(h.n, h.gs), 16);
-    const uint32_t *start = sell_start(packed) + group * strips;
-    const uint16_t *offset = sell_offsets(packed);
-    const uint8_t *data = packed + sell_data_off(h);
-    // Rows are dealt out evenly, in parts that share a pass of the epilogue.
-    const int most = h.gs == 4 ? kSellRows4 : kSellRows1;
-    const int parts = (count + most - 1) / most, per_tile = kSellTileRows / most;
+    const int64_t width = 16 * h.gs, size = size_of(out.epilogue.out_dtype);
+    const uint32_t *start = sell_start(packed) + group * div_up(div_up(h.n, h.gs), 16);
+    const bool direct = h.gs == 4 && direct_output(out);
     alignas(64) int32_t acc[kSellTileRows * kSellTileOutputs];
-    for (int64_t t = t0; t < t1; ++t) {
-        const int64_t n0 = t * kSellTileOutputs;
-        const int cols = static_cast<int>(std::min<int64_t>(kSellTileOutputs, h.n - n0));
-        const int64_t s0 = n0 / width, s1 = std::min(strips, s0 + kSellTileOutputs / width);
-        for (int p0 = 0; p0 < parts; p0 += per_tile) {
-            const int p1 = std::min(parts, p0 + per_tile);
-            const int r0 = count * p0 / parts, tile = count * p1 / parts - r0;
-            for (int64_t s = s0; s < s1; ++s)
-                for (int p = p0; p < p1; ++p) {
-                    const int r = count * p / parts - r0, mr = count * (p + 1) / parts - r0 - r;
-                    sell_i8_avx512vbmi(h.gs, rows + r0 + r, mr, offset + start[s],
-                                       int64_t{start[s + 1]} - start[s],
-                                       data + start[s] * sell_slot_bytes(h.gs),
-                                       acc + r * kSellTileOutputs + (s - s0) * width, kSellTileOutputs);
-                }
-            const float *row_scale = scale ? scale + r0 : nullptr;
-            if (out.along_m) {
-                for (int c = 0; c < cols; c += kTileN)
-                    store_tile(isa, out, acc + c, kSellTileOutputs, false, m0 + r0, tile,
-                               group * h.n + n0 + c, std::min(kTileN, cols - c), row_scale);
+    Epilogue plain;
+    plain.out_dtype = DType::i32;
+    SellI8 p = {};
+    p.epilogue = direct ? &out.epilogue : &plain;
+    p.row_bytes = direct ? out.row_stride * size : 4 * kSellTileOutputs;
+    p.flip = flip;
+    p.gs = h.gs;
+    const int parts = direct ? 1 : (count + kSellTileRows - 1) / kSellTileRows;
+    const int64_t together = direct ? 1 : kSellTileOutputs / width;
+    for (int64_t t = s0; t < s1; t += together)
+        for (int i = 0; i < parts; ++i) {
+            const int64_t n0 = t * width, end = std::min(s1, t + together), first = group * h.n + n0;
+            const int r0 = count * i / parts, r1 = count * (i + 1) / parts;
+            const int cols = static_cast<int>(std::min((end - t) * width, h.n - n0));
+            p.rows = rows + r0;
+            p.count = r1 - r0;
+            p.row_scale = scale ? scale + r0 : nullptr;
+            char *to = static_cast<char *>(out.data) + ((m0 + r0) * out.row_stride + first) * size;
+            for (int64_t s = t; s < end; ++s) {
+                p.n0 = group * h.n + s * width;
+                p.cols = static_cast<int>(std::min(width, h.n - s * width));
+                p.out = direct ? to : reinterpret_cast<char *>(acc + (s - t) * width);
+                p.offset = sell_offsets(packed) + start[s];
+                p.slots = int64_t{start[s + 1]} - start[s];
+                p.data = packed + sell_data_off(h) + start[s] * sell_slot_bytes(h.gs);
+                sell_i8_avx512vbmi(p);
+            }
+            if (direct)
+                continue;
+            if (!out.along_m) {
+                isa.epilogue(out.epilogue, acc, kSellTileOutputs, p.count, cols, false, first, p.row_scale,
+                             to, out.row_stride);
                 continue;
             }
-            isa.epilogue(out.epilogue, acc, kSellTileOutputs, tile, cols, false, group * h.n + n0, row_scale,
-                         static_cast<char *>(out.data) + ((m0 + r0) * out.row_stride + group * h.n + n0) *
-                                                             size_of(out.epilogue.out_dtype),
-                         out.row_stride);
+            for (int c = 0; c < cols; c += kTileN)
+                store_tile(isa, out, acc + c, kSellTileOutputs, false, m0 + r0, p.count, first + c,
+                           std::min(kTileN, cols - c), p.row_scale);
         }
-    }
 }
 #endif
 
@@ -203,7 +211,7 @@ double sell_cost(const PackHeader &h, int64_t m) {
     const double single = m < 5 ? rates.slot1_few * slots : rates.slot1 * slots + window * windows;
     const double four = (m == 1 ? rates.slot4_one : m < 5 ? rates.slot4_few : rates.slot4) * slots;
     return static_cast<double>(m) * (h.gs == 4 ? four : single) +
-           rates.sell_output * static_cast<double>(m * h.n * h.groups);
+           (h.gs == 4 ? rates.sell_output4 : rates.sell_output1) * static_cast<double>(m * h.n * h.groups);
 }
 
 double lists_cost(const PackHeader &h, int64_t m) {
@@ -229,13 +237,12 @@ bool sell_preferred(const PackHeader &h, int64_t m) {
 void sell_product(const Isa &isa, const uint8_t *packed, const Source &x, const Output &out) {
 #if defined(__x86_64__)
     const PackHeader &h = header_of(packed);
-    const int64_t tiles = div_up(h.n, kSellTileOutputs), width = 16 * h.gs;
-    const int64_t strips = div_up(div_up(h.n, h.gs), 16), per_tile = kSellTileOutputs / width;
+    const int64_t strips = div_up(div_up(h.n, h.gs), 16);
     // Few rows: threads take outputs, each then reads its part of the weights once. Many: rows, 8 % faster at
     // 128 rows of 1024 inputs, 6 % at 64 of 4096.
     const bool small = sell_cost(h, x.m) < 20'000 && h.total < 384 * 1024;
     const int64_t threads = small ? 1 : max_threads();
-    const int64_t tn = x.m >= 48 ? 1 : std::min(threads, tiles);
+    const int64_t tn = x.m >= 48 ? 1 : std::min(threads, strips);
     const int64_t tm = std::max<int64_t>(1, std::min(threads / tn, x.m / 6));
     parallel_tasks(tm * tn, [&](int64_t task) {
         const int64_t i = task / tn, j = task % tn;
@@ -246,20 +253,18 @@ void sell_product(const Isa &isa, const uint8_t *packed, const Source &x, const 
             const int rows = static_cast<int>(std::min<int64_t>(kBlockRows, end - m0));
             const float *scale = x.row_scales(m0, rows, scales) ? scales : nullptr;
             for (int64_t g = 0; g < h.groups; ++g) {
-                // Tiles whose slots start at or after part j of the group's.
+                // The first strip whose slots start at or after part `part` of the group's.
                 const uint32_t *start = sell_start(packed) + g * strips;
                 const auto cut = [&](int64_t part) {
-                    if (part == 0 || part == tn)
-                        return part == 0 ? int64_t{0} : tiles;
-                    const double target = start[0] + (double{1} * start[strips] - start[0]) *
-                                                         static_cast<double>(part) / static_cast<double>(tn);
-                    int64_t t = 0;
-                    while (t < tiles && start[t * per_tile] < target)
-                        ++t;
-                    return t;
+                    if (part == tn)
+                        return strips;
+                    const auto target = static_cast<uint32_t>(start[0] + uint64_t{start[strips] - start[0]} *
+                                                                             static_cast<uint64_t>(part) /
+                                                                             static_cast<uint64_t>(tn));
+                    return std::lower_bound(start, start + strips, target) - start;
                 };
                 x.fill(g, m0, rows, pointers, kBlockRows);
-                sell_block(isa, packed, g, pointers, rows, cut(j), cut(j + 1), out, m0, scale);
+                sell_block(isa, packed, g, pointers, rows, x.flip, cut(j), cut(j + 1), out, m0, scale);
             }
         }
     });

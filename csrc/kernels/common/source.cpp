@@ -113,12 +113,23 @@ void turn(const Isa &isa, OperandKind kind, const char *in, int64_t channels, in
 } // namespace
 
 void Source::fill(int64_t g, int64_t m0, int rows, const void **pointers, int64_t ld) const {
-    const int64_t shift = g * group_stride;
-    if (!image) {
+    if (image)
+        fill_image(g, m0, rows, pointers, ld);
+    else
         for (int r = 0; r < rows; ++r)
-            pointers[r] = data + (m0 + r) * row_stride + shift;
+            pointers[r] = data + (m0 + r) * row_stride + g * group_stride;
+    if (!last_rows || m0 + rows <= moved_from)
         return;
-    }
+    for (int64_t t = 0; t < taps; ++t)
+        for (int r = 0; r < rows; ++r) {
+            const char *p = static_cast<const char *>(pointers[t * ld + r]);
+            if (p >= last_rows && p < end)
+                pointers[t * ld + r] = p + moved;
+        }
+}
+
+void Source::fill_image(int64_t g, int64_t m0, int rows, const void **pointers, int64_t ld) const {
+    const int64_t shift = g * group_stride;
     const Geometry &o = geometry;
     const int64_t right = o.dw * row_stride, below = o.dh * o.width * row_stride; // from a tap to the next
     int64_t b = m0 / out_pixels, oy = m0 % out_pixels / out_width, ox = m0 % out_pixels % out_width;
@@ -152,8 +163,12 @@ void Source::fill(int64_t g, int64_t m0, int rows, const void **pointers, int64_
 bool Source::row_scales(int64_t m0, int rows, float *scale) const {
     if (!scales)
         return false;
-    for (int r = 0; r < rows; ++r)
-        scale[r] = scales[(m0 + r) / rows_per_scale];
+    // By runs: a division for each row takes longer than a narrow row's products.
+    for (int64_t i = m0 / rows_per_scale, r = 0; r < rows; ++i) {
+        const int64_t next = std::min<int64_t>(rows, (i + 1) * rows_per_scale - m0);
+        std::fill(scale + r, scale + next, scales[i]);
+        r = next;
+    }
     return true;
 }
 
@@ -312,6 +327,41 @@ Source image_source(const Isa &isa, const ActQuant &q, OperandKind kind, const v
             convert(isa, kind, q.dtype, blank, nullptr, pixels * s.row_stride / size,
                     image + b * pixels * s.row_stride);
         }
+    return s;
+}
+
+Source image_in_place(const ActQuant &q, const void *x, const Geometry &g, int64_t groups) {
+    Source s;
+    s.geometry = g;
+    s.out_width = g.out_width();
+    s.out_pixels = g.out_pixels();
+    s.m = g.batch * s.out_pixels;
+    s.taps = g.kh * g.kw;
+    s.group_stride = g.channels / groups;
+    s.row_stride = g.channels;
+    s.flip = 0x80;
+    // Pixels that follow each other as they are: rows of a matrix.
+    s.image = s.taps > 1 || g.sh > 1 || g.sw > 1 || g.ph > 0 || g.pw > 0;
+    s.data = static_cast<const char *>(x);
+    constexpr int64_t kBeyond = 64; // bytes that are read past a row
+    const int64_t pixels = g.batch * g.height * g.width;
+    const int64_t last = std::min(pixels, div_up(kBeyond, g.channels));
+    char *copy = static_cast<char *>(
+        scratch(Scratch::image, static_cast<size_t>((last + 1) * g.channels + 2 * kBeyond)));
+    s.end = s.data + pixels * g.channels;
+    s.last_rows = s.end - last * g.channels;
+    s.moved = copy - s.last_rows;
+    const int64_t sample = g.height * g.width;
+    s.moved_from = s.image ? (pixels - last) / sample * s.out_pixels : pixels - last;
+    std::memcpy(copy, s.last_rows, static_cast<size_t>(last * g.channels));
+    char *padding = copy + last * g.channels + kBeyond;
+    s.padding = padding;
+    std::memset(padding, q.zero_point, static_cast<size_t>(g.channels + kBeyond));
+    float *scales = static_cast<float *>(scratch(Scratch::scales, static_cast<size_t>(4 * g.batch)));
+    for (int64_t b = 0; b < g.batch; ++b)
+        scales[b] = q.given_scale[q.given_scales == 1 ? 0 : b];
+    s.scales = scales;
+    s.rows_per_scale = s.out_pixels;
     return s;
 }
 

@@ -39,6 +39,12 @@ struct Source {
     const float *scales = nullptr; // per row, or per sample; null for float operands
     int64_t rows_per_scale = 1;
     const char *padding = nullptr; // what lies outside the image, row_stride bytes
+    // int8 as it is: whoever reads it turns each byte's top bit (0x80), or leaves it (0).
+    uint8_t flip = 0;
+    // Rows of memory that is not ours are read up to 64 bytes past their end: those that end so near to the
+    // memory's own are `moved` bytes further on, where they were copied. No row before `moved_from` is there.
+    const char *last_rows = nullptr, *end = nullptr;
+    int64_t moved = 0, moved_from = 0;
     bool image = false;
     Geometry geometry;
     int64_t out_width = 0, out_pixels = 0;
@@ -47,6 +53,9 @@ struct Source {
     void fill(int64_t g, int64_t m0, int rows, const void **pointers, int64_t ld) const;
     // scale[r] for the same rows; false if there are none.
     bool row_scales(int64_t m0, int rows, float *scale) const;
+
+  private:
+    void fill_image(int64_t g, int64_t m0, int rows, const void **pointers, int64_t ld) const;
 };
 
 // Rows of a matrix, quantised (or converted) into thread-local scratch of the calling thread; float rows
@@ -63,6 +72,9 @@ Source block_source(const Isa &isa, const ActQuant &q, OperandKind kind, const v
 // of `groups` groups together and padded to kr.
 Source image_source(const Isa &isa, const ActQuant &q, OperandKind kind, const void *x, bool channels_last,
                     const Geometry &geometry, int64_t groups, int64_t kr);
+
+// An int8 image in channels last (q: given) where it is: a Source with flip, of OperandKind::u8 and kr = 1.
+Source image_in_place(const ActQuant &q, const void *x, const Geometry &geometry, int64_t groups);
 
 // The output of a convolution: NCHW planes or channels-last rows.
 Output image_output(const Epilogue &e, void *data, bool channels_last, const Geometry &g, int64_t outputs);

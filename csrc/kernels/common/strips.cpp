@@ -20,13 +20,20 @@ struct Tiles {
     int size(int t) const { return begin(t + 1) - begin(t); }
 };
 
-// [inputs / 16][rows][16] of some rows.
-void interleave(const void *const *rows, int count, int64_t inputs, uint8_t *out) {
+// [inputs / 16][rows][16] of some rows, their bytes turned by `flip`.
+void interleave(const void *const *rows, int count, int64_t inputs, uint8_t flip, uint8_t *out) {
+    const uint64_t turn = flip * uint64_t{0x0101010101010101};
     for (int r = 0; r < count; ++r) {
         const uint8_t *from = static_cast<const uint8_t *>(rows[r]);
         uint8_t *to = out + r * kCellInputs;
-        for (int64_t i = 0; i < inputs; i += kCellInputs, to += count * kCellInputs)
-            std::memcpy(to, from + i, kCellInputs);
+        for (int64_t i = 0; i < inputs; i += kCellInputs, to += count * kCellInputs) {
+            uint64_t bytes[2];
+            static_assert(sizeof bytes == kCellInputs);
+            std::memcpy(bytes, from + i, sizeof bytes);
+            bytes[0] ^= turn;
+            bytes[1] ^= turn;
+            std::memcpy(to, bytes, sizeof bytes);
+        }
     }
 }
 
@@ -133,11 +140,11 @@ void run(const Isa &isa, const uint8_t *packed, int64_t m, Split split, const Op
                 in.x.fill(g, m0 - in.first, rows, pointers, kBlockRows);
                 const uint8_t *panel =
                     static_cast<const uint8_t *>(pointers[0]); // one row is as it should be
-                if (rows > 1) {
+                if (rows > 1 || in.x.flip) {
                     uint8_t *to =
                         static_cast<uint8_t *>(scratch(Scratch::inner, static_cast<size_t>(rows * inputs)));
                     for (int t = 0; t < tiles.parts; ++t)
-                        interleave(pointers + tiles.begin(t), tiles.size(t), inputs,
+                        interleave(pointers + tiles.begin(t), tiles.size(t), inputs, in.x.flip,
                                    to + tiles.begin(t) * inputs);
                     panel = to;
                 }

@@ -9,11 +9,13 @@ void sparse_conv2d(const ConvArgs &a) {
     if (a.geometry.batch == 0 || a.outputs == 0)
         return;
     const Epilogue e = with_correction(a.epilogue, a.packed, operand_of(a.packed), a.quant);
-    const PackKind kind = header_of(a.packed).kind;
-    if (kind != PackKind::sparse_i8 && kind != PackKind::sparse_f32)
-        conv_product(a, e);
-    else
-        product(a.packed, source_of(a), image_output(e, a.out, a.out_channels_last, a.geometry, a.outputs));
+    const PackHeader &h = header_of(a.packed);
+    if (h.kind != PackKind::sparse_i8 && h.kind != PackKind::sparse_f32)
+        return conv_product(a, e);
+    const bool in_place =
+        h.kind == PackKind::sparse_i8 && h.k > 0 && a.quant.mode == ActQuant::given && a.channels_last;
+    product(a.packed, in_place ? image_in_place(a.quant, a.x, a.geometry, h.groups) : source_of(a),
+            image_output(e, a.out, a.out_channels_last, a.geometry, a.outputs));
 }
 
 } // namespace tautorch
