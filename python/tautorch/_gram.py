@@ -60,6 +60,12 @@ def _conv_gram(x: Tensor, conv: nn.Conv2d) -> Tensor:
     return total
 
 
+def check_dampening(op: str, dampening: object) -> None:
+    """ValueError unless it is a positive number."""
+    if isinstance(dampening, bool) or not isinstance(dampening, (int, float)) or not 0 < dampening < 1e6:
+        raise ValueError(f"{op}: dampening must be a positive number (0.01 as a rule), got {dampening!r}")
+
+
 def inverse_factor(op: str, name: str, gram: Tensor, dampening: float = 0.01) -> tuple[Tensor, Tensor]:
     """(U, dead): upper triangular U with (X X^T + d I)^-1 = U^T U, and the inputs that never moved.
 
@@ -76,8 +82,7 @@ def inverse_factor(op: str, name: str, gram: Tensor, dampening: float = 0.01) ->
     those of the identity: they move nothing and nothing moves them, and their weights may be set to zero.
     Raises ValueError for a dampening out of range and where the Gram is not positive definite with it.
     """
-    if isinstance(dampening, bool) or not isinstance(dampening, (int, float)) or not 0 < dampening < 1e6:
-        raise ValueError(f"{op}: dampening must be a positive number (0.01 as a rule), got {dampening!r}")
+    check_dampening(op, dampening)
     diagonal = gram.diagonal(dim1=-2, dim2=-1)
     dead = diagonal <= 0
     damped = gram.clone()

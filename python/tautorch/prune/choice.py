@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from tautorch import distributed
-from tautorch._batches import Batches
-from tautorch._gram import input_grams, inverse_factor
+from tautorch._batches import Batches, check_batches
+from tautorch._gram import check_dampening, input_grams, inverse_factor
 from tautorch._layers import Layer, layer_groups, select_layers
 from tautorch.nn.tail import grid_of
 from tautorch.prune.importance import Importance, LossOf, check_importance, importance_scores
@@ -26,6 +26,7 @@ from tautorch.prune.patterns import (
     make_mask,
     parse_pattern,
 )
+from tautorch.prune.refit import refit
 from tautorch.prune.sparsegpt import first_costs, sparsegpt
 
 
@@ -43,6 +44,7 @@ class Rule:
     dampening: float = 0.01
     loss: LossOf | None = None
     normalize: Normalize = "none"
+    refit: int = 0
 
     def form(self) -> Pattern:
         """The parsed pattern."""
@@ -73,22 +75,74 @@ def choose(rule: Rule, model: nn.Module) -> Choice:
     check_share(op, form, share)
     check_normalize(op, rule.normalize, ranking)
     check_importance(op, rule.importance, rule.calibration, rule.loss)
+    if isinstance(rule.refit, bool) or not isinstance(rule.refit, int) or rule.refit < 0:
+        raise ValueError(f"{op}: refit must be a number of steps >= 0 (20 as a rule), got {rule.refit!r}")
+    if rule.refit and rule.calibration is None:
+        raise ValueError(f"{op}: calibration must hold batches for refit={rule.refit}, got None")
     targets = select_layers(op, model, rule.layers)
     for name, layer in targets.items():
         if not bool(torch.isfinite(distributed.full_tensor(layer.weight)).all()):
             raise ValueError(f"{op}: the weight of layer {name!r} must be finite, got NaN or Inf")
+    if rule.refit or rule.importance == "sparsegpt":
+        _check_off_grid(op, targets, "refit" if rule.refit else "sparsegpt")
     if rule.importance == "sparsegpt":
         return _compensated(rule, model, targets, share, ranking)
+    if rule.refit and rule.calibration is not None:
+        # Run twice: for the scores and for the fit.
+        check_batches(op, rule.calibration)
+        rule = replace(rule, calibration=list(rule.calibration))
     scores = importance_scores(
         op, model, targets, rule.importance, rule.calibration, rule.layers is not None, rule.loss
     )
     groups = {name: layer_groups(targets[name]) for name in scores}
     if ranking == "global":
-        return Choice(make_global_masks(scores, rule.pattern, share, groups, rule.normalize), {})
-    masks = {
-        name: make_mask(score, rule.pattern, share, groups[name], ranking) for name, score in scores.items()
-    }
-    return Choice(masks, {})
+        masks = make_global_masks(scores, rule.pattern, share, groups, rule.normalize)
+    else:
+        masks = {
+            name: make_mask(score, rule.pattern, share, groups[name], ranking)
+            for name, score in scores.items()
+        }
+    return (
+        _refitted(rule, model, {name: targets[name] for name in masks}, masks)
+        if rule.refit
+        else Choice(masks, {})
+    )
+
+
+def _check_off_grid(op: str, targets: Mapping[str, Layer], what: str) -> None:
+    for name, layer in targets.items():
+        if grid_of(layer) is not None:
+            raise ValueError(
+                f"{op}: layer {name!r} must not be quantised yet, {what} moves weights off their grid; "
+                "prune first (quantize.gptq and prepare_qat keep the zeros)"
+            )
+
+
+def _refitted(rule: Rule, model: nn.Module, targets: Mapping[str, Layer], masks: dict[str, Tensor]) -> Choice:
+    """The masks with weights fitted to them; a layer that calibration does not run keeps its own."""
+    if rule.calibration is None:
+        raise ValueError(f"{rule.op}: calibration must hold batches for refit={rule.refit}, got None")
+    check_dampening(rule.op, rule.dampening)
+    grams = input_grams(rule.op, model, targets, rule.calibration, named=rule.layers is not None)
+    weights: dict[str, Tensor] = {}
+    for name, gram in grams.items():
+        matrix = _matrix(targets[name])
+        mask = masks[name].to(matrix.device).reshape(matrix.shape)
+        start = matrix.masked_fill(~mask, 0.0)
+        fitted = refit(start, matrix, gram.to(matrix.device), mask, rule.dampening, rule.refit)
+        weights[name] = _in_place_of(rule.op, name, targets[name], fitted)
+    return Choice(masks, weights)
+
+
+def _in_place_of(op: str, name: str, layer: Layer, matrix: Tensor) -> Tensor:
+    """In the weight's shape and dtype; ValueError where it does not fit that."""
+    weight = matrix.reshape(layer.weight.shape).to(layer.weight.dtype)
+    if not bool(torch.isfinite(weight).all()):
+        raise ValueError(
+            f"{op}: the compensated weight of layer {name!r} must be finite, got NaN or Inf in "
+            f"{weight.dtype}; raise dampening"
+        )
+    return weight
 
 
 def _compensated(
@@ -97,12 +151,6 @@ def _compensated(
     op, form = rule.op, rule.form()
     if rule.calibration is None:
         raise ValueError(f'{op}: calibration must hold batches for importance "sparsegpt", got None')
-    for name, layer in targets.items():
-        if grid_of(layer) is not None:
-            raise ValueError(
-                f"{op}: layer {name!r} must not be quantised yet, sparsegpt moves weights off their grid; "
-                "prune first (quantize.gptq and prepare_qat keep the zeros)"
-            )
     grams = input_grams(op, model, targets, rule.calibration, named=rule.layers is not None)
     factors = {
         name: inverse_factor(op, name, gram.to(targets[name].weight.device), rule.dampening)
@@ -119,14 +167,10 @@ def _compensated(
     for name, matrix in matrices.items():
         given = fixed[name].reshape(matrix.shape) if name in fixed else None
         new, mask = sparsegpt(op, matrix, *factors[name], form, share, ranking == "row", given)
-        like = targets[name].weight
-        weights[name] = new.reshape(like.shape).to(like.dtype)
-        masks[name] = mask.reshape(like.shape)
-        if not bool(torch.isfinite(weights[name]).all()):
-            raise ValueError(
-                f"{op}: the compensated weight of layer {name!r} must be finite, got NaN or Inf in "
-                f"{like.dtype}; raise dampening"
-            )
+        if rule.refit:
+            new = refit(new, matrix, grams[name].to(matrix.device), mask, rule.dampening, rule.refit)
+        weights[name] = _in_place_of(op, name, targets[name], new)
+        masks[name] = mask.reshape(targets[name].weight.shape)
     return Choice(masks, weights)
 
 

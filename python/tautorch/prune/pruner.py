@@ -30,6 +30,7 @@ def compute_masks(
     dampening: float = 0.01,
     loss: LossOf | None = None,
     normalize: Normalize = "none",
+    refit: int = 0,
 ) -> dict[str, Tensor]:
     """The masks that `prune` would apply, by layer name; the model is left as it is. Arguments as there."""
     rule = Rule(
@@ -58,6 +59,7 @@ def prune(
     dampening: float = 0.01,
     loss: LossOf | None = None,
     normalize: Normalize = "none",
+    refit: int = 0,
 ) -> nn.Module:
     """Set the least important weights of a model's Linear and Conv2d layers to zero, in place.
 
@@ -78,12 +80,25 @@ def prune(
         normalize: how scores are made comparable for ranking="global": "none", "mean" or "lamp"; see
             `make_global_masks`. For magnitudes "lamp" or "mean"; gradients and "sparsegpt" are in units of a
             loss already.
-        dampening: of "sparsegpt": added to the diagonal of X X^T, as a share of its mean.
+        refit: steps of fitting the kept weights again to the dense layer's outputs on `calibration`, with any
+            importance, 0 for none; see `tautorch.prune.refit`. 20 is a good number; each costs a product of
+            the weight with X X^T.
+        dampening: of "sparsegpt" and `refit`: added to the diagonal of X X^T, as a share of its mean.
 
     Zeros alone do not last through training: see `hold_masks` and `Schedule`.
     """
     rule = Rule(
-        "prune", importance, pattern, sparsity, layers, calibration, ranking, dampening, loss, normalize
+        "prune",
+        importance,
+        pattern,
+        sparsity,
+        layers,
+        calibration,
+        ranking,
+        dampening,
+        loss,
+        normalize,
+        refit,
     )
     apply_choice(model, choose(rule, model))
     return model

@@ -53,8 +53,8 @@ class Schedule:
             into training, their late form (Frankle et al. 2020, arXiv:1912.05671). Costs a copy of the model.
         optimizer: loses its momenta at each rewind (under a Distiller its own does); learning rates are the
             scheduler's business.
-        pattern, importance, layers, calibration, ranking, dampening, loss, normalize: as in `prune`;
-            `calibration` must be re-iterable.
+        pattern, importance, layers, calibration, ranking, dampening, loss, normalize, refit: as in
+            `prune`; `calibration` must be re-iterable.
 
     Raises ValueError/TypeError for arguments out of range, before anything changes.
     """
@@ -82,6 +82,7 @@ class Schedule:
         dampening: float = 0.01,
         loss: LossOf | None = None,
         normalize: Normalize = "none",
+        refit: int = 0,
     ) -> None:
         if kind not in get_args(Kind):
             raise ValueError(f"Schedule: kind must be one of {', '.join(get_args(Kind))}, got {kind!r}")
@@ -113,6 +114,7 @@ class Schedule:
             "dampening": dampening,
             "loss": loss,
             "normalize": normalize,
+            "refit": refit,
         }
         self._handle = MaskHandle(model, {})
         self._rewind, self._optimizer = rewind, optimizer
