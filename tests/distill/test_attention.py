@@ -275,7 +275,7 @@ def test_bad_input_is_named() -> None:
     for wrong in ({}, "a", ["a"], [("a", 1)], None):
         with pytest.raises(ValueError, match=r"layers must be pairs \(student's name, teacher's name\)"):
             AttentionTransfer(wrong)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="teacher_layer must name a module, got 'b'; it has a"):
+    with pytest.raises(ValueError, match="the teacher's layer must be one of its modules, got 'b'; it has a"):
         run(AttentionTransfer({"a": "b"}), Sdpa(), Sdpa(), x, x)
     with pytest.raises(ValueError, match=r"one attention in its forward pass, got 0"):
         run(AttentionTransfer(pair), Sdpa(), nn.Linear(8, 8), x, x)

@@ -72,7 +72,9 @@ def test_bad_input_is_named() -> None:
     with pytest.raises(ValueError, match="weight must be a finite number > 0"):
         FeatureHint("0", "0", weight=0.0)
     with (
-        pytest.raises(ValueError, match="teacher_layer must name a module, got 'deep'; it has 0, 1, 2"),
+        pytest.raises(
+            ValueError, match="the teacher's layer must be one of its modules, got 'deep'; it has 0, 1, 2"
+        ),
         FeatureHint("0", "deep").attached(teacher, student),
     ):
         pass

@@ -25,8 +25,8 @@ class AttentionTransfer(nn.Module):
     The attention weights of transformers, as `softmax(Q K^T / sqrt(d) + mask)` before dropout. They are
     recomputed in Python where a fused kernel hides them (`F.scaled_dot_product_attention` with any mask,
     causal, scale or grouped queries; `nn.MultiheadAttention` on any path), differentiably for the student.
-    Jiao et al. 2020, "TinyBERT", arXiv:1909.10351 (squared differences of the maps); Wang et al. 2020,
-    "MiniLM", arXiv:2002.10957 (KL).
+    Jiao et al. 2020, "TinyBERT", arXiv:1909.10351 (squared differences, there of the scores before the
+    softmax); Wang et al. 2020, "MiniLM", arXiv:2002.10957 (KL).
 
     Args:
         layers: (student's, teacher's) qualified names of the modules around one attention each, as a dict or

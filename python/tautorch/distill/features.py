@@ -48,7 +48,7 @@ def find_layer(op: str, role: str, model: nn.Module | None, name: str) -> nn.Mod
     modules: dict[str, nn.Module] = dict(model.named_modules())
     if name not in modules or not name:
         shown = ", ".join([key for key in modules if key][:12])
-        raise ValueError(f"{op}: {role}_layer must name a module, got {name!r}; it has {shown}")
+        raise ValueError(f"{op}: the {role}'s layer must be one of its modules, got {name!r}; it has {shown}")
     return modules[name]
 
 
