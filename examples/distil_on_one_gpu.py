@@ -1,4 +1,4 @@
-"""Distil and prune on one GPU, or on the CPU where there is none: checkpoints, mixed precision, early stopping.
+"""Distil and prune on one GPU, or on the CPU: mixed precision, checkpoints, early stopping.
 
     python examples/distil_on_one_gpu.py [FOLDER]
 

@@ -184,6 +184,19 @@ def test_nan_leaves_the_student_as_it_was_before_that_step(
     assert run.student.training, "as it was before fit"
 
 
+def test_outputs_that_do_not_match_leave_the_student_as_it_was() -> None:
+    student = Poisoned()
+    teacher = nn.Linear(6, 5).eval()
+    before = state_of(student)
+    run = Distiller(
+        teacher, student, SoftTarget(), torch.optim.SGD(student.parameters(), 0.1), progress=False
+    )
+    with pytest.raises(ValueError, match=r"logits of one shape, got \[4, 3\] and \[4, 5\]"):
+        run.fit(batches(2), 1)
+    assert equal(before, state_of(student)), "running statistics too"
+    assert all(p.grad is None for p in student.parameters())
+
+
 @pytest.mark.parametrize(
     ("scores", "patience", "min_delta", "epochs"),
     [
