@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     claims = [claim for claim in made if options.claim in f"{claim.task} {claim.title}"]
     jobs = [job for claim in claims for by_name in claim.jobs.values() for job in by_name.values()]
     outcome = run_all(
-        jobs, options.cache, workers=options.workers, fresh=options.fresh,
+        jobs, options.cache, workers=options.workers, fresh=options.fresh, cached=options.cached,
         say=lambda line: console.print(line, style="dim", markup=False, highlight=False),
     )  # fmt: skip
     rows = [judge(claim, outcome, judged=not options.quick) for claim in claims]
@@ -61,6 +61,11 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--seeds", nargs="+", type=int, default=[0, 1, 2])
     add("--quick", action="store_true", help="a few steps of everything, one seed, nothing judged")
     add("--fresh", action="store_true", help="compute everything anew")
+    add(
+        "--cached",
+        action="store_true",
+        help="compute nothing: report what is there; rows that lack a seed stay open",
+    )
     add("--workers", type=int, default=2, help="processes of one thread each")
     add("--cache", type=Path, default=ROOT / "build" / "methods")
     add("--out", type=Path, help=f"the JSON; by default {RESULTS.relative_to(ROOT)} for a whole run")

@@ -60,6 +60,7 @@ class Row:
     settings: dict[str, dict[str, Any]] = field(default_factory=dict)
     note: str = ""
     failed: str = ""
+    judged: bool = True
 
     @property
     def mean(self) -> float:
@@ -74,7 +75,7 @@ class Row:
     @property
     def met(self) -> bool | None:
         """None where nothing was judged."""
-        if not self.values or self.failed:
+        if not self.values or self.failed or not self.judged:
             return None
         mean, bound = self.mean, self.bound
         # Equal counts of images must not fail by a rounding of their quotients.
@@ -107,8 +108,7 @@ class Row:
 
 
 def judge(claim: Claim, outcome: Outcome, *, judged: bool = True) -> Row:
-    """The row of a claim; `judged` False leaves the figures out, which a few steps of training do not
-    bear."""
+    """The row of a claim; not judged where `judged` is False or a seed's results are not there."""
     values: dict[str, float] = {}
     parts: dict[str, dict[str, float]] = {}
     settings: dict[str, dict[str, Any]] = {}
@@ -117,15 +117,15 @@ def judge(claim: Claim, outcome: Outcome, *, judged: bool = True) -> Row:
         failures = [outcome.failed[job.key] for job in jobs.values() if job.key in outcome.failed]
         if failures:
             failed = failed or f"seed {seed}: {failures[0]}"
+        if any(job.key not in outcome.results for job in jobs.values()):
+            judged = False
             continue
         results = {name: outcome.results[job.key] for name, job in jobs.items()}
         values[str(seed)], parts[str(seed)] = claim.value(results), claim.parts(results)
         settings = settings or {name: _shown(job) for name, job in jobs.items()}
-    if not judged:
-        values = {}
     return Row(
         claim.task, claim.title, claim.measured, claim.relation, claim.bound, claim.unit, values, parts,
-        claim.parts_unit, settings, claim.note, failed,
+        claim.parts_unit, settings, claim.note, failed, judged,
     )  # fmt: skip
 
 

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -47,28 +47,23 @@ def few(data: Digits, per_class: int, seed: int) -> Digits:
     return replace(data, train_x=data.train_x[kept], train_y=data.train_y[kept])
 
 
-def upscaled(data: Digits) -> Digits:
-    """The images at 28x28 (bilinear), flat: [n, 784], as LeNet-300-100 takes them."""
-
-    def large(x: Tensor) -> Tensor:
-        return F.interpolate(x, size=(28, 28), mode="bilinear", align_corners=False).flatten(1)
-
-    return replace(data, train_x=large(data.train_x), heldout_x=large(data.heldout_x))
+def upscale(images: Tensor) -> Tensor:
+    """8x8 images at 28x28 (bilinear), flat: [n, 784], as LeNet-300-100 takes them."""
+    large = F.interpolate(images, size=(28, 28), mode="bilinear", align_corners=False)
+    return large.flatten(1)
 
 
 class Batches:
     """A loader of `steps` batches, reshuffled in every pass over the images; iterating twice gives the same.
 
-    `shifted` moves 8x8 images by up to one pixel; `labelled` below the number of images marks the labels of
-    those after it as unknown (-100).
+    Each image is moved by up to one pixel; `prepare` is what the network takes of them.
     """
 
     def __init__(
-        self, images: Tensor, labels: Tensor, *, steps: int, seed: int, batch: int = 64,
-        background: float = 0.0, shifted: bool = True,
+        self, data: Digits, *, steps: int, seed: int, batch: int = 64,
+        prepare: Callable[[Tensor], Tensor] = lambda images: images,
     ) -> None:  # fmt: skip
-        self.images, self.labels, self.steps, self.seed = images, labels, steps, seed
-        self.batch, self.background, self.shifted = batch, background, shifted
+        self.data, self.steps, self.seed, self.batch, self.prepare = data, steps, seed, batch, prepare
 
     def __len__(self) -> int:
         return self.steps
@@ -78,12 +73,10 @@ class Batches:
         order = torch.empty(0, dtype=torch.int64)
         for _ in range(self.steps):
             while len(order) < self.batch:
-                order = torch.cat([order, torch.randperm(len(self.images), generator=generator)])
+                order = torch.cat([order, torch.randperm(len(self.data.train_x), generator=generator)])
             index, order = order[: self.batch], order[self.batch :]
-            images = self.images[index]
-            if self.shifted:
-                images = shift(images, self.background, generator)
-            yield images, self.labels[index]
+            images = shift(self.data.train_x[index], self.data.background, generator)
+            yield self.prepare(images), self.data.train_y[index]
 
 
 class ResNet(nn.Sequential):
@@ -137,22 +130,13 @@ def train(model: nn.Module, loader: Batches, *, lr: float = 3e-3, smoothing: flo
     return model.eval()
 
 
-def correct(model: nn.Module, data: Digits) -> int:
+def correct(
+    model: nn.Module, data: Digits, prepare: Callable[[Tensor], Tensor] = lambda images: images
+) -> int:
     """How many held-out images the model gets right."""
     model.eval()
     with torch.inference_mode():
-        return int((model(data.heldout_x).argmax(1) == data.heldout_y).sum())
-
-
-@dataclass(frozen=True)
-class Pooled:
-    """Accuracy over all folds of one seed."""
-
-    right: int
-
-    @property
-    def accuracy(self) -> float:
-        return self.right / IMAGES
+        return int((model(prepare(data.heldout_x)).argmax(1) == data.heldout_y).sum())
 
 
 def steps_of(epochs: int, images: int, batch: int = 64) -> int:

@@ -26,9 +26,7 @@ def teacher(seed: int, width: int, epochs: int) -> Result:
 
     def one(data: digits.Digits, fold: int) -> nn.Module:
         steps = digits.steps_of(epochs, len(data.train_x))
-        loader = digits.Batches(
-            data.train_x, data.train_y, steps=steps, seed=fold, background=data.background
-        )
+        loader = digits.Batches(data, steps=steps, seed=fold)
         return digits.train(digits.ResNet(width), loader, smoothing=0.05)
 
     return _folds(seed, one)
@@ -79,9 +77,7 @@ def sparse(seed: int, sparsity: float, epochs: int, teacher: Result) -> Result:
         dense = _teacher(teacher, fold)
         student = copy.deepcopy(dense)
         steps = digits.steps_of(epochs, len(data.train_x))
-        loader = digits.Batches(
-            data.train_x, data.train_y, steps=steps, seed=fold, background=data.background
-        )
+        loader = digits.Batches(data, steps=steps, seed=fold)
         names = [name for name, layer in student.named_modules() if _prunable(layer)]
         schedule = tt.prune.Schedule(
             student, sparsity, pattern="4x1", kind="cubic", end=max(2, steps // 2), every=max(1, steps // 60),
@@ -124,7 +120,7 @@ def _prunable(layer: nn.Module) -> bool:
 def _few_labels(data: digits.Digits, per_class: int, steps: int, seed: int, fold: int) -> digits.Batches:
     """Batches of a few images of each digit, or (0 per class) of all."""
     some = digits.few(data, per_class, seed) if per_class else data
-    return digits.Batches(some.train_x, some.train_y, steps=steps, seed=fold, background=data.background)
+    return digits.Batches(some, steps=steps, seed=fold)
 
 
 def _folds(seed: int, one: Callable[[digits.Digits, int], nn.Module], keep: bool = True) -> Result:

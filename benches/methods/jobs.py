@@ -87,9 +87,13 @@ def run_all(
     *,
     workers: int = 2,
     fresh: bool = False,
+    cached: bool = False,
     say: Callable[[str], object] = print,
 ) -> Outcome:
-    """Compute what the cache lacks; a failed job takes along those that need it, and no others."""
+    """Compute what the cache lacks; a failed job takes along those that need it, and no others.
+
+    `fresh` computes everything, `cached` nothing: the outcome then lacks what was not there.
+    """
     cache.mkdir(parents=True, exist_ok=True)
     waiting = closure(jobs)
     total, outcome = len(waiting), Outcome()
@@ -101,6 +105,9 @@ def run_all(
                 outcome.seconds += kept["seconds"]
         waiting = [job for job in waiting if job.key not in outcome.results]
     say(f"{total - len(waiting)} of {total} results are in {cache}")
+
+    if cached:
+        return outcome
 
     def done(job: Job, value: tuple[Result, float] | str) -> None:
         outcome.computed += 1

@@ -27,9 +27,9 @@ def dense(seed: int, epochs: int) -> Result:
     right, states = [], []
     for fold in range(digits.FOLDS):
         torch.manual_seed(2000 + 100 * seed + fold)
-        data = digits.upscaled(digits.fold(seed, fold))
+        data = digits.fold(seed, fold)
         model = digits.train(digits.LeNet(), _batches(data, epochs, fold), lr=1e-3)
-        right.append(digits.correct(model, data))
+        right.append(digits.correct(model, data, digits.upscale))
         states.append(model.state_dict())
     return {"right": sum(right), "by_fold": right, "states": states, "bytes": float_bytes(digits.LeNet())}
 
@@ -41,7 +41,7 @@ def deep(
     right, sizes = [], []
     for fold in range(digits.FOLDS):
         torch.manual_seed(3000 + 100 * seed + fold)
-        data = digits.upscaled(digits.fold(seed, fold))
+        data = digits.fold(seed, fold)
         teacher = digits.LeNet()
         teacher.load_state_dict(dense["states"][fold])
         model = compressed(teacher.eval(), data, fold, sparsity, bits, prune_epochs, cluster_epochs)
@@ -49,7 +49,7 @@ def deep(
             path = Path(folder) / "lenet"
             tt.save(model, path, encode="entropy")
             sizes.append(path.stat().st_size)
-            right.append(digits.correct(tt.load(path, digits.LeNet), data))
+            right.append(digits.correct(tt.load(path, digits.LeNet), data, digits.upscale))
     return {"right": sum(right), "by_fold": right, "sizes": sizes, "bytes": sum(sizes) / len(sizes)}
 
 
@@ -73,7 +73,7 @@ def compressed(
 
 def _batches(data: digits.Digits, epochs: int, seed: int) -> digits.Batches:
     steps = digits.steps_of(epochs, len(data.train_x))
-    return digits.Batches(data.train_x, data.train_y, steps=steps, seed=seed, shifted=False)
+    return digits.Batches(data, steps=steps, seed=seed, prepare=digits.upscale)
 
 
 def _distil(

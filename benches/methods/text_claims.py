@@ -51,7 +51,7 @@ def claims(seeds: Sequence[int], quick: bool) -> list[Claim]:
     learning = each(("distilled", "distilled", jobs.distilled, soft))
     for seed, found in learning.items():
         found["alone"] = Job("text-alone", jobs.alone, {"seed": seed, **trained, **student})
-    tuned = {"steps": max(3, steps // 2), "lr": 3e-3}
+    tuned = {"steps": max(3, steps // 3), "lr": 3e-3}
     return [
         Claim(
             task="text",
@@ -120,7 +120,7 @@ def _oneshot(each: Callable[..., BySeed]) -> list[Claim]:
 def _quantised(each: Callable[..., BySeed], steps: int) -> list[Claim]:
     plain = {"outliers": False, "smooth": False}
     naive, smooth = plain | {"outliers": True}, {"outliers": True, "smooth": True}
-    tuned = {"steps": max(2, steps // 5), "lr": 1e-3}
+    tuned = {"steps": max(2, steps // 10), "lr": 1e-3}
     return [
         Claim(
             task="text",

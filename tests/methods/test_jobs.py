@@ -85,6 +85,13 @@ def test_fresh_computes_anew(tmp_path: Path, log: Path) -> None:
     assert lines(log) == ["first 1", "first 1", "second 1", "second 1"]
 
 
+def test_cached_computes_nothing(tmp_path: Path, log: Path) -> None:
+    run([pair(log, 1)], tmp_path)
+    outcome = run([pair(log, 1), pair(log, 2)], tmp_path, cached=True)
+    assert set(outcome.results) == {job.key for job in closure([pair(log, 1)])}
+    assert lines(log) == ["first 1", "second 1"]
+
+
 def test_a_file_that_is_cut_short_is_made_again(tmp_path: Path, log: Path) -> None:
     job = pair(log, 2)
     run([job], tmp_path)

@@ -68,7 +68,7 @@ def test_each_image_is_held_out_once() -> None:
         assert abs(float(fold.train_x.mean())) < 1e-4
     few = digits.few(folds[0], 3, seed=0)
     assert few.train_y.bincount().tolist() == [3] * 10
-    assert digits.upscaled(few).train_x.shape == (30, 784)
+    assert digits.upscale(few.train_x).shape == (30, 784)
 
 
 def test_lenet_has_the_papers_size() -> None:

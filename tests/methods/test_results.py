@@ -89,7 +89,15 @@ def test_a_failed_job_leaves_its_row_unjudged_and_says_why() -> None:
 def test_a_quick_run_judges_nothing() -> None:
     made = claim()
     judged = judge(made, outcome(made, [0.9, 0.9, 0.9]), judged=False)
-    assert judged.verdict == "not judged" and math.isnan(judged.mean) and judged.parts
+    assert judged.verdict == "not judged" and judged.parts
+
+
+def test_a_row_that_lacks_a_seed_stays_open() -> None:
+    made = claim()
+    results = outcome(made, [0.9, 0.8, 0.9])
+    del results.results[made.jobs[1]["mine"].key]
+    found = judge(made, results)
+    assert found.verdict == "not judged" and found.values == {"0": 0.9, "2": 0.9}
 
 
 def test_figures_are_shown_in_their_units() -> None:
