@@ -6,12 +6,14 @@ import copy
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from tautorch import distributed
-from tautorch.quantize import correct_bias, finalize, gptq, prepare_qat, sensitivity, smooth
+from tautorch.quantize import cluster, correct_bias, finalize, gptq, prepare_qat, sensitivity, smooth
 from tests.distributed.torchrun import on_two_ranks
 
 
@@ -56,6 +58,28 @@ def results(data: list[Tensor]) -> dict[str, Any]:
     }
 
 
+def sharded(rank: int) -> tuple[dict[str, Tensor], list[str]]:
+    """A sharded student after two steps, and who refused it; the test trains the same in one process."""
+    student: Any = prepare_qat(build(), bits=4)
+    fully_shard(student)
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.01)
+    for x in batches()[:2]:
+        student(x.chunk(2)[rank] / 9).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    refused = []
+    for call in (
+        lambda: finalize(student),
+        lambda: cluster(student),
+        lambda: gptq(student, batches()),
+        lambda: smooth(student, batches()),
+    ):
+        with pytest.raises(ValueError, match="must be whole on each rank") as error:
+            call()
+        refused.append(str(error.value).partition(":")[0])
+    return {name: p.full_tensor().detach() for name, p in student.named_parameters()}, refused
+
+
 def worker(folder: Path) -> dict[str, Any]:
     rank = distributed.rank()
     found = results(batches()[rank::2])
@@ -68,6 +92,7 @@ def worker(folder: Path) -> dict[str, Any]:
         optimizer.zero_grad()
     found["trained"] = student.state_dict()
     found["final"] = finalize(student).state_dict()
+    found["sharded"], found["refused"] = sharded(rank)
     bad = [torch.full((2, 16), float("nan"))] if rank == 1 else batches()
     for name, call in {"gptq": gptq, "smooth": smooth}.items():
         try:
@@ -88,6 +113,14 @@ def test_two_ranks_are_one_process(tmp_path: Path) -> None:
     for name in ("smooth", "gptq", "steps", "bias", "trained", "final"):
         assert all(torch.equal(a, b) for a, b in zip(one[name].values(), two[name].values(), strict=True))
     whole = results(batches())
+    student = prepare_qat(build(), bits=4)
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.01)
+    for x in batches()[:2]:
+        (sum(student(part / 9).square().mean() for part in x.chunk(2)) / 2).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    close(one["sharded"], dict(student.named_parameters()), 1e-5)
+    assert one["refused"] == ["finalize", "cluster", "gptq", "smooth"]
     close(one["smooth"], whole["smooth"], 1e-6)
     assert not torch.equal(whole["smooth"]["norm.weight"], build().norm.weight)
     # sums in another order: the same integers, steps and biases to float rounding

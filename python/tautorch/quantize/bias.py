@@ -16,6 +16,7 @@ from tautorch import distributed
 from tautorch._batches import Batches, check_batches, run_calibration
 from tautorch._layers import select_layers
 from tautorch.nn import PackedModule
+from tautorch.quantize.whole import require_whole
 
 
 def correct_bias(
@@ -39,6 +40,7 @@ def correct_bias(
     was.
     """
     check_batches("correct_bias", batches)
+    require_whole("correct_bias", model)
     held = list(batches)
     targets = _targets(model, original, layers)
     wanted = _means(original, {name: original.get_submodule(name) for name in targets}, held)

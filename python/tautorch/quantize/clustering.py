@@ -14,6 +14,7 @@ from torch.nn.utils import parametrize
 
 from tautorch._layers import Layer, select_layers
 from tautorch.quantize.qparams import check_bits
+from tautorch.quantize.whole import require_whole
 
 Init = Literal["linear", "density", "random"]
 # Lloyd's steps; 1-D k-means on weights settles in 20 to 150.
@@ -89,6 +90,7 @@ def cluster(
     model is then as it was.
     """
     check_bits("cluster", bits, least=2)
+    require_whole("cluster", model)
     if init not in get_args(Init):
         raise ValueError(f"cluster: init must be one of {', '.join(get_args(Init))}, got {init!r}")
     targets = select_layers("cluster", model, layers)

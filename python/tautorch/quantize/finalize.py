@@ -7,6 +7,7 @@ from torch.nn.utils import parametrize
 
 from tautorch.quantize.clustering import clustered
 from tautorch.quantize.qat import fake_quantised, freeze_on_grid
+from tautorch.quantize.whole import require_whole
 
 
 def finalize(model: nn.Module) -> nn.Module:
@@ -21,8 +22,9 @@ def finalize(model: nn.Module) -> nn.Module:
     computes what the model computed in eval mode, to float rounding. The buffers are not in the state_dict:
     convert before saving, with `tautorch.save`.
 
-    Raises ValueError when the model has no such layer.
+    Raises ValueError when the model has no such layer, or is sharded.
     """
+    require_whole("finalize", model)
     clusters = [module for module in model.modules() if clustered(module) is not None]
     grids = [model.get_submodule(name) for name in fake_quantised(model)]
     if not clusters and not grids:

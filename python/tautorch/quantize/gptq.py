@@ -18,6 +18,7 @@ from tautorch._batches import Batches, check_batches, observe_inputs, require_se
 from tautorch._gram import input_grams, inverse_factor
 from tautorch._layers import Layer, layer_groups, select_layers
 from tautorch.quantize.qparams import check_bits, quantize_weight
+from tautorch.quantize.whole import require_whole
 
 # Columns rounded and updated together before the rest of the matrix is: the paper's block.
 _COLUMNS = 128
@@ -70,6 +71,7 @@ def gptq(
     weight, and layers as in `prune`; the model is then as it was.
     """
     check_bits("gptq", bits)
+    require_whole("gptq", model)
     check_batches("gptq", batches)
     held = list(batches)
     targets = select_layers("gptq", model, layers)

@@ -17,6 +17,7 @@ from tautorch.quantize.calibration import calibrate
 from tautorch.quantize.fake import FakeQuantInput, FakeQuantWeight
 from tautorch.quantize.observers import Observer
 from tautorch.quantize.qparams import QParams, check_bits, quantize_weight
+from tautorch.quantize.whole import require_whole
 
 QUANTS = ("dynamic", "static", "weight_only")
 _INPUT = "input_quantizer"
@@ -40,6 +41,9 @@ def prepare_qat(
     group of their own without weight decay. Evaluated without training it is post-training quantisation by
     rounding to the best scales. Then `finalize`, and `convert` gives layers with the same integers.
 
+    With several ranks: `DistributedDataParallel` or `fully_shard` after `prepare_qat`, and `finalize` on a
+    model that is not sharded.
+
     A batch norm may stay behind its layer: after `finalize`, `fuse` folds it into the steps.
 
     Args:
@@ -57,6 +61,7 @@ def prepare_qat(
     or in the calibration; the model is then as it was.
     """
     check_bits("prepare_qat", bits)
+    require_whole("prepare_qat", model)
     targets = qat_targets("prepare_qat", model, quant, layers)
     if (calibration is None) == (quant == "static"):
         got = "None" if calibration is None else f"it with quant={quant!r}"

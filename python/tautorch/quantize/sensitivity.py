@@ -29,6 +29,7 @@ from tautorch.quantize.fake import FakeQuantInput, FakeQuantWeight
 from tautorch.quantize.observers import Observer
 from tautorch.quantize.qat import attach, detach, input_quantizer, qat_targets, weight_quantizer
 from tautorch.quantize.qparams import check_bits
+from tautorch.quantize.whole import require_whole
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,7 @@ def sensitivity(
     """
     check_bits("sensitivity", bits)
     check_batches("sensitivity", batches)
+    require_whole("sensitivity", model)
     held = list(batches)
     targets = qat_targets("sensitivity", model, quant, layers)
     seen = observe_inputs("sensitivity", model, targets, held, lambda *_: None)

@@ -31,6 +31,7 @@ from tautorch.nn.tail import grid_of
 from tautorch.quantize.equivariance import Absorber, agreed_absorbers
 from tautorch.quantize.qparams import qparams_of_range, quantize_weight
 from tautorch.quantize.record import each_run
+from tautorch.quantize.whole import require_whole
 
 # Input rows of each layer that the int8 error is measured on.
 _ROWS = 256
@@ -133,6 +134,7 @@ def smooth(
     if quant not in ("dynamic", "static"):
         raise ValueError(f"smooth: quant must be dynamic or static, got {quant!r}")
     check_batches("smooth", batches)
+    require_whole("smooth", model)
     held = list(batches)
     chosen = None if layers is None or isinstance(layers, str) else list(layers)
     selected = select_layers("smooth", model, layers if isinstance(layers, str) else chosen, (nn.Linear,))
