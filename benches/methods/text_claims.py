@@ -19,8 +19,8 @@ OUTLIERS = (
     "so much smaller: the same function, with the outliers that large language models have."
 )
 EVEN = (
-    "Behind the layer norms of so small a model all channels are about as large: little to weigh by. "
-    "SparseGPT corrects the weights that stay."
+    "The largest norm of a channel is 2 to 6 times the median one (seed 0), far less than in large language "
+    "models: little to weigh by. SparseGPT corrects the weights that stay."
 )
 BySeed = dict[int, dict[str, Job]]
 
