@@ -157,6 +157,17 @@ def test_a_taken_activation_is_reported() -> None:
     assert lines == ["1: relu not folded: its layer already applies silu"]
 
 
+def test_a_layer_with_int8_output_keeps_its_follower() -> None:
+    """Below zero, codes stand for numbers above it where the zero point is lower still."""
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU()).eval()
+    convert(model, {"0": lambda la: Int8Linear.from_float(la, out_scale=0.05, out_zero_point=-30)})
+    x, lines = torch.randn(3, 8), list[str]()
+    expected = model(x)
+    fuse(model, report=lines)
+    assert torch.equal(model(x), expected)
+    assert lines == ["1: relu not folded: its layer gives int8 codes"]
+
+
 class Shared(nn.Module):
     """One activation module for two layers; `extra` uses it once more on something else."""
 

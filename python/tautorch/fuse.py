@@ -234,6 +234,8 @@ def _fold(model: nn.Module, group: Group, undo: _Undo) -> Iterator[str]:
         what = activation
         taken = [str(layer.activation) for layer in layers if layer.activation != "none"]
         reason = f"its layer already applies {taken[0]}" if taken else None
+        if any(getattr(layer, "out_scale", None) is not None for layer in layers):
+            reason = "its layer gives int8 codes"  # whose zero is not that of what they stand for
     else:
         return
     for path in [name, *(layer for layer, _ in group)]:

@@ -102,3 +102,17 @@ def test_errors(arguments: dict[str, Any], match: str) -> None:
     for module_type, layer in ((Int8Linear, nn.Linear(4, 4)), (Int8Conv2d, nn.Conv2d(4, 4, 1))):
         with pytest.raises(ValueError, match=match):
             module_type.from_float(layer, **X, **arguments)  # type: ignore[arg-type]
+
+
+def test_scales_left_on_a_layer() -> None:
+    """Taken together or not at all; steps of another shape are somebody else's."""
+    layer = nn.Linear(4, 6)
+    layer.register_buffer("x_scale", torch.tensor([0.5]))
+    layer.register_buffer("x_zero_point", torch.tensor([1], dtype=torch.int32))
+    mine = Int8Linear.from_float(layer, quant="static")
+    assert mine.x_scale == 0.5 and mine.x_zero_point == 1
+    with pytest.raises(ValueError, match='quant="static" needs x_scale'):
+        Int8Linear.from_float(layer, quant="static", x_zero_point=9)
+    expected = Int8Linear.from_float(layer).weight_scale
+    layer.register_buffer("weight_scale", torch.ones(3))
+    assert torch.equal(Int8Linear.from_float(layer).weight_scale, expected)

@@ -39,7 +39,9 @@ def test_results_that_are_no_numbers(kernel: str) -> None:
     x = torch.randint(-128, 128, (13, 64), dtype=torch.int8)
     weight = torch.randint(-127, 128, (64, 64), dtype=torch.int8)
     bias = torch.zeros(64)
-    for x_scale, w_scale in ((2.0**120, 0.0), (2.0**120, 2.0**120), (1.0, 2.0**127), (2.0**80, 2.0**80)):
+    for x_scale, w_scale in (
+        (2.0**120, 0.0), (-(2.0**120), 0.0), (2.0**120, 2.0**120), (1.0, 2.0**127), (2.0**80, 2.0**80),
+    ):  # fmt: skip
         scales = torch.full((64,), w_scale)
         scales[1::2] = 1e-3
         for b in (0.0, float("inf"), float("-inf")):

@@ -186,3 +186,21 @@ def test_images_in_place_on_every_kernel(kernel: str) -> None:
                 _check_image(pattern, channels, outputs, 1, 1, 1, 2, 14)
                 _check_image(pattern, channels, outputs, 1, 2, 1, 1, 15)
         _check_image("4x1", 128, 64, 3, 1, 2, 2, 9)
+
+
+@pytest.mark.parametrize("kernel", [name for name, runs in _C.isas().items() if runs])
+@pytest.mark.parametrize("size", [(0, 4), (4, 0)])
+def test_an_image_of_padding_alone(size: tuple[int, int], kernel: str, one_thread: None) -> None:
+    """One channel without a pixel counts as channels last."""
+    w, mask = _weight(16, 9, "unstructured")
+    x = torch.zeros((2, 1, *size), dtype=torch.int8)
+
+    def check() -> None:
+        with dispatch.force("sparse_conv2d", kernel):
+            y = sparse_conv2d(
+                x, *encode(w, mask, "unstructured", 1), torch.ones(16), pattern="unstructured",
+                weight_shape=(16, 1, 3, 3), padding=2, x_scale=torch.tensor([0.1]), out_dtype=torch.int32,
+            )  # fmt: skip
+        assert torch.equal(y, torch.zeros(2, 16, size[0] + 2, size[1] + 2, dtype=torch.int32))
+
+    assert survives(check)

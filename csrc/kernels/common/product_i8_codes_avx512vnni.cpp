@@ -192,12 +192,13 @@ int product_i8_codes_avx512vnni(const ProductI8 &p) {
     if (e.out_dtype != DType::i8 || e.addend || count == 0 || p.kq < kRows || p.width % 32 != 0 ||
         !(e.out_inv_scale < 0x1p126f))
         return 0;
-    // A sum times 2^90 is finite.
+    // A sum times 2^90 is finite, whatever its sign.
     const __m512 most = _mm512_set1_ps(0x1p90f);
     for (int r = 0; r < count; r += 16) {
         const int left = count - r;
         const __mmask16 m = static_cast<__mmask16>(left >= 16 ? 0xffff : (1u << left) - 1);
-        if (_mm512_mask_cmp_ps_mask(m, _mm512_maskz_loadu_ps(m, p.row_scale + r), most, _CMP_NLE_UQ) != 0)
+        const __m512 scale = _mm512_abs_ps(_mm512_maskz_loadu_ps(m, p.row_scale + r));
+        if (_mm512_mask_cmp_ps_mask(m, scale, most, _CMP_NLE_UQ) != 0)
             return 0;
     }
     for (int64_t i = 0; i < p.cols; i += 32) {

@@ -30,7 +30,7 @@ def grid_of(layer: nn.Module) -> Tensor | None:
     bits and bfloat16 at 4 (their steps are rounded too).
     """
     steps = layer._buffers.get("weight_scale")
-    if steps is None or not isinstance(layer.weight, Tensor):
+    if steps is None or not isinstance(layer.weight, Tensor) or steps.shape != layer.weight.shape[:1]:
         return None
     q = layer.weight.detach().flatten(1).float() / steps.float().unsqueeze(1)
     on = q.numel() == 0 or bool(((q - q.round()).abs().amax() < 0.3) & (q.abs().amax() < 127.5))
@@ -47,7 +47,7 @@ def static_tensors(
 ) -> tuple[Tensor | None, Tensor | None]:
     """The buffers ``x_scale`` (float32 [1]) and ``x_zero_point`` (int32 [1]) of a static layer, checked.
 
-    Without ``x_scale`` they are those that ``tautorch.quantize`` left on the float ``layer``, if any.
+    Where neither is given they are those that ``tautorch.quantize`` left on the float ``layer``, if any.
 
     Raises:
         ValueError: given without ``quant="static"`` or missing with it, not finite and positive, or a zero
@@ -57,7 +57,7 @@ def static_tensors(
         if x_scale is not None or x_zero_point is not None:
             raise ValueError(f'{op}: x_scale and x_zero_point need quant="static", got quant={quant!r}')
         return None, None
-    if x_scale is None and layer is not None:
+    if x_scale is None and x_zero_point is None and layer is not None:
         x_scale, x_zero_point = left_by_quantize(layer, "x_scale"), left_by_quantize(layer, "x_zero_point")
     if x_scale is None:
         raise ValueError(f'{op}: quant="static" needs x_scale, got None; see tautorch.quantize.calibrate')
