@@ -71,8 +71,8 @@ class PairTarget:
         if isinstance(layer, nn.Conv2d):
             shape = (layer.groups * r, *layer.weight.shape[1:])
             return FactorizedConv2d(
-                _conv(layer, down.reshape(shape), None, spatial=True),
-                _conv(layer, up.reshape(layer.out_channels, r, 1, 1), layer.bias),
+                conv_like(layer, down.reshape(shape), None, spatial=True),
+                conv_like(layer, up.reshape(layer.out_channels, r, 1, 1), layer.bias),
             )
         return FactorizedLinear(_linear(layer, down[0], None), _linear(layer, up[0], layer.bias))
 
@@ -145,9 +145,9 @@ class TuckerTarget:
         layer, ranks = self.layer, _two(rank)
         u_in, core, u_out = tucker2(layer.weight, *ranks)
         return TuckerConv2d(
-            _conv(layer, u_in.T.reshape(ranks[0], layer.in_channels, 1, 1), None),
-            _conv(layer, core, None, spatial=True),
-            _conv(layer, u_out.reshape(layer.out_channels, ranks[1], 1, 1), layer.bias),
+            conv_like(layer, u_in.T.reshape(ranks[0], layer.in_channels, 1, 1), None),
+            conv_like(layer, core, None, spatial=True),
+            conv_like(layer, u_out.reshape(layer.out_channels, ranks[1], 1, 1), layer.bias),
         )
 
 
@@ -167,7 +167,11 @@ def _linear(layer: nn.Linear, weight: Tensor, bias: Tensor | None) -> nn.Linear:
     return _filled(new, layer, weight, bias)
 
 
-def _conv(layer: nn.Conv2d, weight: Tensor, bias: Tensor | None, spatial: bool = False) -> nn.Conv2d:
+def conv_like(
+    layer: nn.Conv2d, weight: Tensor, bias: Tensor | None, groups: int | None = None, spatial: bool = False
+) -> nn.Conv2d:
+    """A convolution of this weight, in the layer's groups or `groups`; where `spatial` with its geometry."""
+    groups = layer.groups if groups is None else groups
     like: dict[str, Any] = {"device": layer.weight.device, "dtype": layer.weight.dtype}
     if spatial:
         like |= {"stride": layer.stride, "padding": layer.padding, "dilation": layer.dilation}
@@ -175,10 +179,10 @@ def _conv(layer: nn.Conv2d, weight: Tensor, bias: Tensor | None, spatial: bool =
     outputs, inputs, *kernel = weight.shape
     new: nn.Conv2d = nn.utils.skip_init(  # type: ignore[no-untyped-call]
         nn.Conv2d,
-        inputs * layer.groups,
+        inputs * groups,
         outputs,
         tuple(kernel),
-        groups=layer.groups,
+        groups=groups,
         bias=bias is not None,
         **like,
     )
@@ -191,5 +195,5 @@ def _filled(new: _L, layer: Layer, weight: Tensor, bias: Tensor | None) -> _L:
         new.weight.requires_grad_(layer.weight.requires_grad)
         if bias is not None and new.bias is not None:
             new.bias.copy_(bias)
-            new.bias.requires_grad_(bias.requires_grad)
+            new.bias.requires_grad_(layer.bias is not None and layer.bias.requires_grad)
     return new

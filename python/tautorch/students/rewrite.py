@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from tautorch._batches import Batch, Batches
 from tautorch._gram import input_grams
 from tautorch._layers import replace_layers, select_layers
 from tautorch.factorize.svd import Svd
+from tautorch.factorize.targets import conv_like
 from tautorch.ownership import refusal
 from tautorch.students.checks import check_same_outputs, trainable
 
@@ -179,8 +180,8 @@ def _separable(layer: nn.Conv2d, multiplier: int, between: Between, gram: Tensor
         spread = spread.reshape(inputs * multiplier, inputs * taps)
         moment = gram[0].to(weight)
         mixing = _least_squares(spread @ moment @ spread.T, spread @ moment @ weight.flatten(1).T, mixing.T).T
-    depthwise = _conv(layer, filters.reshape(inputs * multiplier, 1, kh, kw), None, inputs, spatial=True)
-    pointwise = _conv(layer, mixing.reshape(outputs, -1, 1, 1), layer.bias)
+    depthwise = conv_like(layer, filters.reshape(inputs * multiplier, 1, kh, kw), None, inputs, spatial=True)
+    pointwise = conv_like(layer, mixing.reshape(outputs, -1, 1, 1), layer.bias)
     parts: list[tuple[str, nn.Module]] = [("depthwise", depthwise)]
     if between == "norm":
         norm = nn.BatchNorm2d(inputs * multiplier, device=layer.weight.device, dtype=layer.weight.dtype)
@@ -207,7 +208,7 @@ def _remaining(layer: nn.Conv2d, groups: int, gram: Tensor | None) -> nn.Conv2d:
         parts.append(part)
     bias = None if layer.bias is None else layer.bias.detach()[rows.flatten().to(layer.bias.device)]
     weights = torch.cat(parts).reshape(outputs, inputs // groups, kh, kw)
-    return _conv(layer, weights, bias, groups, spatial=True)
+    return conv_like(layer, weights, bias, groups, spatial=True)
 
 
 def _own_blocks(gram: Tensor, inputs: int, taps: int) -> Tensor:
@@ -225,24 +226,3 @@ def _least_squares(moment: Tensor, target: Tensor, start: Tensor) -> Tensor:
     damped = moment + damping * torch.eye(len(moment), dtype=moment.dtype, device=moment.device)
     found: Tensor = torch.linalg.solve(damped, target + damping * start)
     return found
-
-
-def _conv(
-    layer: nn.Conv2d, weight: Tensor, bias: Tensor | None, groups: int = 1, spatial: bool = False
-) -> nn.Conv2d:
-    """A convolution of this weight, where `spatial` with the layer's geometry; draws no random numbers."""
-    like: dict[str, Any] = {"device": layer.weight.device, "dtype": layer.weight.dtype}
-    if spatial:
-        like |= {"stride": layer.stride, "padding": layer.padding, "dilation": layer.dilation}
-        like |= {"padding_mode": layer.padding_mode}
-    outputs, inputs, *kernel = weight.shape
-    new: nn.Conv2d = nn.utils.skip_init(  # type: ignore[no-untyped-call]
-        nn.Conv2d, inputs * groups, outputs, tuple(kernel), groups=groups, bias=bias is not None, **like
-    )
-    with torch.no_grad():
-        new.weight.copy_(weight)
-        new.weight.requires_grad_(layer.weight.requires_grad)
-        if bias is not None and new.bias is not None:
-            new.bias.copy_(bias)
-            new.bias.requires_grad_(layer.bias is not None and layer.bias.requires_grad)
-    return new
