@@ -272,6 +272,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - start)
 """
 
 
+@pytest.mark.slow  # a model of 100 MB is written, pruned and written again
 def test_peak_memory_is_that_of_a_few_blocks(tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     block = {key: torch.randn_like(value) for key, value in Block(512).state_dict().items()}

@@ -82,6 +82,17 @@ def test_report_and_file_agree(path: Path) -> None:
     assert "smaller" in str(report) and "4.weight" in str(report)
 
 
+def test_a_model_in_training_loads_into_its_like_alone(path: Path) -> None:
+    def mlp() -> nn.Module:
+        return nn.Sequential(nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 4))
+
+    model = tt.quantize.cluster(mlp(), bits=2)
+    tt.save(model, path, encode="entropy")
+    assert same_state(tt.load(path, tt.quantize.cluster(mlp(), bits=2)), model)
+    with pytest.raises(tt.CheckpointError, match=r"'0', where .* Linear; .* or finalize before saving"):
+        tt.load(path, mlp())
+
+
 def test_deep_compression_end_to_end(path: Path) -> None:
     """Prune, cluster, train the centroids, store: the stages of the paper, and the bytes of the file."""
 

@@ -47,6 +47,9 @@ def save(
         2016, arXiv:1510.00149; needs `pip install "tautorch[coding]"`). Prune and cluster the weights first:
         plain float weights shrink by 10 to 20 % only. `size_report` tells what each stage gives.
 
+    A model in training by `quantize.prepare_qat`, `quantize.cluster` or `prune.L0Gates` loads only into a
+    skeleton that went through the same call: finalize it first.
+
     The file is complete or not there: it is written beside `path`, synced, and moved over it, so a failed
     save leaves an older file as it was. `info` is any JSON-able dict to travel with the model (measurements,
     device, versions); `describe` reads it back. Tensors of any device are saved; tied ones once.

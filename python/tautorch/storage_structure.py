@@ -214,9 +214,11 @@ class _Builder:
         if name == "code":
             if there is None or registered(there) is not None:
                 has = "nothing" if there is None else type(there).__name__
+                parametrised = str(said.get("type")).startswith("torch.nn.utils.parametrize.")
+                also = ", parametrised alike, or finalize before saving" if parametrised else ""
                 raise StructureError(
                     f"needs a {said.get('type')} at {path!r}, where the skeleton has {has}; "
-                    "pass the architecture that was saved"
+                    f"pass the architecture that was saved{also}"
                 )
             return there
         cls = REGISTRY.get(name) if isinstance(name, str) else None

@@ -9,7 +9,15 @@ import pytest
 import torch
 from torch import nn
 
-from tautorch.distill import Adaptive, Distiller, FeatureHint, HardLabel, SoftTarget, Uncertainty
+from tautorch.distill import (
+    Adaptive,
+    Distiller,
+    FeatureHint,
+    HardLabel,
+    LogVariances,
+    SoftTarget,
+    Uncertainty,
+)
 
 
 def softmax(z: Any) -> Any:
@@ -100,5 +108,7 @@ def test_bad_input_is_named() -> None:
         Adaptive()(x, x, None)
     with pytest.raises(ValueError, match=r"target must be int64 classes, got torch.float32 probabilities"):
         Adaptive()(x, x, x)
+    with pytest.raises(ValueError, match="LogVariances: terms must be an int >= 1, got 0"):
+        LogVariances(0)
     with pytest.raises(ValueError, match="Uncertainty: losses must be two or more callables"):
         Uncertainty(SoftTarget())

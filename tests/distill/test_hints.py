@@ -69,6 +69,8 @@ def test_the_distiller_wants_the_adapter_in_the_optimizer() -> None:
 def test_bad_input_is_named() -> None:
     teacher, student = pair()
     x = torch.randn(2, 6)
+    with pytest.raises(ValueError, match="ChannelAdapter: out_channels must be an int >= 1, got -1"):
+        FeatureHint("0", "0", channels=(4, -1))
     with pytest.raises(ValueError, match="weight must be a finite number > 0"):
         FeatureHint("0", "0", weight=0.0)
     with (

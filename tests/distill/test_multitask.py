@@ -122,5 +122,9 @@ def test_bad_input_is_named() -> None:
         Ensemble([one, one], weights=[1.0])
     with pytest.raises(ValueError, match=r"one shape, got \[2, 3\] and \[2, 5\]"):
         Ensemble([one, nn.Linear(4, 5).eval()])(torch.zeros(2, 4))
+    with pytest.raises(
+        ValueError, match=r"Teachers: teachers must be a dict of one or more by head, got \{\}"
+    ):
+        Teachers({})
     with pytest.raises(TypeError, match=r"Teachers: teachers must be nn.Modules, got str"):
         Teachers({"a": "one"})  # type: ignore[dict-item]

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from tautorch.prune import L0Gates, hold_masks, sparsity_report
+from tautorch.prune import L0Gates, hold_masks, prune, sparsity_report
 
 BETA, GAMMA, ZETA = 2 / 3, -0.1, 1.1
 
@@ -173,3 +173,14 @@ def test_a_layer_without_open_gates_and_a_second_set_are_refused() -> None:
     gates = L0Gates(model, layers=["3"])
     with pytest.raises(ValueError, match="parametrised"):
         L0Gates(model, layers=["3"])
+
+
+def test_gates_that_are_out_are_named() -> None:
+    model = net()
+    gates = L0Gates(model)
+    with pytest.raises(ValueError, match=r"parametrised; call finalize\(\) or remove\(\) of its L0Gates"):
+        prune(model, sparsity=0.5)
+    gates.finalize()
+    for step in (gates.penalty, gates.expected_l0, gates.sparsity, gates.finalize):
+        with pytest.raises(ValueError, match="the gates must be in the model, got none after finalize"):
+            step()

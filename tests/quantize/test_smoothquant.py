@@ -298,6 +298,8 @@ def test_dead_channels_keep_scale_one() -> None:
     [
         ({"alpha": 1.5}, r"alpha must be in \[0, 1\], got 1.5"),
         ({"alpha": []}, r"alpha must be in \[0, 1\]"),
+        ({"alpha": "0.5"}, r"alpha must be in \[0, 1\], got '0.5'"),
+        ({"alpha": None}, r"alpha must be in \[0, 1\], got None"),
         ({"quant": "int4"}, "quant must be dynamic or static"),
         ({"layers": ["head"]}, "must name layers of the model, got 'head'"),
         ({"batches": []}, "at least one batch"),

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tautorch.distill.arguments import hard_loss, label_rows, logit_rows, positive
+from tautorch.distill.arguments import hard_loss, label_rows, logit_rows, positive, whole
 from tautorch.distill.features import attached_all
 from tautorch.distill.losses import Loss, kl_rows
 
@@ -87,7 +87,7 @@ class LogVariances(nn.Module):
 
     def __init__(self, terms: int) -> None:
         super().__init__()
-        self.log_variances = nn.Parameter(torch.zeros(terms))
+        self.log_variances = nn.Parameter(torch.zeros(whole("LogVariances", "terms", terms)))
 
     def forward(self, terms: Sequence[Tensor]) -> Tensor:
         """The weighted sum of scalar terms."""

@@ -22,7 +22,7 @@ class MeanPool(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.channels = channels
+        self.channels = whole("MeanPool", "channels", channels)
 
     def forward(self, x: Tensor) -> Tensor:
         """The means; ValueError where the features do not divide into the channels."""

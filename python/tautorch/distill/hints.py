@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tautorch.distill.arguments import at_least_single, positive
+from tautorch.distill.arguments import at_least_single, positive, whole
 from tautorch.distill.features import Features, attached_all, on_top
 from tautorch.distill.losses import Loss
 
@@ -22,6 +22,8 @@ class ChannelAdapter(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
+        whole("ChannelAdapter", "in_channels", in_channels)
+        whole("ChannelAdapter", "out_channels", out_channels)
         linear = nn.Linear(in_channels, out_channels)
         self.weight, self.bias = linear.weight, linear.bias
 

@@ -115,6 +115,8 @@ class Teachers(nn.Module):
         self, teachers: Mapping[str, nn.Module], *, output: Callable[[Any], Any] | None = None
     ) -> None:
         super().__init__()
+        if not isinstance(teachers, Mapping) or not teachers:
+            raise ValueError(f"Teachers: teachers must be a dict of one or more by head, got {teachers!r}")
         self.heads = list(teachers)
         self.teachers = _frozen("Teachers", teachers.values())
         self.output = output

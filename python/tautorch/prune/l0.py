@@ -52,6 +52,9 @@ class HardConcrete(nn.Module):
 class _BlockGate(HardConcrete):
     """A parametrisation of a weight: each block times its gate."""
 
+    #: For methods that need a plain weight.
+    remedy = "call finalize() or remove() of its L0Gates first"
+
     def __init__(self, weight: Tensor, form: Pattern, groups: int, keep: float) -> None:
         blocks = Blocks.of("L0Gates", weight.detach().float(), form, groups)
         super().__init__(tuple(blocks.scores.shape), keep, weight)
@@ -150,17 +153,17 @@ class L0Gates:
 
     def expected_l0(self) -> Tensor:
         """The expected number of weights that are not zero: a scalar with gradients."""
-        return torch.stack([(gate.kept() * gate.sizes).sum() for gate in self._gates.values()]).sum()
+        return torch.stack([(gate.kept() * gate.sizes).sum() for gate in self._there()]).sum()
 
     def penalty(self) -> Tensor:
         """The expected share of weights that are not zero, in [0, 1]: add it, weighted, to the loss."""
-        return self.expected_l0() / sum(int(gate.sizes.sum()) for gate in self._gates.values())
+        return self.expected_l0() / sum(int(gate.sizes.sum()) for gate in self._there())
 
     def sparsity(self) -> float:
         """The share of weights whose gates are zero in eval."""
         zero = total = 0
         with torch.no_grad():
-            for gate in self._gates.values():
+            for gate in self._there():
                 zero += int(gate.sizes[_deterministic(gate) == 0].sum())
                 total += int(gate.sizes.sum())
         return zero / total
@@ -169,8 +172,9 @@ class L0Gates:
         """Multiply the eval-time gates into plain weights (and biases) and take the gates out.
 
         Returns the masks (True = kept) for `hold_masks`. The model then computes in eval what it did before.
-        Raises ValueError, changing nothing, if a layer would be all zero.
+        Raises ValueError, changing nothing, if a layer would be all zero or the gates are out already.
         """
+        self._there()
         with torch.no_grad():
             gates = {name: _deterministic(gate) for name, gate in self._gates.items()}
         for name, values in gates.items():
@@ -198,6 +202,12 @@ class L0Gates:
     def remove(self) -> None:
         """Take the gates out and leave the weights as they were without them."""
         self._take_out(keep_gated=False)
+
+    def _there(self) -> list[_BlockGate | _ChannelGate]:
+        """The gates; ValueError once they are out of the model."""
+        if not self._gates:
+            raise ValueError("L0Gates: the gates must be in the model, got none after finalize() or remove()")
+        return list(self._gates.values())
 
     def _take_out(self, keep_gated: bool) -> None:
         for hook in self._hooks:

@@ -184,10 +184,11 @@ def smooth(
 
 
 def _checked_alphas(alpha: float | Sequence[float]) -> list[float]:
-    alphas = [float(a) for a in alpha] if isinstance(alpha, Sequence) else [float(alpha)]
-    if not alphas or not all(0 <= a <= 1 for a in alphas):
-        raise ValueError(f"smooth: alpha must be in [0, 1], got {alpha}")
-    return alphas
+    alphas = list(alpha) if isinstance(alpha, Sequence) else [alpha]
+    numbers = all(isinstance(a, (int, float)) and not isinstance(a, bool) for a in alphas)
+    if not alphas or not numbers or not all(0 <= a <= 1 for a in alphas):
+        raise ValueError(f"smooth: alpha must be in [0, 1], got {alpha!r}")
+    return [float(a) for a in alphas]
 
 
 def _merged(seen: _Seen | None, layer: nn.Linear) -> _Seen:
