@@ -16,9 +16,11 @@ from torch import Tensor
 from tautorch import _C, dispatch
 from tautorch.ops import library as lib
 from tautorch.ops import sparse_entries as entries
+from tautorch.ops.int8_conv2d import int8_conv2d
 from tautorch.ops.int8_linear import int8_linear
 from tautorch.ops.sparse_conv2d import sparse_conv2d
 from tautorch.ops.sparse_linear import sparse_linear
+from tautorch.reference.int8_conv2d import int8_conv2d as reference
 from tautorch.reference.layouts import encode
 from tautorch.testing.values import sparse_mask
 
@@ -139,6 +141,29 @@ def test_dense(one_thread: None) -> None:
         for n in OUTPUTS:
             with dispatch.force("int8_linear", KERNEL):
                 _check_linear(partial(_dense, torch.randint(-127, 128, (n, K), dtype=torch.int8)), n)
+
+    assert survives(check)
+
+
+def test_dense_images(one_thread: None) -> None:
+    """Pixels under one tap are taken from x a block at a time where channels are multiples of 4."""
+
+    def check() -> None:
+        for channels in (3, 4, 20, 64, 100):
+            for outputs, size in ((7, 1), (40, 5), (64, 14), (96, 29)):
+                w = torch.randint(-127, 128, (outputs, channels, 1, 1), dtype=torch.int8)
+                values = torch.randint(-128, 128, (1, size, size, channels), dtype=torch.int8)
+                for dtype in (torch.float32, torch.int8):
+                    how = w, torch.rand(outputs), torch.randn(outputs)
+                    end, x = (v.permute(0, 3, 1, 2) for v in (at_page_end(values), values))
+                    ends = w, at_page_end(how[1]), at_page_end(how[2])
+                    with dispatch.force("int8_conv2d", KERNEL):
+                        got = int8_conv2d(end, *ends, **_options(dtype))
+                    want = reference(x, *how, **_options(dtype))
+                    if dtype == torch.int8:
+                        assert torch.equal(got, want)
+                    else:
+                        assert torch.allclose(got, want, atol=1e-4)
 
     assert survives(check)
 
