@@ -188,3 +188,12 @@ def test_a_failure_on_the_way_puts_every_weight_back() -> None:
     with pytest.raises(ValueError, match="got NaN or Inf at layer 'fc2'"):
         gptq(model, [correlated(64, 36)])
     assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
+
+
+def test_a_bad_dampening_is_refused_before_the_model_runs() -> None:
+    model = nn.Sequential(nn.Linear(4, 4))
+    runs: list[int] = []
+    model.register_forward_hook(lambda *_: runs.append(1))
+    with pytest.raises(ValueError, match="gptq: dampening must be a positive number"):
+        gptq(model, [torch.randn(8, 4)], dampening=0.0)
+    assert not runs

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from tautorch import distributed
 from tautorch._batches import Batches, check_batches, observe_inputs, require_seen
-from tautorch._gram import input_grams, inverse_factor
+from tautorch._gram import check_dampening, input_grams, inverse_factor
 from tautorch._layers import Layer, layer_groups, select_layers
 from tautorch.quantize.qparams import check_bits, quantize_weight
 from tautorch.quantize.whole import require_whole
@@ -71,6 +71,7 @@ def gptq(
     weight, and layers as in `prune`; the model is then as it was.
     """
     check_bits("gptq", bits)
+    check_dampening("gptq", dampening)
     require_whole("gptq", model)
     check_batches("gptq", batches)
     held = list(batches)
