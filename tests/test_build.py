@@ -19,7 +19,20 @@ BUILD = ROOT / "build" / f"editable-{sys.implementation.cache_tag}"
 OBJECTS = BUILD / "CMakeFiles" / "_C.dir" / "csrc"
 
 IMPORT_SECONDS = 0.5
-HEAVY = ("triton", "matplotlib", "sklearn", "scipy", "pandas", "onnx", "torch_pruning", "torch._inductor")
+HEAVY = (
+    "triton",
+    "matplotlib",
+    "sklearn",
+    "scipy",
+    "pandas",
+    "onnx",
+    "torch_pruning",
+    "torch._inductor",
+    "torch.distributed.tensor",
+    "gymnasium",
+    "constriction",
+    "tensorboard",
+)
 
 ISAS = ("avx2", "avxvnni", "avx512vnni", "avx512vbmi", "neon_dotprod", "neon_i8mm")
 # What an object of each instruction set must not hold. "none": neither AVX registers nor VEX-encoded SSE.

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
@@ -134,7 +133,7 @@ def zeros_held(
         if isinstance(layer, (nn.Linear, nn.Conv2d))
         and isinstance(layer._parameters.get("weight"), Tensor)
         and layer.weight.requires_grad
-        and not isinstance(layer.weight, DTensor)
+        and not distributed.is_sharded(layer.weight)
     }
     for name, layer in layers.items():
         if grid_of(layer) is not None:
