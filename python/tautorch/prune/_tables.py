@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from io import StringIO
+from typing import TYPE_CHECKING
 
-from rich import box
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
+if TYPE_CHECKING:
+    from rich.table import Table
 
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], total: Sequence[str]) -> Table:
     """The first column is text, the others are numbers; `total` is the last row, none if empty."""
+    # Imported here: rich takes 0.1 s, which `import tautorch` need not.
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
     made = Table(
         title=Text(title, style="bold"),
         title_justify="left",
@@ -38,6 +42,8 @@ def bar(share: float, width: int = 10) -> str:
 
 def text(made: Table) -> str:
     """The table without colours, as wide as it needs."""
+    from rich.console import Console
+
     out = StringIO()
     Console(file=out, width=200, color_system=None).print(made)
     return "\n".join(line.rstrip() for line in out.getvalue().splitlines()).strip("\n")

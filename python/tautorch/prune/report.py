@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
-from rich.table import Table
 from torch import nn
 
 from tautorch._layers import layer_groups, select_layers
 from tautorch.prune._tables import bar, table, text
 from tautorch.prune.patterns import Blocks, parse_pattern
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 
 @dataclass(frozen=True)

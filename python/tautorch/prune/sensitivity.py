@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from rich.table import Table
 from torch import nn
 
 from tautorch._batches import Batches, training_modes_kept
@@ -15,6 +14,9 @@ from tautorch.prune._tables import table, text
 from tautorch.prune.choice import Rule, choose
 from tautorch.prune.importance import Importance, LossOf
 from tautorch.prune.patterns import Ranking, check_sparsity, parse_pattern
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 
 @dataclass(frozen=True)
