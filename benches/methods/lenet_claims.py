@@ -14,7 +14,7 @@ from benches.methods.jobs import Job
 def claims(seeds: Sequence[int], quick: bool) -> list[Claim]:
     """Size and error of the same files; `quick` for a few steps each."""
     training = {"epochs": 1 if quick else 60}
-    settings: dict[str, Any] = {"sparsity": 0.92, "bits": 5, "prune_epochs": 60, "cluster_epochs": 20}
+    settings: dict[str, Any] = {"sparsity": 0.9, "bits": 5, "prune_epochs": 60, "cluster_epochs": 20}
     if quick:
         settings |= {"prune_epochs": 1, "cluster_epochs": 1}
     found: dict[int, dict[str, Job]] = {}
