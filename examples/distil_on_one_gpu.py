@@ -8,7 +8,7 @@ Kill it and start it again: it goes on where it was. The log of every step is FO
 import sys
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import tautorch as tt
@@ -29,7 +29,10 @@ def train_teacher(teacher: nn.Module, data: TensorDataset) -> nn.Module:
     """Plain training is a Distiller without a teacher."""
     optimizer = torch.optim.AdamW(teacher.parameters(), lr=3e-3)
     loader = DataLoader(data, batch_size=64, shuffle=True)
-    loss = lambda out, _, target: nn.functional.cross_entropy(out, target)  # noqa: E731
+
+    def loss(out: Tensor, _: None, target: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(out, target)
+
     tt.distill.Distiller(None, teacher, loss, optimizer).fit(loader, epochs=10)
     return teacher.eval().requires_grad_(False)
 

@@ -190,7 +190,7 @@ def _layer(
     top = 2 ** (bits - 1) - 1
     nearest, plain_steps = quantize_weight(weight, search=True, bits=bits)
     plain = nearest.double().reshape(rows.shape), plain_steps.double().reshape(groups, -1)
-    # Weighing the steps' search by the inputs lowers the error of GPTQ by 4 to 9 % at 4 bits.
+    # Weighing the steps' search by the inputs lowered the error of GPTQ by 9 % at 4 bits (one random layer).
     moment = gram.diagonal(dim1=1, dim2=2)
     moment = moment + dampening * moment.mean(1, keepdim=True)
     _, steps = quantize_weight(rows.flatten(0, 1), search=True, bits=bits, importance=_each_row(moment, rows))
@@ -215,7 +215,7 @@ def _each_row(moment: Tensor, rows: Tensor) -> Tensor:
 
 
 def _refitted(q: Tensor, rows: Tensor, gram: Tensor, steps: Tensor) -> Tensor:
-    """The steps with the least squared error of the outputs for integers that are settled (2 to 3 % less)."""
+    """The steps with the least squared error of the outputs for integers that are settled."""
     moved = q @ gram
     best = (moved * rows).sum(2) / (moved * q).sum(2).clamp(min=1e-300)
     # to float32 here, so that the errors compared are those of the steps that are kept
