@@ -93,8 +93,10 @@ ARROWS: dict[str, set[str]] = {
     "storage": CONVERT | METHODS | {"reference", "coding"},
     "compress": CONVERT | METHODS | {"storage"},
     "demo": CONVERT | METHODS | {"storage", "compress"},
+    "testing": {"reference", "timing", "_C"},
+    "bench": MODULES | METHODS | {"reference", "testing", "_C"},
     "__main__": {"cli"},
-    "cli": CONVERT | METHODS | {"storage", "compress", "demo"},
+    "cli": CONVERT | METHODS | {"storage", "compress", "demo", "bench"},
 }
 
 

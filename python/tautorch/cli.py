@@ -80,6 +80,37 @@ def kernels(
     _console().print(table)
 
 
+@app.command()
+def bench(
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer shapes and short samples: seconds.")] = False,
+    kernel: Annotated[
+        list[str] | None,
+        typer.Option(help="Only this kernel; may be given again. All that run here otherwise."),
+    ] = None,
+    json: Annotated[Path | None, typer.Option(help="Write everything to this file too.")] = None,
+) -> None:
+    """Time every CPU kernel of this machine beside fp32 and the machine's own limits, in under two minutes.
+
+    Shares are of the product instruction's rate on registers, and of the rate at which the same bytes can be
+    read, both measured in the same run. Nothing is timed before it was shown to be exact.
+    """
+    from tautorch import bench as measured  # most of its import is of layers and cases
+
+    console = _console()
+    try:
+        with console.status("") as status:
+            result = measured.run(kernel or measured.kernels(), quick=quick, note=status.update)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+    except AssertionError as error:
+        console.print(f"wrong: {error}", style="bold red", markup=False)
+        raise typer.Exit(1) from error
+    measured.show(result, console)
+    if json is not None:
+        result.write(json)
+        console.print(f"\nwritten to {json}", markup=False)
+
+
 def _console() -> Console:
     """The terminal; a file or a pipe has no width of its own and gets a wide one."""
     console = Console()

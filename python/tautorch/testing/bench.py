@@ -13,6 +13,7 @@ import os
 import pathlib
 import platform
 import statistics
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -118,12 +119,21 @@ def machine() -> str:
     Virtual machines give many processors one name ("AMD EPYC"): the family tells Zen 4 (25) from Zen 5 (26).
     """
     name = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        if platform.system() == "Darwin":
+            command = ["sysctl", "-n", "machdep.cpu.brand_string"]
+            name = subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
     with contextlib.suppress(OSError):
         first = pathlib.Path("/proc/cpuinfo").read_text().split("\n\n", 1)[0]
         facts = {k.strip(): v.strip() for k, _, v in (line.partition(":") for line in first.splitlines())}
         name = facts.get("model name", name)
         if "cpu family" in facts:
             name += f" family {facts['cpu family']} model {facts['model']}"
+        if "CPU part" in facts:  # Arm: 0x41 0xd0b is a Cortex-A76
+            name += f" {facts['CPU implementer']} {facts['CPU part']}"
+    with contextlib.suppress(OSError):  # a board names itself
+        board = pathlib.Path("/proc/device-tree/model").read_text().strip("\0\n ")
+        name = f"{board} {name}"
     best = next(isa for isa, available in _C.isas().items() if available)
     return f"{name} {best} {torch.get_num_threads()} threads"
 
