@@ -1,4 +1,4 @@
-# The two extension targets and the flags of their files.
+# The targets and the flags of their files.
 
 # -ffp-contract=off: the quantiser is exact on every machine, so a*b+c is never fused behind its back.
 set(TAUTORCH_FLAGS -ffp-contract=off -fno-math-errno -Wall -Wextra)
@@ -84,17 +84,25 @@ function(tautorch_common_options target)
   endif()
 endfunction()
 
-function(tautorch_add_cpu)
+# csrc/core and csrc/kernels, as objects: for the extension, the C++ tests, any library.
+function(tautorch_add_kernels)
   set(csrc "${PROJECT_SOURCE_DIR}/csrc")
   file(GLOB core CONFIGURE_DEPENDS "${csrc}/core/*.cpp")
   file(GLOB kernels CONFIGURE_DEPENDS "${csrc}/kernels/*/*.cpp")
-  file(GLOB bindings CONFIGURE_DEPENDS "${csrc}/bindings/*.cpp")
-  list(FILTER bindings EXCLUDE REGEX "/module_cuda[^/]*\\.cpp$")
   tautorch_kernel_sources(kernels ${kernels})
-  pybind11_add_module(_C MODULE NO_EXTRAS ${core} ${kernels} ${bindings})
-  tautorch_common_options(_C)
+  add_library(tautorch_kernels OBJECT ${core} ${kernels})
+  tautorch_common_options(tautorch_kernels)
+  set_target_properties(tautorch_kernels PROPERTIES INTERPROCEDURAL_OPTIMIZATION OFF)
   find_package(Threads REQUIRED)
-  target_link_libraries(_C PRIVATE Threads::Threads ${CMAKE_DL_LIBS})
+  target_link_libraries(tautorch_kernels PUBLIC Threads::Threads ${CMAKE_DL_LIBS})
+endfunction()
+
+function(tautorch_add_cpu)
+  file(GLOB bindings CONFIGURE_DEPENDS "${PROJECT_SOURCE_DIR}/csrc/bindings/*.cpp")
+  list(FILTER bindings EXCLUDE REGEX "/module_cuda[^/]*\\.cpp$")
+  pybind11_add_module(_C MODULE NO_EXTRAS ${bindings})
+  tautorch_common_options(_C)
+  target_link_libraries(_C PRIVATE tautorch_kernels)
   tautorch_place(_C)
 endfunction()
 

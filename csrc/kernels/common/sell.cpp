@@ -2,9 +2,7 @@
 
 #include "core/arch.h"
 #include "core/parallel.h"
-#if defined(__x86_64__)
 #include "kernels/common/sell_avx512vbmi.h"
-#endif
 
 #include <algorithm>
 #include <cstring>
