@@ -20,6 +20,29 @@ from torch import distributed as dist
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
+__all__ = [
+    "active",
+    "all_gather",
+    "all_reduce",
+    "barrier",
+    "broadcast_tensors",
+    "broadcast_value",
+    "full_tensor",
+    "is_main",
+    "is_sharded",
+    "local",
+    "local_part",
+    "local_tensor",
+    "main_process_only",
+    "raise_together",
+    "rank",
+    "reshard",
+    "shard_like",
+    "sum_over_ranks",
+    "union",
+    "world_size",
+]
+
 _F = TypeVar("_F", bound=Callable[..., Any])
 _T = TypeVar("_T")
 _OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}

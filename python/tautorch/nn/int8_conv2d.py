@@ -12,11 +12,10 @@ from tautorch.ops import geometry as conv
 from tautorch.ops import library as lib
 from tautorch.ops.geometry import Pair
 from tautorch.ops.int8_conv2d import OP, pack, plan, problem
-from tautorch.reference.quantizer import quantize_weight
 
 from .convolution import ConvModule, Padding
 from .packed import Canonical
-from .tail import QUANTS, grid_of, output_tensors, static_tensors
+from .tail import QUANTS, int8_tensors
 
 
 class Int8Conv2d(ConvModule):
@@ -101,19 +100,9 @@ class Int8Conv2d(ConvModule):
         """
         requantize = out_scale is not None
         new = cls(**cls._arguments(module), quant=quant, activation=activation, requantize=requantize)
-        scale, zero_point = static_tensors(OP, quant, x_scale, x_zero_point, module.weight.device, module)
-        out = output_tensors(OP, out_scale, out_zero_point, module.weight.device)
-        if weight_scale is None:
-            weight_scale = grid_of(module)
-        q, weight_scale = quantize_weight(module.weight, weight_scale, op=OP)
         new._take(
             module.bias,
-            weight=q,
-            weight_scale=weight_scale,
-            x_scale=scale,
-            x_zero_point=zero_point,
-            out_scale=out[0],
-            out_zero_point=out[1],
+            **int8_tensors(OP, module, quant, x_scale, x_zero_point, weight_scale, out_scale, out_zero_point),
         )
         return new.train(module.training)
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from tautorch.reference.common import ACTIVATIONS
+from tautorch.reference.quantizer import quantize_weight
 
 QUANTS = ("dynamic", "static", "weight_only")
 
@@ -81,6 +82,32 @@ def output_tensors(
             raise ValueError(f"{op}: out_zero_point needs out_scale, got None")
         return None, None
     return _scale_and_point(op, "out", out_scale, out_zero_point, device)
+
+
+def int8_tensors(
+    op: str,
+    module: nn.Linear | nn.Conv2d,
+    quant: str,
+    x_scale: Tensor | float | None,
+    x_zero_point: Tensor | int | None,
+    weight_scale: Tensor | None,
+    out_scale: Tensor | float | None,
+    out_zero_point: Tensor | int | None,
+) -> dict[str, Tensor | None]:
+    """All buffers of the int8 layer that stands for a float one, by name; arguments of its ``from_float``."""
+    device = module.weight.device
+    scale, zero_point = static_tensors(op, quant, x_scale, x_zero_point, device, module)
+    out = output_tensors(op, out_scale, out_zero_point, device)
+    steps = grid_of(module) if weight_scale is None else weight_scale
+    q, steps = quantize_weight(module.weight, steps, op=op)
+    return {
+        "weight": q,
+        "weight_scale": steps,
+        "x_scale": scale,
+        "x_zero_point": zero_point,
+        "out_scale": out[0],
+        "out_zero_point": out[1],
+    }
 
 
 def _scale_and_point(

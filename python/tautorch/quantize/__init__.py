@@ -2,7 +2,7 @@
 
 from tautorch.quantize.bias import correct_bias
 from tautorch.quantize.calibration import OBSERVERS, calibrate
-from tautorch.quantize.clustering import Clustered, attach_codebook, cluster, codebooks
+from tautorch.quantize.clustering import Clustered, cluster, codebooks
 from tautorch.quantize.fake import FakeQuantInput, FakeQuantWeight
 from tautorch.quantize.finalize import finalize
 from tautorch.quantize.gptq import Rounded, gptq
@@ -29,7 +29,6 @@ __all__ = [
     "Rounded",
     "Sensitivity",
     "Smoothed",
-    "attach_codebook",
     "calibrate",
     "cluster",
     "codebooks",

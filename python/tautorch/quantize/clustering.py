@@ -100,33 +100,6 @@ def cluster(
     return model
 
 
-def attach_codebook(layer: Layer, codebook: Tensor, indices: Tensor, held_zero: bool) -> None:
-    """Make `layer.weight` the parametrisation `codebook[indices]`, as `cluster` leaves it.
-
-    Args:
-        codebook: float [2^bits].
-        indices: uint8, of the weight's shape, below 2^bits.
-        held_zero: index 0 stands for pruned weights: zero, and not trained.
-
-    Raises TypeError/ValueError for tensors that are not as above.
-    """
-    if indices.dtype != torch.uint8 or indices.shape != layer.weight.shape:
-        raise ValueError(
-            f"attach_codebook: indices must be uint8 {list(layer.weight.shape)}, "
-            f"got {indices.dtype} {list(indices.shape)}"
-        )
-    if codebook.dim() != 1 or not 4 <= codebook.numel() <= 256 or not codebook.is_floating_point():
-        raise ValueError(f"attach_codebook: codebook must be floating [4..256], got {list(codebook.shape)}")
-    if indices.numel() and int(indices.max()) >= codebook.numel():
-        raise ValueError(
-            f"attach_codebook: indices must be below {codebook.numel()}, got {int(indices.max())}"
-        )
-    device = layer.weight.device
-    table = codebook.detach().to(device, torch.float32, copy=True)
-    made = Clustered(indices.to(device), table, held_zero)
-    parametrize.register_parametrization(layer, "weight", made)
-
-
 def clustered(layer: nn.Module) -> Clustered | None:
     """The `Clustered` of a layer's weight, None where it has none."""
     if not parametrize.is_parametrized(layer, "weight"):
