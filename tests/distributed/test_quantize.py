@@ -30,9 +30,19 @@ class Net(nn.Module):
         return self.rare(y) if float(x[0, 0]) > 5 else y
 
 
-def build() -> Net:
+class Drifting(Net):
+    """Another computation at every call, if it is told to."""
+
+    drift = 0.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.factor = getattr(self, "factor", 1.0) + self.drift
+        return super().forward(x) * self.factor
+
+
+def build(kind: type[Net] = Net) -> Net:
     torch.manual_seed(3)
-    model = Net()
+    model = kind()
     with torch.no_grad():
         model.norm.weight[5] = 30.0
     return model
@@ -99,6 +109,13 @@ def worker(folder: Path) -> dict[str, Any]:
             call(build(), bad)
         except Exception as error:
             found[f"{name} failed"] = str(error)
+    drifting = build(Drifting)
+    drifting.drift = float(rank == 1)
+    try:
+        smooth(drifting, batches()[rank::2])
+    except Exception as error:
+        found["smooth moved"] = str(error)
+    found["smooth undone"] = drifting.state_dict()
     return found
 
 
@@ -133,3 +150,7 @@ def test_two_ranks_are_one_process(tmp_path: Path) -> None:
     for name in ("gptq", "smooth"):
         assert "NaN or Inf" in two[f"{name} failed"]
         assert one[f"{name} failed"].startswith("rank 1 failed")
+    assert "the output moved by" in two["smooth moved"]
+    assert one["smooth moved"].startswith("rank 1 failed")
+    for found in (one, two):
+        close(found["smooth undone"], build().state_dict(), 0.0)

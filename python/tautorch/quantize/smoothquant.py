@@ -171,8 +171,13 @@ def smooth(
                 if name not in taken:
                     work.multiply(name)
             replace_layers(model, work.wrapped)
-            for outputs, batch in zip(before, samples, strict=True):
-                work.check(outputs, call_model("smooth", model, batch))
+            failure: Exception | None = None
+            try:
+                for outputs, batch in zip(before, samples, strict=True):
+                    work.check(outputs, call_model("smooth", model, batch))
+            except Exception as error:
+                failure = error
+            distributed.raise_together(failure)  # each rank's outputs are of its own batches
         except BaseException:
             work.undo()
             raise
