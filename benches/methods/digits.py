@@ -56,14 +56,17 @@ def upscale(images: Tensor) -> Tensor:
 class Batches:
     """A loader of `steps` batches, reshuffled in every pass over the images; iterating twice gives the same.
 
-    Each image is moved by up to one pixel; `prepare` is what the network takes of them.
+    Each image is moved by up to one pixel; `prepare` is what the network takes of them. With `mixed` each is
+    the weighted mean of two, by a share drawn from 0 to 1 (mixup, Zhang et al. 2017, arXiv:1710.09412), and
+    so are its targets, the probabilities of the classes.
     """
 
     def __init__(
-        self, data: Digits, *, steps: int, seed: int, batch: int = 64,
+        self, data: Digits, *, steps: int, seed: int, batch: int = 64, mixed: bool = False,
         prepare: Callable[[Tensor], Tensor] = lambda images: images,
     ) -> None:  # fmt: skip
         self.data, self.steps, self.seed, self.batch, self.prepare = data, steps, seed, batch, prepare
+        self.mixed = mixed
 
     def __len__(self) -> int:
         return self.steps
@@ -76,7 +79,19 @@ class Batches:
                 order = torch.cat([order, torch.randperm(len(self.data.train_x), generator=generator)])
             index, order = order[: self.batch], order[self.batch :]
             images = shift(self.data.train_x[index], self.data.background, generator)
-            yield self.prepare(images), self.data.train_y[index]
+            targets = self.data.train_y[index]
+            if self.mixed:
+                share = torch.rand(self.batch, generator=generator)
+                other = torch.randperm(self.batch, generator=generator)
+                images = _between(images, images[other], share)
+                one_hot = F.one_hot(targets, CLASSES).float()
+                targets = _between(one_hot, one_hot[other], share)
+            yield self.prepare(images), targets
+
+
+def _between(one: Tensor, other: Tensor, share: Tensor) -> Tensor:
+    """one + share (other - one), a share for each row."""
+    return one + share.reshape(-1, *[1] * (one.dim() - 1)) * (other - one)
 
 
 class ResNet(nn.Sequential):

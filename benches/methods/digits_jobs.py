@@ -32,23 +32,26 @@ def teacher(seed: int, width: int, epochs: int) -> Result:
     return _folds(seed, one)
 
 
-def alone(seed: int, steps: int, per_class: int) -> Result:
+def alone(seed: int, steps: int, per_class: int, mixed: bool = False) -> Result:
     """Students trained on a few labelled images of their fold."""
 
     def one(data: digits.Digits, fold: int) -> nn.Module:
-        return digits.train(digits.ResNet(STUDENT_WIDTH), _few_labels(data, per_class, steps, seed, fold))
+        loader = _few_labels(data, per_class, steps, seed, fold, mixed)
+        return digits.train(digits.ResNet(STUDENT_WIDTH), loader)
 
     return _folds(seed, one)
 
 
-def distilled(seed: int, steps: int, per_class: int, temperature: float, teacher: Result) -> Result:
-    """The same students, on the teacher's soft targets: of the few images, or (0 per class) of all,
-    unlabelled."""
+def distilled(
+    seed: int, steps: int, per_class: int, temperature: float, teacher: Result, mixed: bool = False
+) -> Result:
+    """The same students, on the teacher's soft targets: of the few images, as they are or mixed with each
+    other, or (0 per class) of all, unlabelled."""
 
     def one(data: digits.Digits, fold: int) -> nn.Module:
-        loader = _few_labels(data, per_class, steps, seed, fold)
+        loader = _few_labels(data, per_class, steps, seed, fold, mixed)
         student = digits.ResNet(STUDENT_WIDTH)
-        loss = tt.distill.SoftTarget(temperature, alpha=0.1 if per_class else 0.0)
+        loss = tt.distill.SoftTarget(temperature, alpha=0.1 if per_class and not mixed else 0.0)
         return _distil(_teacher(teacher, fold), student, loader, loss, lr=3e-3)
 
     return _folds(seed, one)
@@ -117,10 +120,12 @@ def _prunable(layer: nn.Module) -> bool:
     return isinstance(layer, nn.Conv2d) and layer.in_channels > 1 and layer.kernel_size == (3, 3)
 
 
-def _few_labels(data: digits.Digits, per_class: int, steps: int, seed: int, fold: int) -> digits.Batches:
+def _few_labels(
+    data: digits.Digits, per_class: int, steps: int, seed: int, fold: int, mixed: bool = False
+) -> digits.Batches:
     """Batches of a few images of each digit, or (0 per class) of all."""
     some = digits.few(data, per_class, seed) if per_class else data
-    return digits.Batches(some, steps=steps, seed=fold)
+    return digits.Batches(some, steps=steps, seed=fold, mixed=mixed)
 
 
 def _folds(seed: int, one: Callable[[digits.Digits, int], nn.Module], keep: bool = True) -> Result:

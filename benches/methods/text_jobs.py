@@ -51,7 +51,7 @@ def distilled(
 
 def oneshot(
     seed: int, importance: str, pattern: str, dampening: float, outliers: bool, teacher: Result,
-    ranking: str | None = None,
+    ranking: str | None = None, refit: int = 0,
 ) -> Result:  # fmt: skip
     """Half of the weights removed at once, without training."""
     model = loaded(teacher)
@@ -59,7 +59,7 @@ def oneshot(
         inject_outliers(model, seed)
     tt.prune.prune(
         model, importance, pattern, 0.5, layers=text.BLOCKS, calibration=text.calibration(64, seed + 1000),
-        ranking=ranking, dampening=dampening,
+        ranking=ranking, dampening=dampening, refit=refit,
     )  # fmt: skip
     return {"perplexity": text.perplexity(model)}
 
