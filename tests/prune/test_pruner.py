@@ -56,6 +56,41 @@ def test_layers_are_chosen_by_name_and_pattern() -> None:
     assert list(compute_masks(model)) == ["enc.0", "enc.1", "head"]
 
 
+@pytest.mark.parametrize("importance", ["magnitude", "sparsegpt"])
+def test_each_layer_may_have_its_own_sparsity(importance: str) -> None:
+    model = net()
+    state = copy.deepcopy(model.state_dict())
+    data = [torch.randn(40, 4, 4, 4)]
+    twin = prune(copy.deepcopy(model), importance, sparsity=0.75, layers=["3"], calibration=data)
+    assert list(compute_masks(model, importance, sparsity={"3": 0.75, "0": 0.0}, calibration=data)) == ["3"]
+    prune(model, importance, sparsity={"0": 0, "3": 0.75}, calibration=data)
+    assert same(model, twin.state_dict()) and int((model[3].weight == 0).sum()) == 240
+    assert torch.equal(model[0].weight, state["0.weight"])
+    prune(model, importance, sparsity={"0": 0.5, "3": 0.9}, calibration=data)
+    assert [int((model[i].weight == 0).sum()) for i in (0, 3)] == [72, 288]
+    before = copy.deepcopy(model.state_dict())
+    assert same(prune(model, importance, "2:4", sparsity={"3": 0.0}, calibration=data), before)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"sparsity": {"3": 1.0}}, "sparsity must be in \\[0, 1\\)"),
+        ({"sparsity": {"4": 0.5}}, "must name layers of the model, got '4'"),
+        ({"sparsity": {"*": 0.5}}, "sparsity must name layers, got the pattern '\\*'"),
+        ({"sparsity": {"3": 0.75}, "pattern": "2:4"}, "sparsity must be 0.5 for pattern 2:4, got 0.75"),
+        ({"sparsity": {"3": 0.75}, "layers": ["3"]}, "layers must be None where sparsity names them"),
+        ({"sparsity": {"3": 0.75}, "ranking": "global"}, 'ranking must be "local" or "row"'),
+    ],
+)
+def test_a_bad_sparsity_by_layer_changes_nothing(options: dict[str, Any], message: str) -> None:
+    model = net()
+    state = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=message):
+        prune(model, **options)
+    assert same(model, state)
+
+
 def test_activation_ranks_rows_for_unstructured_only() -> None:
     model = nn.Sequential(nn.Linear(8, 6))
     with torch.no_grad():

@@ -37,7 +37,7 @@ class Rule:
     op: str
     importance: Importance = "magnitude"
     pattern: str = "unstructured"
-    sparsity: float = 0.5
+    sparsity: float | Mapping[str, float] = 0.5
     layers: Iterable[str] | None = None
     calibration: Batches | None = None
     ranking: Ranking | None = None
@@ -69,10 +69,13 @@ class Choice:
 def choose(rule: Rule, model: nn.Module) -> Choice:
     """Decide what `rule` removes from `model`, which is left as it is."""
     op, form = rule.op, rule.form()
-    share = check_sparsity(op, rule.sparsity)
     ranking = rule.chosen_ranking()
     check_ranking(op, ranking, form)
-    check_share(op, form, share)
+    if isinstance(rule.sparsity, Mapping):
+        _check_by_layer(op, rule.sparsity, rule.layers, ranking)
+        rule = replace(rule, layers=list(rule.sparsity))
+    else:
+        check_share(op, form, check_sparsity(op, rule.sparsity))
     check_normalize(op, rule.normalize, ranking)
     check_importance(op, rule.importance, rule.calibration, rule.loss)
     if isinstance(rule.refit, bool) or not isinstance(rule.refit, int) or rule.refit < 0:
@@ -80,13 +83,17 @@ def choose(rule: Rule, model: nn.Module) -> Choice:
     if rule.refit and rule.calibration is None:
         raise ValueError(f"{op}: calibration must hold batches for refit={rule.refit}, got None")
     targets = select_layers(op, model, rule.layers)
+    shares = _shares(rule, form, targets)
+    targets = {name: layer for name, layer in targets.items() if name in shares}
+    if not targets:
+        return Choice({}, {})
     for name, layer in targets.items():
         if not bool(torch.isfinite(distributed.full_tensor(layer.weight)).all()):
             raise ValueError(f"{op}: the weight of layer {name!r} must be finite, got NaN or Inf")
     if rule.refit or rule.importance == "sparsegpt":
         _check_off_grid(op, targets, "refit" if rule.refit else "sparsegpt")
     if rule.importance == "sparsegpt":
-        return _compensated(rule, model, targets, share, ranking)
+        return _compensated(rule, model, targets, shares, ranking)
     if rule.refit and rule.calibration is not None:
         # Run twice: for the scores and for the fit.
         check_batches(op, rule.calibration)
@@ -96,10 +103,10 @@ def choose(rule: Rule, model: nn.Module) -> Choice:
     )
     groups = {name: layer_groups(targets[name]) for name in scores}
     if ranking == "global":
-        masks = make_global_masks(scores, rule.pattern, share, groups, rule.normalize)
+        masks = make_global_masks(scores, rule.pattern, next(iter(shares.values())), groups, rule.normalize)
     else:
         masks = {
-            name: make_mask(score, rule.pattern, share, groups[name], ranking)
+            name: make_mask(score, rule.pattern, shares[name], groups[name], ranking)
             for name, score in scores.items()
         }
     return (
@@ -107,6 +114,31 @@ def choose(rule: Rule, model: nn.Module) -> Choice:
         if rule.refit
         else Choice(masks, {})
     )
+
+
+def _check_by_layer(
+    op: str, sparsity: Mapping[str, float], layers: Iterable[str] | None, ranking: Ranking
+) -> None:
+    if layers is not None:
+        raise ValueError(f"{op}: layers must be None where sparsity names them, got both")
+    if ranking == "global":
+        raise ValueError(
+            f'{op}: ranking must be "local" or "row" where each layer has a sparsity, got "global"'
+        )
+    for value in sparsity.values():
+        check_sparsity(op, value)
+
+
+def _shares(rule: Rule, form: Pattern, targets: Mapping[str, Layer]) -> dict[str, float]:
+    """What to remove of each layer; of those with a sparsity of their own, the ones that lose anything."""
+    if not isinstance(rule.sparsity, Mapping):
+        return dict.fromkeys(targets, float(rule.sparsity))
+    for name, share in rule.sparsity.items():
+        if name not in targets:
+            raise ValueError(f"{rule.op}: sparsity must name layers, got the pattern {name!r}")
+        if share > 0:
+            check_share(rule.op, form, share)
+    return {name: float(share) for name, share in rule.sparsity.items() if share > 0}
 
 
 def _check_off_grid(op: str, targets: Mapping[str, Layer], what: str) -> None:
@@ -146,7 +178,7 @@ def _in_place_of(op: str, name: str, layer: Layer, matrix: Tensor) -> Tensor:
 
 
 def _compensated(
-    rule: Rule, model: nn.Module, targets: Mapping[str, Layer], share: float, ranking: Ranking
+    rule: Rule, model: nn.Module, targets: Mapping[str, Layer], shares: Mapping[str, float], ranking: Ranking
 ) -> Choice:
     op, form = rule.op, rule.form()
     if rule.calibration is None:
@@ -162,11 +194,11 @@ def _compensated(
         costs = {name: first_costs(matrices[name], *factors[name], form) for name in factors}
         shaped = {name: cost.reshape(targets[name].weight.shape) for name, cost in costs.items()}
         groups = {name: layer_groups(targets[name]) for name in shaped}
-        fixed = make_global_masks(shaped, rule.pattern, share, groups, rule.normalize)
+        fixed = make_global_masks(shaped, rule.pattern, next(iter(shares.values())), groups, rule.normalize)
     masks, weights = {}, {}
     for name, matrix in matrices.items():
         given = fixed[name].reshape(matrix.shape) if name in fixed else None
-        new, mask = sparsegpt(op, matrix, *factors[name], form, share, ranking == "row", given)
+        new, mask = sparsegpt(op, matrix, *factors[name], form, shares[name], ranking == "row", given)
         if rule.refit:
             new = refit(new, matrix, grams[name].to(matrix.device), mask, rule.dampening, rule.refit)
         weights[name] = _in_place_of(op, name, targets[name], new)

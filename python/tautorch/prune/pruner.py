@@ -23,7 +23,7 @@ def compute_masks(
     model: nn.Module,
     importance: Importance = "magnitude",
     pattern: str = "unstructured",
-    sparsity: float = 0.5,
+    sparsity: float | Mapping[str, float] = 0.5,
     layers: Iterable[str] | None = None,
     calibration: Batches | None = None,
     ranking: Ranking | None = None,
@@ -52,7 +52,7 @@ def prune(
     model: nn.Module,
     importance: Importance = "magnitude",
     pattern: str = "unstructured",
-    sparsity: float = 0.5,
+    sparsity: float | Mapping[str, float] = 0.5,
     layers: Iterable[str] | None = None,
     calibration: Batches | None = None,
     ranking: Ranking | None = None,
@@ -70,7 +70,8 @@ def prune(
             a `Movement`; see `tautorch.prune.importance`. "sparsegpt" also changes the weights it keeps, so
             that the layers' outputs stay; see `tautorch.prune.sparsegpt`.
         pattern: "unstructured", "n:m", "4x1", "16x16", "32x32" or "64x64"; see `tautorch.prune.patterns`.
-        sparsity: share to remove, in [0, 1). n:m patterns take exactly 1 - n / m.
+        sparsity: share to remove, in [0, 1). n:m patterns take exactly 1 - n / m. Or {layer name: share}, as
+            `sensitivity(...).suggest(...)` gives it: layers with 0, and those not named, stay as they are.
         layers: names or shell patterns ("encoder.*"); None takes every layer that owns its weight alone,
             with "activation" every such layer that calibration runs.
         calibration: batches of what the model takes, run in eval mode.
