@@ -30,7 +30,7 @@ endif
 export TAUTORCH_CUDA
 
 CSRC := $(shell find csrc cmake -type f)
-CFORMAT := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+CFORMAT := $(shell find csrc tests/native -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 .PHONY: demo test build bench bench-peers bench-report methods gpu cuda lint wheel sanitize clean FORCE
 .DEFAULT_GOAL := build

@@ -1,0 +1,198 @@
+// int8_conv2d and sparse_conv2d: dense, grouped, depthwise and dilated filters, odd channels, both layouts.
+#include "groups.h"
+#include "layers.h"
+
+#include "kernels/int8_conv2d/int8_conv2d.h"
+#include "kernels/sparse_conv2d/sparse_conv2d.h"
+
+#include <algorithm>
+#include <cmath>
+
+namespace tautorch::tests {
+namespace {
+
+struct Conv {
+    Geometry g;
+    int64_t outputs, groups;
+    int64_t inputs() const { return g.channels / groups; } // of a group
+    int64_t weights() const { return outputs * inputs() * g.kh * g.kw; }
+};
+
+Conv conv(int64_t b, int64_t c, int64_t h, int64_t w, int64_t o, int64_t kernel, int64_t stride, int64_t pad,
+          int64_t dilation, int64_t groups) {
+    return {{b, c, h, w, kernel, kernel, stride, stride, pad, pad, dilation, dilation}, o, groups};
+}
+
+const std::vector<Conv> &convs() {
+    static const std::vector<Conv> all = {
+        conv(2, 3, 9, 8, 5, 3, 1, 1, 1, 1),       conv(1, 16, 6, 7, 17, 3, 2, 1, 1, 1),
+        conv(2, 7, 5, 5, 12, 1, 1, 0, 1, 1),      conv(1, 20, 5, 4, 33, 1, 2, 0, 1, 1),
+        conv(1, 5, 9, 9, 6, 3, 1, 2, 2, 1),       conv(1, 12, 7, 6, 20, 3, 2, 2, 2, 4),
+        conv(2, 6, 5, 7, 6, 5, 1, 2, 1, 3),       conv(1, 1, 4, 4, 1, 3, 1, 1, 1, 1),
+        conv(1, 64, 3, 3, 64, 3, 1, 1, 1, 1),     conv(2, 19, 7, 8, 19, 3, 1, 1, 1, 19),
+        conv(1, 70, 6, 5, 70, 3, 2, 1, 1, 70),    conv(1, 33, 9, 8, 33, 5, 1, 4, 2, 33),
+        conv(1, 128, 4, 3, 128, 7, 1, 3, 1, 128),
+    };
+    return all;
+}
+
+// Sums of centred q [b][c][h][w] by w [o][c / groups][kh][kw], [b][o][oh][ow].
+std::vector<int32_t> convolve(const Conv &c, const std::vector<int64_t> &q, const std::vector<int64_t> &w) {
+    const Geometry &g = c.g;
+    std::vector<int32_t> out;
+    for (int64_t b = 0; b < g.batch; ++b)
+        for (int64_t o = 0; o < c.outputs; ++o)
+            for (int64_t oy = 0; oy < g.out_height(); ++oy)
+                for (int64_t ox = 0; ox < g.out_width(); ++ox) {
+                    int64_t sum = 0;
+                    const int64_t group = o / (c.outputs / c.groups);
+                    for (int64_t i = 0; i < c.inputs(); ++i)
+                        for (int64_t ky = 0; ky < g.kh; ++ky)
+                            for (int64_t kx = 0; kx < g.kw; ++kx) {
+                                const int64_t y = oy * g.sh - g.ph + ky * g.dh,
+                                              x = ox * g.sw - g.pw + kx * g.dw;
+                                if (y < 0 || y >= g.height || x < 0 || x >= g.width)
+                                    continue;
+                                const int64_t ch = group * c.inputs() + i;
+                                sum += q[static_cast<size_t>(
+                                           ((b * g.channels + ch) * g.height + y) * g.width + x)] *
+                                       w[static_cast<size_t>(((o * c.inputs() + i) * g.kh + ky) * g.kw + kx)];
+                            }
+                    out.push_back(static_cast<int32_t>(sum));
+                }
+    return out;
+}
+
+template <class T>
+std::vector<T> channels_last(const std::vector<T> &v, int64_t batch, int64_t channels, int64_t pixels) {
+    std::vector<T> out;
+    for (int64_t b = 0; b < batch; ++b)
+        for (int64_t p = 0; p < pixels; ++p)
+            for (int64_t c = 0; c < channels; ++c)
+                out.push_back(v[static_cast<size_t>((b * channels + c) * pixels + p)]);
+    return out;
+}
+
+std::vector<int32_t> run(void (*op)(const ConvArgs &), const Conv &c, const Bytes &packed,
+                         const ActQuant &quant, const void *x, bool last) {
+    std::vector<int32_t> y(static_cast<size_t>(c.g.batch * c.outputs * c.g.out_pixels()), 77);
+    ConvArgs a;
+    a.geometry = c.g;
+    a.x = x;
+    a.channels_last = a.out_channels_last = last;
+    a.quant = quant;
+    a.packed = packed.data;
+    a.epilogue = Tail().epilogue();
+    a.outputs = c.outputs;
+    a.out = y.data();
+    op(a);
+    return y;
+}
+
+// Both layouts, dynamic scales and int8 images with a zero point.
+void check_all(Group &group, void (*op)(const ConvArgs &), const Conv &c, const Bytes &packed,
+               const std::vector<int64_t> &w, const std::string &what) {
+    const Geometry &g = c.g;
+    const int64_t sample = g.channels * g.height * g.width;
+    const auto x = floats(g.batch, sample, 71);
+    std::vector<int64_t> q;
+    for (int64_t b = 0; b < g.batch; ++b) {
+        const Row row = quantize_dynamic(x.data() + b * sample, sample);
+        q.insert(q.end(), row.q.begin(), row.q.end());
+    }
+    const auto codes = integers(g.batch * sample, -128, 127, 72);
+    const auto codes8 = as<int8_t>(codes);
+    std::vector<int64_t> centred = codes;
+    for (int64_t &v : centred)
+        v -= 3;
+    const std::vector<float> one = {1.0f};
+    const auto dynamic = convolve(c, q, w), given = convolve(c, centred, w);
+    const int64_t in = g.height * g.width, out = g.out_pixels();
+    group.equal(run(op, c, packed, dynamic_quant(), x.data(), false), dynamic, what + " NCHW");
+    group.equal(run(op, c, packed, given_quant(one, 3), codes8.data(), false), given, what + " NCHW int8");
+    const auto xl = channels_last(x, g.batch, g.channels, in);
+    const auto cl = channels_last(codes8, g.batch, g.channels, in);
+    group.equal(run(op, c, packed, dynamic_quant(), xl.data(), true),
+                channels_last(dynamic, g.batch, c.outputs, out), what + " NHWC");
+    // Rows end where their memory does.
+    Bytes exact(cl.size());
+    std::copy(cl.begin(), cl.end(), reinterpret_cast<int8_t *>(exact.data));
+    group.equal(run(op, c, packed, given_quant(one, 3), exact.data, true),
+                channels_last(given, g.batch, c.outputs, out), what + " NHWC int8");
+}
+
+std::string name_of(const Isa &isa, const Conv &c) {
+    const Geometry &g = c.g;
+    return describe("%s %lldx%lldx%lldx%lld o %lld kernel %lld stride %lld dilation %lld groups %lld",
+                    isa.name, (long long)g.batch, (long long)g.channels, (long long)g.height,
+                    (long long)g.width, (long long)c.outputs, (long long)g.kh, (long long)g.sh,
+                    (long long)g.dh, (long long)c.groups);
+}
+
+} // namespace
+
+void test_int8_conv2d() {
+    Group group("int8_conv2d"), deep("int8_conv2d, depthwise");
+    for (const Isa *isa : kernels()) {
+        group.ran(*isa);
+        deep.ran(*isa);
+        for (const Conv &c : convs()) {
+            const int64_t taps = c.g.kh * c.g.kw, k = c.inputs();
+            const auto w = integers(c.weights(), -128, 127, 73);
+            const auto w8 = as<int8_t>(w);
+            const std::string what = name_of(*isa, c);
+            if (k == 1 && c.groups > 1) {
+                const Packed p = pack_dense(*isa, PackKind::depthwise_i8, c.groups, 1, 1, taps, w8.data(),
+                                            {taps, taps, 1});
+                check_all(deep, int8_conv2d, c, *p, w, what);
+                continue;
+            }
+            const Packed p = pack_dense(*isa, PackKind::dense_i8, c.groups, c.outputs / c.groups, k, taps,
+                                        w8.data(), {k * taps, taps, 1});
+            check_all(group, int8_conv2d, c, *p, w, what);
+            if (c.groups != 1 || c.g.dw != 1)
+                continue;
+            // A row of the filter as one run of memory.
+            std::vector<int8_t> rows;
+            for (int64_t o = 0; o < c.outputs; ++o)
+                for (int64_t t = 0; t < taps; ++t)
+                    for (int64_t i = 0; i < k; ++i)
+                        rows.push_back(w8[static_cast<size_t>((o * k + i) * taps + t)]);
+            const int64_t run_length = c.g.kw * k;
+            const Packed r = pack_dense(*isa, PackKind::dense_i8, 1, c.outputs, run_length, c.g.kh,
+                                        rows.data(), {k * taps, 1, run_length});
+            check_all(group, int8_conv2d, c, *r, w, what + " by rows");
+        }
+    }
+}
+
+void test_sparse_conv2d() {
+    Group group("sparse_conv2d, int8");
+    for (const Isa *isa : kernels()) {
+        group.ran(*isa);
+        for (const Conv &c : convs())
+            for (const int gs : {1, 4}) {
+                const int64_t taps = c.g.kh * c.g.kw, k = c.inputs(), n = c.outputs / c.groups,
+                              inputs = taps * k;
+                auto w = integers(c.weights(), -128, 127, 74);
+                // Lists are over (tap, channel); groups of outputs do not cross convolution groups.
+                std::vector<int8_t> ordered(w.size());
+                std::vector<bool> keep(w.size());
+                const auto drawn = integers(c.groups * div_up(n, gs) * inputs, 0, 1, 75);
+                for (int64_t o = 0; o < c.outputs; ++o)
+                    for (int64_t t = 0; t < taps; ++t)
+                        for (int64_t i = 0; i < k; ++i) {
+                            const int64_t list = o / n * div_up(n, gs) + o % n / gs, at = t * k + i;
+                            const bool kept = drawn[static_cast<size_t>(list * inputs + at)] != 0;
+                            int64_t &v = w[static_cast<size_t>((o * k + i) * taps + t)];
+                            v = kept ? v : 0;
+                            ordered[static_cast<size_t>(o * inputs + at)] = static_cast<int8_t>(v);
+                            keep[static_cast<size_t>(o * inputs + at)] = kept;
+                        }
+                const Packed p = pack_sparse(*isa, gs, c.groups, n, k, taps, ordered, keep);
+                check_all(group, sparse_conv2d, c, *p, w, name_of(*isa, c) + describe(" gs %d", gs));
+            }
+    }
+}
+
+} // namespace tautorch::tests
