@@ -8,7 +8,9 @@
 #include "kernels/common/sparse_f32.h"
 
 #include <algorithm>
+#include <cstdlib>
 #include <cstring>
+#include <limits>
 #include <vector>
 
 namespace tautorch {
@@ -39,7 +41,27 @@ bool has_colsum(PackKind k) {
 }
 
 int64_t after_colsum(const PackHeader &h) {
-    return round_up(h.colsum_off + (has_colsum(h.kind) ? 4 * h.groups * h.n : 0), 64);
+    const int64_t sums = has_colsum(h.kind)             ? h.groups * h.n
+                         : h.kind == PackKind::dense_w8 ? h.groups * panels(h)
+                                                        : 0;
+    return round_up(h.colsum_off + 4 * sums, 64);
+}
+
+// (|w|_1 / |w|_2)^2 of that column of a panel [inputs][width] where it is least: how many of the inputs
+// weigh.
+float effective_inputs(const int8_t *panel, int64_t inputs, int width) {
+    int32_t sum[kTileN] = {}, squares[kTileN] = {};
+    double least = std::numeric_limits<double>::infinity();
+    for (int64_t k = 0; k < inputs; ++k)
+        for (int n = 0; n < width; ++n) {
+            const int32_t w = panel[k * width + n];
+            sum[n] += std::abs(w);
+            squares[n] += w * w;
+        }
+    for (int n = 0; n < width; ++n)
+        if (sum[n] > 0)
+            least = std::min(least, static_cast<double>(sum[n]) * sum[n] / squares[n]);
+    return static_cast<float>(least);
 }
 
 // Calls f(g, n, k, tap, position in the data in elements) for every weight, in packed order.
@@ -252,6 +274,12 @@ void dense_pack(const PackHeader &h, const void *w, WeightStrides s, uint8_t *ou
         if (sums)
             colsum[g * h.n + n] += v;
     });
+    float *effective = reinterpret_cast<float *>(out + h.colsum_off);
+    for (int64_t i = 0; h.kind == PackKind::dense_w8 && i < h.groups * panels(h); ++i) {
+        const int64_t group = i / panels(h), p = i % panels(h);
+        effective[i] = effective_inputs(reinterpret_cast<const int8_t *>(panel_data(out, group, p)),
+                                        h.taps * h.k, panel_width(h, p));
+    }
 }
 
 void dense_unpack(const uint8_t *packed, void *w, WeightStrides s) {

@@ -28,7 +28,7 @@ struct PackHeader {
     int64_t entries;    // sparse: quads (sparse_i8) or entries (sparse_f32) in all
     int64_t blocks;     // sparse: parts of the inputs, each with lists of its own; 0 where there are no lists
     int64_t slots;      // sparse_i8: of the SELL form, see sell.h; 0 where there is none
-    int64_t colsum_off; // int32 [groups * n], int8 kinds
+    int64_t colsum_off; // int32 [groups * n], int8 kinds; dense_w8: float [groups * panels], effective inputs
     int64_t start_off;  // sparse_i8: uint32 [blocks * sparse groups + 1]
     int64_t index_off;  // sparse_i8: uint16
     int64_t data_off;
@@ -39,7 +39,7 @@ struct PackHeader {
 };
 static_assert(sizeof(PackHeader) == 8 * 4 + 16 * 8, "no padding: headers are compared as bytes");
 constexpr uint32_t kPackMagic = 0x4b505454; // "TTPK"
-constexpr int32_t kPackVersion = 3;
+constexpr int32_t kPackVersion = 4;
 
 inline const PackHeader &header_of(const uint8_t *packed) {
     return *reinterpret_cast<const PackHeader *>(packed);

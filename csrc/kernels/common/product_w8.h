@@ -1,10 +1,20 @@
 // A row of floats times int8 weights by integer products.
 //
-// The row's large elements become integers of one power of two, exactly: those within 2^-7 of the largest
-// have no bit below it. Each integer is four signed digits of 8 bits, and vpdpbusd sums every digit exactly.
-// What is smaller is left to float multiply-adds; rows of which an eighth is so small are floats as a whole.
-// So no element loses precision, however the weights are: the sums' conversion and addition round by less
-// than 4 * 2^-23 * sum |x||w|, the small elements' as floats do.
+// The row's elements become integers of one power of two, each of them two or three signed digits of 8 bits,
+// and vpdpbusd sums every digit exactly. Elements that do not fit (below) stay apart and are multiplied as
+// floats; rows with more than an eighth of these are floats as a whole. The sums' conversion and addition
+// round by less than 4 * 2^-23 * S, S = sum |x||w|.
+//
+// - bfloat16 and float16 (8 and 11 significant bits) lose nothing: elements with bits below the unit, or
+//   beyond the digits, are the ones apart. bfloat16 takes two digits where at most a sixteenth are.
+// - float32 rounds to three digits, which reach 2^23: by at most u = 1.004 * 2^-23 of the largest element.
+//   Elements below 2 / k of the largest stay apart, so that the row's roundings are at most k * 2^-24 * S
+//   whatever the weights are: a float sum's own bound. As they are independent of each other, they add up to
+//   about u / sqrt(3) * |w|_2, and S is about mean |x| * |w|_1. Where the largest element, those beyond
+//   staying apart, is at most kSpread * mean |x| * |w|_1 / |w|_2, that is kSpread / sqrt(3) * 2^-23 * S at
+//   most; float sums of 64 to 4096 inputs had 0.20 to 0.26, as the root mean square of Gaussian rows. A pack
+//   knows its panels' effective inputs, (|w|_1 / |w|_2)^2. Rows are made for a quarter of k (64 % are those
+//   of Gaussian weights); panels with fewer than a row needs are multiplied as floats.
 #pragma once
 
 #include <cstdint>
@@ -13,22 +23,25 @@ namespace tautorch {
 
 struct DigitRow {
     const float *x;
-    const int8_t *digits; // [k / 4][4 digits][4 inputs], digit 0 the lowest
+    const int8_t *data;   // [k / 4][digit][4 inputs], digit 0 the lowest
+    int digits;           // 2 or 3
     float unit;           // x = unit * sum of digit d * 256^d
-    int32_t offset[4];    // 128 * sum of each digit
-    const int32_t *small; // inputs that are not in digits
-    int32_t smalls;
+    int32_t offset[3];    // 128 * sum of each digit
+    const int32_t *apart; // inputs that are not in digits
+    int32_t count;        // of them
+    float needs;          // effective inputs
 };
 
 constexpr int64_t kMostDigitInputs = 65536; // 255 * 128 * k < 2^31
-// Bytes of digits and entries of `small` that a row of k needs.
-inline int64_t digit_bytes(int64_t k) { return (k + 15) / 16 * 64; }
-inline int64_t most_smalls(int64_t k) { return k / 8 + 3; }
+// Bytes of digits and entries of `apart` that a row of k needs.
+inline int64_t digit_bytes(int64_t k) { return (k + 15) / 16 * 48 + 64; }
+inline int64_t most_apart(int64_t k) { return k / 8 + 3; }
 
-// False if the row is not finite, has more small elements than pay, or is of a size next to the ends of
-// float.
-bool digit_row_avx512vnni(const float *x, int64_t k, int8_t *digits, int32_t *small, DigitRow &row);
-// out[64] = the row times a panel [k][64] of a dense_w8 pack.
-void digit_product_avx512vnni(const DigitRow &row, int64_t k, const int8_t *panel, float *out);
+// x: of `significant` bits. False if the row is not finite, has more elements apart than pay, or is of a size
+// next to the ends of float.
+bool digit_row_avx512vnni(const float *x, int64_t k, int significant, int8_t *data, int32_t *apart,
+                          DigitRow &row);
+// out[r][64] = one row, or two of as many digits, times a panel [k][64] of a dense_w8 pack.
+void digit_product_avx512vnni(const DigitRow *rows, int count, int64_t k, const int8_t *panel, float *out);
 
 } // namespace tautorch

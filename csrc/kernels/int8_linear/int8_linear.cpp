@@ -4,6 +4,7 @@
 #include "kernels/common/product_w8.h"
 
 #include <algorithm>
+#include <limits>
 
 namespace tautorch {
 namespace {
@@ -38,40 +39,56 @@ Operand prepare(const Isa &isa, const LinearArgs &a, const PackHeader &h, int64_
 }
 
 #if defined(__x86_64__)
-// Rows of floats that are multiplied by digits. From more rows on, float products take as long.
-constexpr int64_t kDigitRows = 4;
+constexpr int64_t kDigitRows = 32; // whose digits stay in L2 beside a panel
 
-bool by_digits(const PackHeader &h, const Isa &isa, int64_t rows) {
-    return h.kind == PackKind::dense_w8 && &isa == &isa_avx512vnni && rows <= kDigitRows && h.k >= 64 &&
-           h.k <= kMostDigitInputs;
+bool by_digits(const PackHeader &h, const Isa &isa) {
+    return h.kind == PackKind::dense_w8 && &isa == &isa_avx512vnni && h.k >= 64 && h.k <= kMostDigitInputs;
 }
 
-// The same as `multiply`, for few float rows by int8 weights.
+int significant_bits(DType dtype) { return dtype == DType::f32 ? 24 : dtype == DType::f16 ? 11 : 8; }
+
+// The same as `multiply`, for up to kDigitRows float rows by int8 weights.
 void multiply_digits(const Isa &isa, const LinearArgs &a, const Output &out, Operand x, int64_t m0,
                      int64_t rows, int64_t p0, int64_t p1) {
     const PackHeader &h = header_of(a.packed);
-    const int64_t bytes = digit_bytes(h.k), row_bytes = bytes + round_up(4 * most_smalls(h.k), 64);
+    const int64_t bytes = round_up(digit_bytes(h.k), 64),
+                  row_bytes = bytes + round_up(4 * most_apart(h.k), 64);
     int8_t *buffer = static_cast<int8_t *>(scratch(Scratch::inner, static_cast<size_t>(rows * row_bytes)));
+    const float *effective = reinterpret_cast<const float *>(a.packed + h.colsum_off);
+    const void *pointers[kDigitRows];
     DigitRow row[kDigitRows];
-    bool ready[kDigitRows];
     for (int64_t r = 0; r < rows; ++r) {
         int8_t *at = buffer + r * row_bytes;
-        ready[r] = digit_row_avx512vnni(reinterpret_cast<const float *>(x.data + r * x.stride), h.k, at,
-                                        reinterpret_cast<int32_t *>(at + bytes), row[r]);
+        pointers[r] = x.data + r * x.stride;
+        if (!digit_row_avx512vnni(static_cast<const float *>(pointers[r]), h.k,
+                                  significant_bits(a.quant.dtype), at,
+                                  reinterpret_cast<int32_t *>(at + bytes), row[r]))
+            row[r].needs = std::numeric_limits<float>::quiet_NaN(); // fits nowhere
     }
     for (int64_t p = p0; p < p1; ++p) {
-        const bool wide = panel_width(h, p) == kTileN;
-        for (int64_t r = 0; r < rows; ++r) {
-            if (!wide || !ready[r]) {
-                const void *pointer = x.data + r * x.stride;
-                gemm_block(isa, a.packed, 0, &pointer, 1, 1, p, p + 1, out, m0 + r, nullptr);
+        const int cols = static_cast<int>(std::min<int64_t>(kTileN, h.n - p * h.nr));
+        const float has = panel_width(h, p) == kTileN ? effective[p] : -1.0f;
+        const auto run = [&](int64_t r, auto &&like) { // of rows from r on
+            int64_t end = r + 1;
+            while (end < rows && like(row[end]))
+                ++end;
+            return static_cast<int>(end - r);
+        };
+        const auto fits = [has](const DigitRow &d) { return d.needs <= has; };
+        for (int64_t r = 0; r < rows;) {
+            if (!fits(row[r])) {
+                const int count = run(r, [&](const DigitRow &d) { return !fits(d); });
+                gemm_block(isa, a.packed, 0, pointers + r, kDigitRows, count, p, p + 1, out, m0 + r, nullptr);
+                r += count;
                 continue;
             }
-            alignas(64) float y[kTileN];
-            digit_product_avx512vnni(row[r], h.k,
+            alignas(64) float y[2 * kTileN];
+            const int count =
+                std::min(2, run(r, [&](const DigitRow &d) { return fits(d) && d.digits == row[r].digits; }));
+            digit_product_avx512vnni(row + r, count, h.k,
                                      reinterpret_cast<const int8_t *>(panel_data(a.packed, 0, p)), y);
-            const int cols = static_cast<int>(std::min<int64_t>(kTileN, h.n - p * h.nr));
-            store_tile(isa, out, y, kTileN, false, m0 + r, 1, p * h.nr, cols, nullptr);
+            store_tile(isa, out, y, kTileN, false, m0 + r, count, p * h.nr, cols, nullptr);
+            r += count;
         }
     }
 }
@@ -80,8 +97,15 @@ void multiply_digits(const Isa &isa, const LinearArgs &a, const Output &out, Ope
 void multiply(const Isa &isa, const LinearArgs &a, const Output &out, Operand x, int64_t m0, int64_t rows,
               int64_t p0, int64_t p1, const float *row_scale) {
 #if defined(__x86_64__)
-    if (by_digits(header_of(a.packed), isa, a.m))
-        return multiply_digits(isa, a, out, x, m0, rows, p0, p1);
+    if (by_digits(header_of(a.packed), isa)) {
+        const int64_t parts = div_up(rows, kDigitRows);
+        for (int64_t i = 0; i < parts; ++i) {
+            const int64_t begin = chunk_begin(rows, parts, i), end = chunk_begin(rows, parts, i + 1);
+            multiply_digits(isa, a, out, {x.data + begin * x.stride, x.stride}, m0 + begin, end - begin, p0,
+                            p1);
+        }
+        return;
+    }
 #endif
     const void *pointers[kBlockRows];
     const int64_t step = block_rows(rows);
