@@ -84,17 +84,57 @@ function(tautorch_common_options target)
   endif()
 endfunction()
 
-# csrc/core and csrc/kernels, as objects: for the extension, the C++ tests, any library.
+# csrc/core, csrc/kernels and csrc/checks, as objects: for the extension, the C++ tests, any library.
 function(tautorch_add_kernels)
   set(csrc "${PROJECT_SOURCE_DIR}/csrc")
   file(GLOB core CONFIGURE_DEPENDS "${csrc}/core/*.cpp")
   file(GLOB kernels CONFIGURE_DEPENDS "${csrc}/kernels/*/*.cpp")
   tautorch_kernel_sources(kernels ${kernels})
-  add_library(tautorch_kernels OBJECT ${core} ${kernels})
+  file(GLOB checks CONFIGURE_DEPENDS "${csrc}/checks/*.cpp")
+  add_library(tautorch_kernels OBJECT ${core} ${kernels} ${checks})
   tautorch_common_options(tautorch_kernels)
   set_target_properties(tautorch_kernels PROPERTIES INTERPROCEDURAL_OPTIMIZATION OFF)
   find_package(Threads REQUIRED)
   target_link_libraries(tautorch_kernels PUBLIC Threads::Threads ${CMAKE_DL_LIBS})
+endfunction()
+
+# libtautorch.a and libtautorch.so: include/tautorch.h. They are no part of a wheel.
+function(tautorch_add_c)
+  file(STRINGS "${PROJECT_SOURCE_DIR}/pyproject.toml" line REGEX "^version = ")
+  string(REGEX REPLACE ".*\"(.*)\".*" "\\1" TAUTORCH_VERSION "${line}")
+  file(STRINGS "${PROJECT_SOURCE_DIR}/include/tautorch.h" line REGEX "define TT_ABI_VERSION")
+  string(REGEX REPLACE ".* " "" abi "${line}")
+  file(GLOB sources CONFIGURE_DEPENDS "${PROJECT_SOURCE_DIR}/csrc/capi/*.cpp")
+  foreach(kind STATIC SHARED)
+    string(TOLOWER "tautorch_${kind}" target)
+    add_library(${target} ${kind} ${sources})
+    tautorch_common_options(${target})
+    target_compile_definitions(${target} PRIVATE TAUTORCH_BUILD "TAUTORCH_VERSION=\"${TAUTORCH_VERSION}\"")
+    target_include_directories(${target} PUBLIC
+      "$<BUILD_INTERFACE:${PROJECT_SOURCE_DIR}/include>" "$<INSTALL_INTERFACE:include>")
+    target_sources(${target} PRIVATE $<TARGET_OBJECTS:tautorch_kernels>)
+    target_link_libraries(${target} PRIVATE Threads::Threads)
+    set_target_properties(${target} PROPERTIES
+      OUTPUT_NAME tautorch EXPORT_NAME ${target} INTERPROCEDURAL_OPTIMIZATION OFF)
+  endforeach()
+  set_target_properties(tautorch_shared PROPERTIES SOVERSION ${abi})
+  if(CMAKE_SYSTEM_NAME STREQUAL "Linux")
+    # Templates of the standard library are visible whatever their includer says.
+    target_link_options(tautorch_shared PRIVATE
+      -Wl,--no-undefined "-Wl,--version-script=${PROJECT_SOURCE_DIR}/cmake/tautorch.map")
+  endif()
+  if(SKBUILD)
+    return()
+  endif()
+  install(TARGETS tautorch_static tautorch_shared EXPORT tautorch
+    LIBRARY DESTINATION lib ARCHIVE DESTINATION lib)
+  install(FILES "${PROJECT_SOURCE_DIR}/include/tautorch.h" DESTINATION include)
+  configure_file("${PROJECT_SOURCE_DIR}/cmake/tautorch.pc.in" tautorch.pc @ONLY)
+  install(FILES "${CMAKE_CURRENT_BINARY_DIR}/tautorch.pc" DESTINATION lib/pkgconfig)
+  configure_file("${PROJECT_SOURCE_DIR}/cmake/tautorch-config.cmake.in" tautorch-config.cmake @ONLY)
+  install(FILES "${CMAKE_CURRENT_BINARY_DIR}/tautorch-config.cmake" DESTINATION lib/cmake/tautorch)
+  install(EXPORT tautorch NAMESPACE tautorch:: FILE tautorch-targets.cmake
+    DESTINATION lib/cmake/tautorch)
 endfunction()
 
 function(tautorch_add_cpu)

@@ -4,7 +4,7 @@
 
 #include <pybind11/pybind11.h>
 
-#include "kernels/common/gemm.h"
+#include "checks/plan.h"
 
 #include <cstring>
 #include <new>
@@ -55,6 +55,8 @@ template <class F> PyObject *guarded(const F &f) {
         e.set_error();
     } catch (const std::bad_alloc &) {
         PyErr_NoMemory();
+    } catch (const std::invalid_argument &e) {
+        PyErr_SetString(PyExc_ValueError, e.what());
     } catch (const std::exception &e) {
         PyErr_SetString(PyExc_RuntimeError, e.what());
     }
@@ -91,17 +93,9 @@ template <class F> void run_released(int64_t macs, const F &f) {
 
 template <class T> T *at(int64_t address) { return reinterpret_cast<T *>(static_cast<intptr_t>(address)); }
 
-// The header of packed weights, checked: right magic, version, whole, runnable on this CPU, and all offsets
-// within the bytes.
-const PackHeader &checked_header(const char *op, const uint8_t *packed, int64_t bytes);
-// The same for weights that are to be run: the lists of sparse ones are read through once. Whatever bytes
-// pass, running them reads nothing out of bounds.
-const PackHeader &checked_pack(const char *op, const uint8_t *packed, int64_t bytes);
-
-// Epilogue and quantisation settings that every operator takes alike, from a Python dict of integers
-// (addresses, 0 for none, and codes). Scales and zero points are read when the plan is made.
-Epilogue epilogue_of(const char *op, const py::dict &d, int64_t outputs);
-ActQuant quant_of(const char *op, const py::dict &d);
+// Settings that every operator takes alike, from a Python dict of integers (addresses, 0 for none, and
+// codes).
+Tail tail_of(const py::dict &d);
 
 // Kernel names by operator, for last_used(). `slot` comes from op_slot.
 int op_slot(const char *op);

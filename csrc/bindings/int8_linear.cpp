@@ -13,11 +13,9 @@ void run(Args &a) {
 
 void bind_int8_linear(py::module_ &m) {
     m.def("int8_linear_plan", [](int64_t packed, int64_t bytes, int64_t k, const py::dict &tail) {
-        const PackHeader &h = checked_pack("int8_linear", at<const uint8_t>(packed), bytes);
-        if (h.k != k || h.taps != 1 || h.groups != 1 || h.kind > PackKind::dense_w8)
-            throw py::value_error("int8_linear: packed weights are of another shape or kind");
+        const PackHeader &h = checked_linear("int8_linear", at<const uint8_t>(packed), bytes, k, false);
         Plan<LinearArgs> p;
-        fill_linear("int8_linear", p.args, h, at<const uint8_t>(packed), h.n, tail);
+        fill_linear("int8_linear", p.args, h, at<const uint8_t>(packed), h.n, tail_of(tail));
         return finish_plan("int8_linear", p, h, macs_of(h));
     });
     TAUTORCH_FASTCALL(m, "int8_linear_run", run);

@@ -22,10 +22,6 @@ template <class T> Plan<T> plan_of(Args &a, int slot) {
     return p;
 }
 
-// Dtypes of a call, and how many scales int8 x must have if more than one, against what the plan was made
-// for.
-void check_call(const ActQuant &q, int64_t x_dtype, int64_t out_dtype, int64_t scales);
-
 // Whether the image has room for the filter.
 void check_image(const Geometry &g);
 
@@ -75,13 +71,9 @@ template <class T> void run_conv(Args &a, int slot, void (*op)(const T &)) {
     run_released(g.batch * g.out_pixels() * p.macs, [&] { op(p.args); });
 }
 
-// The part of a linear plan every operator has; `outputs` is the width of a row of out.
-void fill_linear(const char *op, LinearArgs &args, const PackHeader &h, const uint8_t *packed,
-                 int64_t outputs, const py::dict &tail);
 // in_channels, kh, kw, sh, sw, ph, pw, dh, dw. any_form: of a pack as conv.h has it, else with kh * kw taps.
 void fill_conv(const char *op, ConvArgs &args, const PackHeader &h, const uint8_t *packed, int64_t outputs,
                const py::tuple &geometry, const py::dict &tail, bool any_form = false);
-int64_t macs_of(const PackHeader &h);
 
 // The bytes of a plan of `op` whose args are filled in.
 template <class T> py::bytes finish_plan(const char *op, Plan<T> &p, const PackHeader &h, int64_t macs) {

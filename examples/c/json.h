@@ -1,0 +1,177 @@
+/* A reader of JSON for files that may be hostile: bounded depth, no recursion on input beyond it, no number
+ * arithmetic but integers. Values are slices of the text, which must outlive them. */
+#ifndef EXAMPLE_JSON_H
+#define EXAMPLE_JSON_H
+
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+enum { JSON_DEPTH = 16 };
+
+/* '{' object, '[' array, '"' string, 'v' number or word. Nodes of an object come after their key. */
+typedef struct json_node {
+    char type;
+    const char *text; /* without the quotes of a string, escapes as they are */
+    size_t length;
+    const char *key;
+    size_t key_length;
+    int32_t child, next; /* index of a node, or -1 */
+} json_node;
+
+typedef struct json {
+    json_node *nodes;
+    int32_t count, capacity;
+    const char *at, *end;
+} json;
+
+static int32_t json_add(json *j, char type) {
+    if (j->count == j->capacity) {
+        int32_t capacity = j->capacity ? 2 * j->capacity : 64;
+        json_node *nodes = capacity < 1 << 24 ? realloc(j->nodes, (size_t)capacity * sizeof *nodes) : NULL;
+        if (!nodes)
+            return -1;
+        j->nodes = nodes;
+        j->capacity = capacity;
+    }
+    json_node node = {type, j->at, 0, NULL, 0, -1, -1};
+    j->nodes[j->count] = node;
+    return j->count++;
+}
+
+static void json_space(json *j) {
+    while (j->at < j->end && (*j->at == ' ' || *j->at == '\n' || *j->at == '\t' || *j->at == '\r'))
+        ++j->at;
+}
+
+static int json_take(json *j, char c) {
+    json_space(j);
+    if (j->at == j->end || *j->at != c)
+        return 0;
+    ++j->at;
+    return 1;
+}
+
+/* A string's characters; at is behind its opening quote. */
+static int json_string(json *j, const char **text, size_t *length) {
+    *text = j->at;
+    for (; j->at < j->end && *j->at != '"'; ++j->at)
+        if (*j->at == '\\' && ++j->at == j->end)
+            return 0;
+    if (j->at >= j->end)
+        return 0;
+    *length = (size_t)(j->at++ - *text);
+    return 1;
+}
+
+/* A character of a number, true, false or null. */
+static int json_word(char c) {
+    return c == '+' || c == '-' || c == '.' || (c >= '0' && c <= '9') || (c >= 'a' && c <= 'z') || c == 'E';
+}
+
+static int32_t json_value(json *j, int depth) {
+    json_space(j);
+    if (depth > JSON_DEPTH || j->at == j->end)
+        return -1;
+    const char c = *j->at;
+    if (c != '{' && c != '[' && c != '"') {
+        const int32_t node = json_add(j, 'v');
+        if (node < 0)
+            return -1;
+        while (j->at < j->end && json_word(*j->at))
+            ++j->at;
+        j->nodes[node].length = (size_t)(j->at - j->nodes[node].text);
+        return j->nodes[node].length ? node : -1;
+    }
+    const int32_t node = json_add(j, c);
+    if (node < 0)
+        return -1;
+    ++j->at;
+    if (c == '"')
+        return json_string(j, &j->nodes[node].text, &j->nodes[node].length) ? node : -1;
+    const char close = c == '{' ? '}' : ']';
+    int32_t last = -1;
+    if (json_take(j, close))
+        return node;
+    do {
+        const char *key = NULL;
+        size_t key_length = 0;
+        if (c == '{' && !(json_take(j, '"') && json_string(j, &key, &key_length) && json_take(j, ':')))
+            return -1;
+        const int32_t child = json_value(j, depth + 1);
+        if (child < 0)
+            return -1;
+        j->nodes[child].key = key;
+        j->nodes[child].key_length = key_length;
+        *(last < 0 ? &j->nodes[node].child : &j->nodes[last].next) = child;
+        last = child;
+    } while (json_take(j, ','));
+    return json_take(j, close) ? node : -1;
+}
+
+/* The root is node 0. Returns 0 for what is not one JSON value of at most JSON_DEPTH levels. json_free it
+ * either way. */
+static int json_parse(json *j, const char *text, size_t length) {
+    json fresh = {NULL, 0, 0, text, text + length};
+    *j = fresh;
+    if (json_value(j, 0) != 0)
+        return 0;
+    json_space(j);
+    return j->at == j->end;
+}
+
+static void json_free(json *j) {
+    free(j->nodes);
+    j->nodes = NULL;
+}
+
+/* The member of an object, or -1; of node -1 too. */
+static int32_t json_get(const json *j, int32_t object, const char *key) {
+    if (object < 0 || j->nodes[object].type != '{')
+        return -1;
+    const size_t length = strlen(key);
+    for (int32_t i = j->nodes[object].child; i >= 0; i = j->nodes[i].next)
+        if (j->nodes[i].key_length == length && memcmp(j->nodes[i].key, key, length) == 0)
+            return i;
+    return -1;
+}
+
+/* Whether node i is this string or word. */
+static int json_is(const json *j, int32_t i, const char *text) {
+    return i >= 0 && j->nodes[i].length == strlen(text) &&
+           memcmp(j->nodes[i].text, text, j->nodes[i].length) == 0 &&
+           (j->nodes[i].type == '"' || j->nodes[i].type == 'v');
+}
+
+/* An integer in [0, 2^53]; -1 for anything else. */
+static int64_t json_integer(const json *j, int32_t i) {
+    if (i < 0 || j->nodes[i].type != 'v' || j->nodes[i].length > 16)
+        return -1;
+    int64_t n = 0;
+    for (size_t c = 0; c < j->nodes[i].length; ++c) {
+        if (j->nodes[i].text[c] < '0' || j->nodes[i].text[c] > '9')
+            return -1;
+        n = 10 * n + (j->nodes[i].text[c] - '0');
+    }
+    return n <= (int64_t)1 << 53 ? n : -1;
+}
+
+/* A string without its escapes, in `out` of at least its length; returns the length, or -1 for \u escapes. */
+static int64_t json_unescape(const json *j, int32_t i, char *out) {
+    const json_node *s = &j->nodes[i];
+    int64_t n = 0;
+    for (size_t c = 0; c < s->length; ++c) {
+        char x = s->text[c];
+        if (x == '\\') {
+            static const char from[] = "\"\\/bfnrt", to[] = "\"\\/\b\f\n\r\t";
+            const char *which = memchr(from, s->text[++c], sizeof from - 1);
+            if (!which)
+                return -1;
+            x = to[which - from];
+        }
+        out[n++] = x;
+    }
+    return n;
+}
+
+#endif
