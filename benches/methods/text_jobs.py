@@ -111,8 +111,9 @@ def lowrank(seed: int, fewer: float, method: str, teacher: Result) -> Result:
     """Every linear layer of the blocks in two factors that have so much fewer weights."""
     model = loaded(teacher)
     tt.factorize.factorize(
-        model, method, budget=1 - fewer, layers=text.BLOCKS, calibration=text.calibration(64, seed + 1000)
-    )
+        model, method, budget=1 - fewer, allocation="layer", layers=text.BLOCKS,
+        calibration=text.calibration(64, seed + 1000),
+    )  # fmt: skip
     return {"perplexity": text.perplexity(model)}
 
 

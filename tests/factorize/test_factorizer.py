@@ -39,7 +39,7 @@ def test_the_pairs_are_the_layers_with_their_dense_weight(method: Any) -> None:
     x = batch().double()
     options: dict[str, Any] = {"calibration": [x]} if method == "whitened" else {}
     state = torch.get_rng_state()
-    done = factorize(copy.deepcopy(model), method, budget=0.5, **options)
+    done = factorize(copy.deepcopy(model), method, budget=0.5, allocation="layer", **options)
     assert torch.equal(torch.get_rng_state(), state)
     kinds = [type(done[i]) for i in (0, 2, 5)]
     expected = [FactorizedConv2d, FactorizedConv2d, FactorizedLinear]
@@ -77,7 +77,7 @@ def test_rank_by_layer_budget_and_energy() -> None:
     by_name = factorize(copy.deepcopy(model), rank={"5": 7, "2": 2})
     assert (by_name[5].rank, by_name[2].rank, type(by_name[0])) == (7, 2, nn.Conv2d)
     for budget in (0.3, 0.6):
-        done = factorize(copy.deepcopy(model), budget=budget)
+        done = factorize(copy.deepcopy(model), budget=budget, allocation="layer")
         for index in (0, 2, 5):
             pair, dense = weights(done[index]), model[index].weight.numel()
             assert pair <= budget * dense
@@ -218,7 +218,10 @@ def test_layers_somebody_else_reads_are_refused(make: Any, layer: str, message: 
         ({"rank": {"nope": 2}}, "must name layers of the model"),
         ({"rank": {"5": 2}, "layers": ["2", "5"]}, "rank must name each layer, got none for '2'"),
         ({"rank": 36, "layers": ["5"]}, r"rank of layer '5' must be in \[1, 35\] to make it smaller, got 36"),
-        ({"budget": 1e-4, "layers": ["5"]}, r"must be in \[1, 35\] to make it smaller, got 0"),
+        (
+            {"budget": 1e-4, "layers": ["5"], "allocation": "layer"},
+            r"must be in \[1, 35\] to make it smaller, got 0",
+        ),
         ({"rank": 1000}, "at least one layer must get smaller"),
         ({"rank": 2, "method": "tucker", "layers": ["5"]}, "tucker does not apply"),
         ({"rank": (2, 30), "method": "tucker", "layers": ["2"]}, r"ranks of layer '2' must be in \[1, 16\]"),

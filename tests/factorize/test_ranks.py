@@ -76,8 +76,8 @@ def test_allocation_is_the_best_of_all(cells: int, monkeypatch: pytest.MonkeyPat
 
 def test_allocation_gives_more_where_more_is_needed() -> None:
     model = model_of_three()
-    even = factorize(copy.deepcopy(model), budget=0.5)
-    shared = factorize(copy.deepcopy(model), budget=0.5, allocation="model")
+    even = factorize(copy.deepcopy(model), budget=0.5, allocation="layer")
+    shared = factorize(copy.deepcopy(model), budget=0.5)
     x = torch.randn(64, 16, dtype=torch.float64)
     ranks = [getattr(layer, "rank", None) for layer in shared]
     assert ranks[0] is not None and ranks[0] < even[0].rank  # half of its energy is in one direction

@@ -29,7 +29,7 @@ def factorize(
     energy: float | None = None,
     budget: float | None = None,
     speedup: float | None = None,
-    allocation: Allocation = "layer",
+    allocation: Allocation | None = None,
     multiple: int = 1,
     layers: Iterable[str] | None = None,
     calibration: Batches | None = None,
@@ -48,12 +48,13 @@ def factorize(
         rank: inner channels (of each group), one for all layers or by layer name; or "vbmf": as many as stand
             out of noise by variational Bayes (Nakajima et al. 2013), as the paper of "tucker" has it.
         energy: share of the squared singular values to keep, in (0, 1]; of the outputs' energy if whitened.
-        budget: share of the weights to keep, in (0, 1).
+        budget: share of the weights to keep, in (0, 1), of all the layers' together unless `allocation` says
+            otherwise.
         speedup: the largest rank whose compiled layer was measured this many times as fast as the dense
             layer (95 % confidence) on every shape that calibration gives it; a layer with none stays dense.
             Takes seconds a layer. Exactly one of rank, energy, budget and speedup must be given.
-        allocation: "layer" gives every layer the same budget, "model" shares one out where it keeps most
-            (Kim et al. 2019, arXiv:1811.12781); a layer may stay dense.
+        allocation: of a budget. "model", the default, shares it out where it keeps most (Kim et al. 2019,
+            arXiv:1811.12781), and a layer may stay dense; "layer" gives every layer the same.
         multiple: ranks that are chosen are multiples of it; `rank=` is taken as it is.
         layers: names or shell patterns; None takes every layer that may be replaced and gets smaller (and,
             if whitened or timed, that calibration runs). Pruned and quantised layers may not: their factors
@@ -69,6 +70,8 @@ def factorize(
     """
     if method not in get_args(Method):
         raise ValueError(f"factorize: method must be one of {', '.join(get_args(Method))}, got {method!r}")
+    if allocation is None:
+        allocation = "layer" if budget is None else "model"
     size = Size(rank, energy, budget, speedup, allocation, multiple)
     size.check(method)
     if calibration is None:
