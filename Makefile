@@ -9,6 +9,7 @@
 # make bench-report  docs/performance.md and its plots, from the results in benches/results
 # make wheel   dist/*.whl                      make sanitize the C++ kernels under ASan and UBSan
 # make cuda    the CUDA extension alone        make clean   forget what was built
+# make c       build/c/libtautorch.{a,so}, for devices without Python (CMAKE_ARGS for cross-compiling)
 #
 # Variables: PYTHON, CXX, VENV, TORCH=2.13.0, TAUTORCH_CUDA=auto|on|off, PIP_ARGS, ARGS (given on to the command).
 
@@ -29,10 +30,10 @@ export CXX
 endif
 export TAUTORCH_CUDA
 
-CSRC := $(shell find csrc cmake -type f)
-CFORMAT := $(shell find csrc tests/native -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+CSRC := $(shell find csrc include cmake -type f)
+CFORMAT := $(shell find csrc include examples/c tests/native -name '*.c' -o -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test build bench bench-peers bench-report methods gpu cuda lint wheel sanitize clean FORCE
+.PHONY: demo test build bench bench-peers bench-report methods gpu cuda c lint wheel sanitize clean FORCE
 .DEFAULT_GOAL := build
 
 demo: build
@@ -66,6 +67,13 @@ cuda: $(DEPS)
 	TAUTORCH_CUDA=on $(CMAKE) -S . -B build/cuda -DTAUTORCH_CPU=OFF -DTAUTORCH_OUTPUT_DIR=$(abspath build/cuda)
 	$(VENV)/bin/cmake --build build/cuda >build/cuda/build.log 2>&1 || { grep -v ptxas build/cuda/build.log | tail -n 40; exit 1; }
 	@! grep -E '[1-9][0-9]* bytes spill' build/cuda/build.log
+
+# Needs CMake and a C++ compiler, nothing of Python.
+c:
+	@$(need_compiler)
+	$(C_CMAKE) -S . -B build/c -DTAUTORCH_PYTHON=OFF $(CMAKE_ARGS)
+	$(C_CMAKE) --build build/c --parallel --target tautorch_static tautorch_shared
+C_CMAKE := $(firstword $(wildcard $(VENV)/bin/cmake) cmake)
 
 build: $(BUILT)
 
