@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
-import torch
 
 from tautorch import dispatch
 from tautorch.testing.cases import MODES
@@ -29,12 +26,3 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("kernel", kernel_parameters(op))
     if "mode" in metafunc.fixturenames:
         metafunc.parametrize("mode", MODES[op])
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """These cases are tiny; a second thread costs more than it gives. Tests about threads ask for them."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
