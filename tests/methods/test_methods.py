@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -69,6 +70,19 @@ def test_each_image_is_held_out_once() -> None:
     few = digits.few(folds[0], 3, seed=0)
     assert few.train_y.bincount().tolist() == [3] * 10
     assert digits.upscale(few.train_x).shape == (30, 784)
+
+
+def test_mixed_images_and_targets_are_means_of_the_same_two() -> None:
+    data = digits.few(digits.fold(0, 0), 2, seed=0)
+    # Images that say what they are: all pixels are the label.
+    labels = data.train_y.float().reshape(-1, 1, 1, 1).expand(-1, 1, 8, 8)
+    loader = digits.Batches(replace(data, train_x=labels, background=0.0), steps=2, seed=5, mixed=True)
+    for (x, y), (x2, y2) in zip(loader, loader, strict=True):
+        assert torch.equal(x, x2) and torch.equal(y, y2)
+        assert y.shape == (64, 10) and bool((y >= 0).all()) and float((y > 0).sum(1).max()) == 2
+        torch.testing.assert_close(y.sum(1), torch.ones(64))
+        # The middle is never moved out of the image.
+        torch.testing.assert_close(x[:, 0, 4, 4], y @ torch.arange(10.0))
 
 
 def test_lenet_has_the_papers_size() -> None:
