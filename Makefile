@@ -39,8 +39,9 @@ CFORMAT := $(shell find csrc include examples/c tests/native -name '*.c' -o -nam
 demo: build
 	$(VENV)/bin/tautorch demo $(ARGS)
 
+# A file's tests stay in one process, for their fixtures. -n 0 in ARGS: all in this one.
 test: build
-	$(PY) -m pytest tests -q $(ARGS)
+	$(PY) -m pytest tests -q -n auto --maxprocesses 8 --dist loadfile $(ARGS)
 
 bench: build
 	$(PY) -m pytest benches --benchmark-enable -q -s $(ARGS)
