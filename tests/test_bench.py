@@ -52,6 +52,7 @@ def test_every_kernel_runs_every_layer(short: None, tmp_path: Path) -> None:
     assert (first["fp32_us"], first["us"], first["ratio"]) == (3.0, 2.0, 1.5)
     assert first["gops"] == pytest.approx(2 * 40 * 70 / 2e-6 / 1e9)
     assert first["share_of_peak"] == pytest.approx(first["gops"] / 2)
+    assert all((r["share_of_peak"] is None) == (r["kernel"] == "scalar") for r in found["rows"])
     assert all((r["gb_s"] is None) == (r["rows"] != 1 or "conv" in r["op"]) for r in found["rows"])
     assert found["threads"] == torch.get_num_threads() and found["left_out"] == []
     assert all(name in result.output for name in bench.kernels())

@@ -25,7 +25,8 @@ from tautorch.bench_cases import Layer
 from tautorch.testing.bench import best_seconds, machine
 
 BUDGET_S = 100.0  # for all timings; proofs and packing come on top
-# A scalar kernel takes seconds where the others take milliseconds, and its speed decides nothing.
+# A scalar kernel takes seconds where the others take milliseconds, and its speed decides nothing. It has no
+# product instruction either, whose rate would be its peak.
 SCALAR_MACS = 5e7
 
 
@@ -39,7 +40,7 @@ class Row:
     rows: int
     us: float
     gops: float
-    share_of_peak: float
+    share_of_peak: float | None
     gb_s: float | None  # of packed weights, at one row
     share_of_read: float | None
     fp32_us: float
@@ -83,7 +84,7 @@ def run(names: list[str], *, quick: bool = False, note: Callable[[str], None] = 
         if name not in here:
             raise ValueError(f"bench: kernel must be one this CPU runs ({', '.join(here)}), got {name!r}")
     end = time.perf_counter() + BUDGET_S
-    peaks = {name: _peak(name) for name in names}
+    peaks = {name: _peak(name) for name in names if name != "scalar"}
     rows: list[Row] = []
     left_out: list[str] = []
     with torch.inference_mode():
@@ -99,7 +100,7 @@ def run(names: list[str], *, quick: bool = False, note: Callable[[str], None] = 
                         if time.perf_counter() > end:
                             left_out.append(label)
                             continue
-                        rows.append(_row(layer, name, peaks[name], 0.03 if quick else 0.25))
+                        rows.append(_row(layer, name, peaks.get(name), 0.03 if quick else 0.25))
                         note(f"{label}: {rows[-1].us:.4g} us")
     return Result(
         machine(), torch.get_num_threads(), torch.__version__, __version__, time.strftime("%Y-%m-%d"), peaks,
@@ -107,7 +108,7 @@ def run(names: list[str], *, quick: bool = False, note: Callable[[str], None] = 
     )  # fmt: skip
 
 
-def _row(layer: Layer, kernel: str, peak: float, seconds: float) -> Row:
+def _row(layer: Layer, kernel: str, peak: float | None, seconds: float) -> Row:
     ours, float_layer, x = layer.ours, layer.float_layer, layer.x
     ours(x)
     if (ran := dispatch.last_used(layer.op)) != kernel:
@@ -121,8 +122,8 @@ def _row(layer: Layer, kernel: str, peak: float, seconds: float) -> Row:
         gb_s = sum(p.numel() for p in packs) / found.b_s / 1e9
         share_of_read = read_s / found.b_s
     return Row(
-        kernel, layer.op, layer.name, layer.rows, found.b_s * 1e6, gops, gops / peak, gb_s, share_of_read,
-        found.a_s * 1e6, found.ratio, found.ratio_low, found.ratio_high,
+        kernel, layer.op, layer.name, layer.rows, found.b_s * 1e6, gops, peak and gops / peak, gb_s,
+        share_of_read, found.a_s * 1e6, found.ratio, found.ratio_low, found.ratio_high,
     )  # fmt: skip
 
 
@@ -149,9 +150,10 @@ def table(result: Result) -> Table:
     for column in ("rows", "us", "GOPS", "of peak", "GB/s", "of reading", "fp32 us", "fp32 / ours"):
         made.add_column(column, justify="right", no_wrap=True)
     for r in result.rows:
+        share = "" if r.share_of_peak is None else f"{r.share_of_peak:.0%}"
         memory = ("", "") if r.gb_s is None else (f"{r.gb_s:.1f}", f"{r.share_of_read:.0%}")
         made.add_row(
-            r.kernel, r.op, r.layer, str(r.rows), f"{r.us:.1f}", f"{r.gops:.1f}", f"{r.share_of_peak:.0%}",
+            r.kernel, r.op, r.layer, str(r.rows), f"{r.us:.1f}", f"{r.gops:.1f}", share,
             *memory, f"{r.fp32_us:.1f}", f"{r.ratio:.2f}x [{r.ratio_low:.2f}, {r.ratio_high:.2f}]",
         )  # fmt: skip
     return made
