@@ -9,6 +9,7 @@
 # make bench-report  docs/performance.md and its plots, from the results in benches/results
 # make wheel   dist/*.whl                      make sanitize the C++ kernels under ASan and UBSan
 # make cuda    the CUDA extension alone        make clean   forget what was built
+# make wheel-aarch64   dist/*aarch64.whl, cross-compiled, tried under qemu-user
 # make c       build/c/libtautorch.{a,so}, for devices without Python (CMAKE_ARGS for cross-compiling)
 #
 # Variables: PYTHON, CXX, VENV, TORCH=2.13.0, TAUTORCH_CUDA=auto|on|off, PIP_ARGS, ARGS (given on to the command).
@@ -33,7 +34,7 @@ export TAUTORCH_CUDA
 CSRC := $(shell find csrc include cmake -type f)
 CFORMAT := $(shell find csrc include examples/c tests/native -name '*.c' -o -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test build bench bench-peers bench-report methods gpu cuda c lint wheel sanitize clean FORCE
+.PHONY: demo test build bench bench-peers bench-report methods gpu cuda c lint wheel wheel-aarch64 sanitize clean FORCE
 .DEFAULT_GOAL := build
 
 demo: build
@@ -88,6 +89,10 @@ wheel: $(DEPS)
 	@$(need_compiler)
 	$(PY) -m pip wheel . --quiet --no-deps --no-build-isolation --wheel-dir dist
 	@ls dist/*.whl
+
+# Cross-compiled and tried under qemu-user. ARGS="--torch 2.10.0": the whole package too.
+wheel-aarch64: $(DEPS)
+	$(PY) tools/wheel_aarch64.py $(ARGS)
 
 # Subprocesses of a test load the plain extension; leaks are not looked for, because Python never frees all it holds.
 # -s: a sanitizer ends the process, and what pytest has captured of its report with it. Left out is what runs torch's code

@@ -98,7 +98,7 @@ function(tautorch_add_kernels)
   target_link_libraries(tautorch_kernels PUBLIC Threads::Threads ${CMAKE_DL_LIBS})
 endfunction()
 
-# libtautorch.a and libtautorch.so: include/tautorch.h. They are no part of a wheel.
+# libtautorch.a and libtautorch.so: include/tautorch.h.
 function(tautorch_add_c)
   file(STRINGS "${PROJECT_SOURCE_DIR}/pyproject.toml" line REGEX "^version = ")
   string(REGEX REPLACE ".*\"(.*)\".*" "\\1" TAUTORCH_VERSION "${line}")

@@ -125,6 +125,13 @@ def test_extension_links_neither_torch_nor_openmp() -> None:
         )
 
 
+def test_the_extension_runs_without_torch() -> None:
+    """What `make wheel-aarch64` and cibuildwheel run on wheels, on this one."""
+    out = run(sys.executable, str(ROOT / "tools" / "try_extension.py"))
+    available = [name for name, runs in tautorch._C.isas().items() if runs]
+    assert out.endswith(f": {', '.join(available)} are exact\n")
+
+
 IMPORT_PROBE = """
 import sys, time
 import torch
