@@ -128,29 +128,14 @@ def emulated(cpu: str, *arguments: str | Path, quiet: bool = False) -> str:
 
 def install_torch(version: str) -> None:
     """torch and what the package and its tests import, for aarch64, beside the unpacked wheel."""
-    run(
-        *(
-            sys.executable,
-            "-m",
-            "pip",
-            "install",
-            "--quiet",
-            "--target",
-            BUILD / "site",
-            "--only-binary=:all:",
-        ),
-        *(
-            "--platform",
-            "manylinux_2_28_aarch64",
-            "--platform",
-            "manylinux_2_17_aarch64",
-            "--platform",
-            "any",
-        ),
-        *("--python-version", VERSION, f"torch=={version}", "numpy", "safetensors", "rich", "typer"),
-        *("pytest", "pytest-benchmark", "hypothesis"),
-        quiet=True,
-    )
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--only-binary=:all:"]
+    pip += ["--target", str(BUILD / "site"), "--python-version", VERSION]
+    pip += ["--platform", "manylinux_2_28_aarch64", "--platform", "manylinux_2_17_aarch64"]
+    # By name: pip reads the conditions of torch's own list for the machine it runs on.
+    needs = ("filelock", "fsspec", "jinja2", "networkx", "sympy", "typing_extensions")
+    ours = ("numpy", "safetensors", "rich", "typer", "pytest", "pytest-benchmark", "hypothesis")
+    run(*pip, "--no-deps", f"torch=={version}", quiet=True)
+    run(*pip, *needs, *ours, quiet=True)
 
 
 def main() -> None:

@@ -1,4 +1,5 @@
-/* Runs a policy that Python compressed: policy MODEL.safetensors [--kernel NAME] [--threads N] < observations
+/* Runs a policy that Python compressed: policy MODEL.safetensors [--kernel NAME] [--threads N] [--repeat N] <
+ * observations
  *
  * MODEL is what tautorch.save wrote of an nn.Sequential of linear layers (nn.Linear, Int8Linear, SparseLinear
  * 4x1 or unstructured, LowRankLinear) and activations. Standard input holds one observation a line, its
@@ -9,6 +10,7 @@
 
 #include <math.h>
 #include <stdarg.h>
+#include <time.h>
 
 enum { MOST_LAYERS = 256, MOST_INPUTS = 1 << 20 };
 
@@ -315,16 +317,19 @@ static float *read_observations(int64_t inputs, int64_t *rows) {
 int main(int argc, char **argv) {
     static policy p; /* plans are large */
     const char *path = argc > 1 ? argv[1] : NULL;
+    int repeats = 0;
     for (int i = 2; i + 1 < argc; i += 2) {
         if (strcmp(argv[i], "--kernel") == 0)
             p.kernel = argv[i + 1];
         else if (strcmp(argv[i], "--threads") == 0)
             check(tt_set_threads(atoi(argv[i + 1])), "--threads");
+        else if (strcmp(argv[i], "--repeat") == 0)
+            repeats = atoi(argv[i + 1]);
         else
             path = NULL;
     }
     if (!path || argc % 2 != 0)
-        fail("usage: policy MODEL.safetensors [--kernel NAME] [--threads N] < observations");
+        fail("usage: policy MODEL.safetensors [--kernel NAME] [--threads N] [--repeat N] < observations");
     const char *problem = safetensors_open(path, &p.file);
     if (problem)
         fail("%s %s", path, problem);
@@ -338,6 +343,12 @@ int main(int argc, char **argv) {
     for (int64_t r = 0; r < rows; ++r)
         for (int64_t i = 0; i < p.outputs; ++i)
             printf("%.9g%c", (double)actions[r * p.outputs + i], i + 1 < p.outputs ? ' ' : '\n');
+    const clock_t start = clock();
+    for (int i = 0; i < repeats; ++i)
+        free(run(&p, observations, rows));
+    if (repeats > 0)
+        fprintf(stderr, "policy: %.3f us of processor time for %lld observations, mean of %d runs\n",
+                1e6 * (double)(clock() - start) / CLOCKS_PER_SEC / repeats, (long long)rows, repeats);
     free(observations);
     free(actions);
     for (int i = 0; i < p.count; ++i)

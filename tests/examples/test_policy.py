@@ -123,7 +123,7 @@ def agree(model: nn.Module, folder: Path, command: tuple[str | Path, ...], *opti
 def test_here(program: Path, policy: Callable[[], nn.Module], tmp_path: Path) -> None:
     model = policy()
     agree(model, tmp_path, (program,))
-    agree(model, tmp_path, (program,), "--threads", "2")
+    agree(model, tmp_path, (program,), "--threads", "2", "--repeat", "3")
     for name, runs in tt._C.isas().items():
         if runs:
             agree(model, tmp_path, (program,), "--kernel", name)
