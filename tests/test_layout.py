@@ -36,9 +36,9 @@ ROW = (
 # What these folders hold beside the operators. A file that is in neither is misnamed.
 SHARED = {
     "csrc/bindings": {"module_cpu", "module_cuda", "pack", "plan", "recall"}
-    | {f"module_cuda_{op}" for op in ("int8_linear", "sparse_linear", "int8_conv2d")},
-    "python/tautorch/ops": {"__init__", "geometry", "library", "sparse_entries"},
-    "python/tautorch/reference": {"__init__", "common", "layouts", "quantizer"},
+    | {f"module_cuda_{op}" for op in ("int8_linear", "sparse_linear", "int8_conv2d", "sparse_conv2d")},
+    "python/tautorch/ops": {"__init__", "geometry", "library", "quantize_rows", "sparse_entries"},
+    "python/tautorch/reference": {"__init__", "common", "layouts", "quantize_rows", "quantizer"},
     "python/tautorch/triton_kernels": {"__init__"},
     "python/tautorch/nn": {
         "__init__",
@@ -78,7 +78,7 @@ ARROWS: dict[str, set[str]] = {
     "ownership": {"_layers"},
     "capture": {"_batches"},
     "dispatch": {"_C", "_cuda"},
-    "ops": {"dispatch", "reference", "triton_kernels", "_C", "_cuda"},
+    "ops": {"dispatch", "reference", "triton_kernels", "tuning", "_C", "_cuda"},
     "nn": {
         "ops",
         "dispatch",

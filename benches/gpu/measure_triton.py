@@ -6,19 +6,14 @@ correction beside plain int8; block-sparse beside our dense int8 and bf16.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
-from statistics import median
-from typing import Any
 
 import torch
-from benches.gpu import measure
+from benches.gpu.measure import Calls, Case
 
-from tautorch import dispatch, tuning
 from tautorch.nn import Int8Linear, LowRankLinear, SparseLinear
 from tautorch.prune.patterns import make_mask
 
-Calls = dict[str, Callable[[], object]]
 ROWS = (16, 512, 1024, 4096)
 
 
@@ -26,8 +21,8 @@ def _input(m: int, k: int) -> torch.Tensor:
     return torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
 
 
-def lowrank(m: int, n: int, k: int, r: int, dtype: torch.dtype) -> tuple[Calls, float, float]:
-    """Calls, ours first; bytes that must move, and operations."""
+def lowrank(m: int, n: int, k: int, r: int, dtype: torch.dtype) -> Case:
+    """x through two factors."""
     down = torch.nn.Linear(k, r, bias=False, device="cuda")
     up = torch.nn.Linear(r, n, device="cuda")
     ours = LowRankLinear.from_factors(down, up, weight_dtype=dtype).eval()
@@ -40,10 +35,10 @@ def lowrank(m: int, n: int, k: int, r: int, dtype: torch.dtype) -> tuple[Calls, 
         raise RuntimeError(f"lowrank_linear {m}x{n}x{k} r={r} {dtype}: {error} away from float")
     down, up = down.bfloat16(), up.bfloat16()
     calls: Calls = {"ours": lambda: ours(x), "two bf16": lambda: up(down(x)), "bf16": lambda: dense(x)}
-    return calls, 2 * m * (n + k) + r * (n + k) * (1 if dtype == torch.int8 else 2), 2 * m * r * (n + k)
+    return Case(calls, 2 * m * (n + k) + r * (n + k) * (1 if dtype == torch.int8 else 2), 2 * m * r * (n + k))
 
 
-def corrected(m: int, n: int, k: int, r: int) -> tuple[Calls, float, float]:
+def corrected(m: int, n: int, k: int, r: int) -> Case:
     """int8 plus a rank-r correction, beside int8 alone."""
     linear = torch.nn.Linear(k, n, device="cuda")
     ours, plain = (
@@ -57,12 +52,10 @@ def corrected(m: int, n: int, k: int, r: int) -> tuple[Calls, float, float]:
     if not error < 0.03:
         raise RuntimeError(f"corrected {m}x{n}x{k} r={r}: {error} away from bf16")
     calls: Calls = {"ours": lambda: ours(x), "int8": lambda: plain(x), "bf16": lambda: linear(x)}
-    return calls, 2 * m * (n + k) + n * k + 2 * r * (n + k), 2 * m * (n * k + r * (n + k))
+    return Case(calls, 2 * m * (n + k) + n * k + 2 * r * (n + k), 2 * m * (n * k + r * (n + k)))
 
 
-def sparse(
-    m: int, n: int, k: int, block: int, dtype: torch.dtype, share: float
-) -> tuple[Calls, float, float]:
+def sparse(m: int, n: int, k: int, block: int, dtype: torch.dtype, share: float) -> Case:
     """Block-sparse beside dense; ``share`` of the blocks is removed."""
     linear, pattern = torch.nn.Linear(k, n, device="cuda"), f"{block}x{block}"
     mask = make_mask(torch.rand(n, k, device="cuda"), pattern, share)
@@ -78,10 +71,10 @@ def sparse(
         raise RuntimeError(f"sparse_linear {m}x{n}x{k} {pattern} {dtype}: {error} away from bf16")
     calls: Calls = {"ours": lambda: ours(x), "int8": lambda: plain(x), "bf16": lambda: linear(x)}
     kept = (1 - share) * n * k
-    return calls, 2 * m * (n + k) + kept * (1 if dtype == torch.int8 else 2), 2 * m * kept
+    return Case(calls, 2 * m * (n + k) + kept * (1 if dtype == torch.int8 else 2), 2 * m * kept)
 
 
-def cases() -> Iterator[tuple[str, Callable[[], tuple[Calls, float, float]]]]:
+def cases() -> Iterator[tuple[str, Callable[[], Case]]]:
     """Names, and what makes each."""
     for m in ROWS:
         for dtype in (torch.float32, torch.int8):
@@ -97,27 +90,3 @@ def cases() -> Iterator[tuple[str, Callable[[], tuple[Calls, float, float]]]]:
                         lambda m=m, b=block, s=share, dtype=dtype: sparse(m, 4096, 4096, b, dtype, s),  # type: ignore[misc]
                     )
         yield f"lowrank_linear int8+r32 {m}x4096x4096", lambda m=m: corrected(m, 4096, 4096, 32)  # type: ignore[misc]
-
-
-def run(results: measure.Results, flush: torch.Tensor, deadline: float, only: str) -> int:
-    """How many cases are left at the deadline."""
-    todo = [(name, make) for name, make in cases() if only in name and not results.has(name)]
-    copy = results.data["rows"]["ceilings"]["copy_tb_s"]
-    for i, (name, make) in enumerate(todo):
-        if time.monotonic() > deadline - 40:  # measuring tiles compiles several
-            return len(todo) - i
-        with torch.no_grad(), tuning.measuring():
-            calls, moved, operations = make()
-            calls["ours"]()
-        kernel = dispatch.last_used(name.split()[0])
-        with torch.no_grad():
-            times = measure.time_in_turn({who: measure.graph_of(fn) for who, fn in calls.items()}, flush)
-        ours = median(times["ours"])
-        figures: dict[str, Any] = {
-            "us": round(ours, 2),
-            "tops": round(operations / ours / 1e6, 1),
-            "copy_share": round(moved / ours / 1e6 / copy, 3),
-        }
-        figures |= {f"vs {who}": round(median(t) / ours, 2) for who, t in times.items() if who != "ours"}
-        results.add(name, **figures, kernel=kernel)
-    return 0

@@ -202,7 +202,7 @@ def sanitize(state: State, deadline: float, only: str) -> str:
     rows = [k.name for k in dispatch.kernels("int8_linear") if k.device == "cuda"]
     packed = [
         k.name
-        for op in ("sparse_linear", "int8_conv2d")
+        for op in ("sparse_linear", "int8_conv2d", "sparse_conv2d")
         for k in dispatch.kernels(op)
         if k.device == "cuda" and k.name not in ("reference", "triton", "cuda")
     ]

@@ -44,7 +44,7 @@ def by_rule() -> dict[str, Any]:
 
 def measured() -> dict[str, Any]:
     """The same keys, measured here."""
-    from tautorch.nn import LowRankLinear, SparseLinear
+    from tautorch.nn import Int8Linear, LowRankLinear, SparseLinear
     from tautorch.prune.patterns import make_mask
 
     with tempfile.TemporaryDirectory() as folder:
@@ -52,7 +52,7 @@ def measured() -> dict[str, Any]:
         with tuning.measuring(), torch.no_grad():
             for n, k in SHAPES:
                 linear = torch.nn.Linear(k, n, device="cuda")
-                layers = []
+                layers: list[torch.nn.Module] = [Int8Linear.from_float(linear)]
                 for dtype in (torch.int8, torch.float32):
                     layers += [LowRankLinear.from_float(linear, rank=r, weight_dtype=dtype) for r in RANKS]
                     for block in sparse.BLOCKS:

@@ -44,6 +44,7 @@ PyMethodDef kQuantizeRows = {"quantize_rows", as_function(&fastcall<quantize_row
 PYBIND11_MODULE(_cuda, m) {
     namespace py = pybind11;
     using namespace tautorch::bindings;
+    namespace cuda = tautorch::cuda;
     m.doc() =
         "CUDA kernels. Addresses are integers (Tensor.data_ptr()); whoever calls keeps the memory alive.";
     m.def("runtime_version", [] {
@@ -57,7 +58,32 @@ PYBIND11_MODULE(_cuda, m) {
         return version;
     });
     PyModule_AddObject(m.ptr(), kQuantizeRows.ml_name, PyCFunction_New(&kQuantizeRows, nullptr));
+    m.attr("MAX_HELD") = cuda::kMaxHeld;
+    m.def("quantize_rows_after",
+          [](int64_t x, int dtype, int64_t stride_m, int64_t rows, int64_t k, int stage, int64_t weight,
+             int64_t bias, int64_t gate, int64_t gate_stride_m, double eps, int64_t x_scale,
+             int64_t zero_point, int64_t q, int64_t ldq, int64_t scale, int device, int64_t stream) {
+              const cuda::QuantizeRows r{at<const void>(x),
+                                         static_cast<tautorch::DType>(dtype),
+                                         stride_m,
+                                         1,
+                                         rows,
+                                         k,
+                                         at<const float>(x_scale),
+                                         at<const int32_t>(zero_point),
+                                         at<int8_t>(q),
+                                         ldq,
+                                         at<float>(scale)};
+              const py::gil_scoped_release release;
+              const DeviceGuard guard(device);
+              check("quantize_rows",
+                    cuda::quantize_rows_after({r, static_cast<cuda::RowStage>(stage), at<const float>(weight),
+                                               at<const float>(bias), at<const void>(gate), gate_stride_m,
+                                               static_cast<float>(eps)},
+                                              at<void>(stream)));
+          });
     bind_int8_linear_cuda(m);
     bind_sparse_linear_cuda(m);
     bind_int8_conv2d_cuda(m);
+    bind_sparse_conv2d_cuda(m);
 }

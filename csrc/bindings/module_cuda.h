@@ -168,13 +168,133 @@ inline Operand prepare_rows(const Rows &r, ActQuant::Mode mode, const float *x_s
     return {workspace, w.ldq, scale};
 }
 
-// Wraps int64_t f(Args &), which gives the index of the kernel that was launched, as a METH_FASTCALL
-// function.
+// ---- linear operators ----
+
+// What a call of a linear operator has besides its plan.
+struct LinearCall {
+    CudaPlan<cuda::Int8Linear> plan;
+    int64_t kernel; // an index into the table; -1: choose
+    Rows rows;
+    DType y_dtype;
+    void *y;
+    int64_t ldy;
+    uint8_t *workspace;
+    int device;
+    cudaStream_t stream;
+
+    bool weight_only() const { return plan.mode == ActQuant::none; }
+    // Of the workspace, before what the kernel wants of it.
+    int64_t rows_bytes() const {
+        const bool as_it_is = weight_only() || rows.dtype == DType::i8;
+        if (as_it_is && rows.stride_k != 1 && rows.k > 1)
+            throw py::value_error("x must have adjacent elements in a row");
+        if (as_it_is && readable(rows))
+            return 0;
+        return workspace_of(rows.m, rows.k, as_it_is ? size_of(rows.dtype) : 1).bytes;
+    }
+    // The arguments without x, for a kernel that is still to be chosen.
+    cuda::Int8Linear arguments() const {
+        cuda::Int8Linear a = plan.args;
+        a.m = rows.m;
+        a.x_dtype = weight_only() ? rows.dtype : DType::i8;
+        a.y = y;
+        a.ldy = ldy;
+        a.out_dtype = y_dtype;
+        return a;
+    }
+    // x, quantised or copied where it must be, and the rest of the workspace.
+    void prepare(cuda::Int8Linear &a, int64_t kernel_bytes) const {
+        const Operand x =
+            prepare_rows(rows, plan.mode, plan.args.x_scale, plan.args.x_zero_point, workspace, stream);
+        a.x = x.x;
+        a.ldx = x.ldx;
+        if (x.scale != nullptr) {
+            a.x_scale = x.scale;
+            a.x_scale_per_row = true;
+        }
+        a.workspace = workspace + rows_bytes();
+        a.workspace_bytes = kernel_bytes;
+    }
+};
+
+// plan, kernel index, x, x dtype, m, stride_m, stride_k, y dtype, device: what <op>_workspace() takes, and
+// the beginning of what <op>_run() does.
+inline LinearCall linear_call(Args &in) {
+    LinearCall c{};
+    c.plan = in.plan<CudaPlan<cuda::Int8Linear>>();
+    c.kernel = in.integer();
+    c.rows.x = in.pointer<const void>();
+    c.rows.dtype = static_cast<DType>(in.integer());
+    c.rows.m = in.integer();
+    c.rows.k = c.plan.args.k;
+    c.rows.stride_m = in.integer();
+    c.rows.stride_k = in.integer();
+    c.y_dtype = static_cast<DType>(in.integer());
+    c.device = static_cast<int>(in.integer());
+    return c;
+}
+
+// Op: kName, Kernel, table(int *), choose(facts, args), supports(kernel, facts, args), workspace(kernel,
+// args, device), run(kernel, args, stream).
+template <class Op>
+const typename Op::Kernel *named_or_chosen(const LinearCall &c, const cuda::Int8Linear &a) {
+    int rows = 0;
+    const typename Op::Kernel *table = Op::table(&rows);
+    return c.kernel >= 0 && c.kernel < rows ? table + c.kernel : Op::choose(facts_of(c.device), a);
+}
+
+// Bytes that the caller allocates, on 128.
+template <class Op> int64_t linear_workspace(Args &in) {
+    const LinearCall c = linear_call(in);
+    in.done();
+    const cuda::Int8Linear a = c.arguments();
+    const typename Op::Kernel *kernel = named_or_chosen<Op>(c, a);
+    if (kernel == nullptr)
+        fail(Op::kName, cuda::kNoKernel);
+    return c.rows_bytes() + Op::workspace(*kernel, a, c.device);
+}
+
+// -> index of the kernel that was launched.
+template <class Op> int64_t linear_run(Args &in) {
+    LinearCall c = linear_call(in);
+    c.y = in.pointer<void>();
+    c.ldy = in.integer();
+    c.workspace = in.pointer<uint8_t>();
+    c.stream = static_cast<cudaStream_t>(in.pointer<void>());
+    in.done();
+
+    const py::gil_scoped_release release;
+    const DeviceGuard guard(c.device);
+    cuda::Int8Linear a = c.arguments();
+    const typename Op::Kernel *kernel = named_or_chosen<Op>(c, a);
+    if (kernel == nullptr || Op::supports(*kernel, facts_of(c.device), a) != nullptr)
+        fail(Op::kName, cuda::kNoKernel);
+    if (a.m > 0) {
+        c.prepare(a, Op::workspace(*kernel, a, c.device));
+        check(Op::kName, Op::run(*kernel, a, c.stream));
+    }
+    int rows = 0;
+    return kernel - Op::table(&rows);
+}
+
+// Wraps int64_t f(Args &) as a METH_FASTCALL function.
 template <int64_t (*F)(Args &)> PyObject *launched(PyObject *, PyObject *const *args, Py_ssize_t n) {
     return guarded([&] {
         Args a(args, n);
         return PyLong_FromLongLong(F(a));
     });
+}
+
+template <class Op> void bind_linear(py::module_ &m) {
+    static const std::string name = Op::kName;
+    static const std::string run = name + "_run", workspace = name + "_workspace";
+    static const char *doc = "(plan, kernel, x, x_dtype, m, stride_m, stride_k, y_dtype, device[, y, ldy, "
+                             "workspace, stream])";
+    static PyMethodDef methods[] = {
+        {run.c_str(), as_function(&launched<linear_run<Op>>), METH_FASTCALL, doc},
+        {workspace.c_str(), as_function(&launched<linear_workspace<Op>>), METH_FASTCALL, doc}};
+    for (PyMethodDef &method : methods)
+        PyModule_AddObject(m.ptr(), method.ml_name, PyCFunction_New(&method, nullptr));
 }
 
 // Names of a table's rows.
@@ -190,5 +310,6 @@ template <class Kernel> py::list names_of(const Kernel *(*table)(int *)) {
 void bind_int8_linear_cuda(py::module_ &m);
 void bind_sparse_linear_cuda(py::module_ &m);
 void bind_int8_conv2d_cuda(py::module_ &m);
+void bind_sparse_conv2d_cuda(py::module_ &m);
 
 } // namespace tautorch::bindings

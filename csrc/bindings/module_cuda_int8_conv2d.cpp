@@ -1,102 +1,21 @@
 // tautorch._cuda: int8_conv2d.
-#include "kernels/int8_conv2d/int8_conv2d_cuda.h"
-
-#include "bindings/module_cuda.h"
-
-#include <algorithm>
-#include <iterator>
+#include "bindings/module_cuda_conv2d.h"
 
 namespace tautorch::bindings {
 namespace {
 
-using cuda::Int8Conv2dKernel;
-
-// x quantised or copied, one scale a sample, then 16 bytes of what lies around the image.
-struct ConvWorkspace {
-    Workspace rows;
-    int64_t outside_off, bytes;
+struct Op {
+    static constexpr const char *kName = "int8_conv2d";
+    static constexpr int64_t kUnit = cuda::kDenseUnit;
+    static constexpr auto kernels = &cuda::int8_conv2d_kernels;
+    static constexpr auto supports = &cuda::int8_conv2d_supports;
+    static constexpr auto choose = &cuda::int8_conv2d_choose;
 };
-
-// A sample is a row; its bytes follow the one before, because channels are a multiple of 16.
-ConvWorkspace conv_workspace(int64_t batch, int64_t sample) {
-    ConvWorkspace w{};
-    w.rows = workspace_of(batch, sample, 1);
-    w.outside_off = w.rows.bytes;
-    w.bytes = w.outside_off + cuda::kLine;
-    return w;
-}
-
-// plan, kernel index (-1: choose), x [batch, height, width, channels] on 16 bytes, x dtype, batch, height,
-// width, y, ldy, y dtype, workspace, device, stream -> index of the kernel that was launched.
-int64_t run(Args &in) {
-    const auto p = in.plan<CudaPlan<cuda::Int8Conv2d>>();
-    cuda::Int8Conv2d a = p.args;
-    const int64_t index = in.integer();
-    const void *x = in.pointer<const void>();
-    const auto x_dtype = static_cast<DType>(in.integer());
-    a.batch = in.integer();
-    a.height = in.integer();
-    a.width = in.integer();
-    a.y = in.pointer<void>();
-    a.ldy = in.integer();
-    a.out_dtype = static_cast<DType>(in.integer());
-    auto *workspace = in.pointer<uint8_t>();
-    const int device = static_cast<int>(in.integer());
-    const auto stream = static_cast<cudaStream_t>(in.pointer<void>());
-    in.done();
-
-    const py::gil_scoped_release release;
-    const DeviceGuard guard(device);
-    const DeviceFacts facts = facts_of(device);
-    if (cuda::int8_conv2d_supports(facts.capability, 1, a.channels, a.outputs, a.taps_h * a.taps_w) !=
-        nullptr)
-        fail("int8_conv2d", cuda::kNoKernel);
-    int rows = 0;
-    const Int8Conv2dKernel *table = cuda::int8_conv2d_kernels(&rows);
-    const int64_t pixels = a.batch * a.out_height() * a.out_width();
-    const Int8Conv2dKernel *kernel = index >= 0 && index < rows
-                                         ? table + index
-                                         : cuda::int8_conv2d_choose(facts.multiprocessors, pixels, a.outputs);
-    if (a.batch == 0)
-        return kernel - table;
-    const int64_t sample = a.height * a.width * a.channels;
-    const ConvWorkspace w = conv_workspace(a.batch, sample);
-    const Operand operand = prepare_rows({x, x_dtype, a.batch, sample, sample, 1}, p.mode, a.x_scale,
-                                         a.x_zero_point, workspace, stream);
-    a.x = static_cast<const int8_t *>(operand.x);
-    a.outside = reinterpret_cast<int8_t *>(workspace + w.outside_off);
-    if (operand.scale != nullptr) {
-        a.x_scale = operand.scale;
-        a.x_scale_per_sample = true;
-    }
-    check("int8_conv2d", cuda::int8_conv2d_run(*kernel, a, stream));
-    return kernel - table;
-}
-
-PyMethodDef kRun = {
-    "int8_conv2d_run", as_function(&launched<run>), METH_FASTCALL,
-    "int8_conv2d_run(plan, kernel, x, x_dtype, batch, height, width, y, ldy, y_dtype, workspace, "
-    "device, stream) -> kernel"};
 
 } // namespace
 
 void bind_int8_conv2d_cuda(py::module_ &m) {
-    m.def("int8_conv2d_kernels", [] { return names_of(&cuda::int8_conv2d_kernels); });
-    m.def("int8_conv2d_supports",
-          [](int capability, int64_t groups, int64_t channels, int64_t outputs, int64_t taps) {
-              const char *why = cuda::int8_conv2d_supports(capability, groups, channels, outputs, taps);
-              return why ? py::object(py::str(why)) : py::none();
-          });
-    m.def("int8_conv2d_choose", [](int multiprocessors, int64_t pixels, int64_t outputs) {
-        return cuda::int8_conv2d_choose(std::max(multiprocessors, 1), pixels, outputs)->name;
-    });
-    m.def("int8_conv2d_layout", [](int64_t outputs, int64_t k) {
-        const cuda::GemmLayout l = cuda::gemm_layout(outputs, k, cuda::kDenseUnit);
-        py::dict d;
-        d["sums_off"] = l.sums_off;
-        d["total"] = l.total;
-        return d;
-    });
+    bind_conv<Op>(m);
     // weight: [outputs, k] with k over taps, then channels.
     m.def("int8_conv2d_pack",
           [](int64_t weight, int64_t outputs, int64_t k, int64_t packed, int device, int64_t stream) {
@@ -110,32 +29,6 @@ void bind_int8_conv2d_cuda(py::module_ &m) {
                     cuda::int8_linear_sums(from, k, outputs, k, at<int32_t>(packed + l.sums_off),
                                            at<void>(stream)));
           });
-    // geometry: channels, kh, kw, sh, sw, ph, pw, dh, dw
-    m.def("int8_conv2d_plan", [](int64_t packed, int64_t outputs, const py::tuple &geometry,
-                                 const py::dict &tail) {
-        CudaPlan<cuda::Int8Conv2d> p{};
-        cuda::Int8Conv2d &a = p.args;
-        int64_t *to[] = {&a.channels,  &a.taps_h,    &a.taps_w,     &a.stride_h,  &a.stride_w,
-                         &a.padding_h, &a.padding_w, &a.dilation_h, &a.dilation_w};
-        if (geometry.size() != std::size(to))
-            throw py::value_error("int8_conv2d: geometry must have 9 numbers");
-        for (size_t i = 0; i < std::size(to); ++i)
-            *to[i] = geometry[i].cast<int64_t>();
-        if (a.stride_h < 1 || a.stride_w < 1)
-            throw py::value_error("int8_conv2d: stride must be at least 1");
-        a.outputs = outputs;
-        a.units = at<const uint8_t>(packed);
-        a.sums = at<const int32_t>(packed + cuda::gemm_layout(outputs, a.k(), cuda::kDenseUnit).sums_off);
-        fill_plan(p, tail);
-        a.x_scale_per_sample = tail["x_scales"].cast<int64_t>() > 1;
-        if (p.mode == ActQuant::none)
-            throw py::value_error(
-                "int8_conv2d: the CUDA kernels quantise x; weight-only products do not run there");
-        return as_plan(p);
-    });
-    m.def("int8_conv2d_workspace",
-          [](int64_t batch, int64_t sample) -> int64_t { return conv_workspace(batch, sample).bytes; });
-    PyModule_AddObject(m.ptr(), kRun.ml_name, PyCFunction_New(&kRun, nullptr));
 }
 
 } // namespace tautorch::bindings

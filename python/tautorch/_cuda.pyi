@@ -21,6 +21,30 @@ def quantize_rows(
     stream: int,
     /,
 ) -> None: ...
+
+MAX_HELD: int
+
+def quantize_rows_after(
+    x: int,
+    dtype: int,
+    stride_m: int,
+    m: int,
+    k: int,
+    stage: int,
+    weight: int,
+    bias: int,
+    gate: int,
+    gate_stride_m: int,
+    eps: float,
+    x_scale: int,
+    zero_point: int,
+    q: int,
+    ldq: int,
+    scale: int,
+    device: int,
+    stream: int,
+    /,
+) -> None: ...
 def int8_linear_kernels() -> list[str]: ...
 def int8_linear_supports(
     kernel: str, capability: int, m: int, n: int, k: int, weight_only: bool, x_dtype: int, /
@@ -36,8 +60,20 @@ def int8_linear_sums(
     weight: int, stride_n: int, n: int, k: int, sums: int, device: int, stream: int, /
 ) -> None: ...
 def int8_linear_plan(weight: int, ldw: int, sums: int, n: int, k: int, tail: dict[str, int], /) -> bytes: ...
+def int8_linear_kernel_workspace(
+    kernel: str, multiprocessors: int, m: int, n: int, k: int, y_dtype: int, /
+) -> int: ...
 def int8_linear_workspace(
-    x: int, x_dtype: int, m: int, k: int, stride_m: int, stride_k: int, weight_only: bool, /
+    plan: bytes,
+    kernel: int,
+    x: int,
+    x_dtype: int,
+    m: int,
+    stride_m: int,
+    stride_k: int,
+    y_dtype: int,
+    device: int,
+    /,
 ) -> int: ...
 def int8_linear_run(
     plan: bytes,
@@ -47,22 +83,35 @@ def int8_linear_run(
     m: int,
     stride_m: int,
     stride_k: int,
+    y_dtype: int,
+    device: int,
     y: int,
     ldy: int,
-    y_dtype: int,
     workspace: int,
-    device: int,
     stream: int,
     /,
 ) -> int: ...
 def sparse_linear_kernels() -> list[str]: ...
-def sparse_linear_supports(capability: int, m: int, n: int, k: int, /) -> str | None: ...
-def sparse_linear_choose(multiprocessors: int, m: int, n: int, /) -> str: ...
-def sparse_linear_layout(n: int, k: int, /) -> dict[str, int]: ...
+def sparse_linear_supports(kernel: str, capability: int, m: int, n: int, k: int, /) -> str | None: ...
+def sparse_linear_choose(capability: int, multiprocessors: int, m: int, n: int, k: int, /) -> str | None: ...
+def sparse_linear_wgmma(kernel: str, /) -> bool: ...
+def sparse_linear_layout(n: int, k: int, wgmma: bool, /) -> dict[str, int]: ...
 def sparse_linear_pack(
-    values: int, places: int, n: int, kept: int, packed: int, device: int, stream: int, /
+    values: int, places: int, n: int, kept: int, packed: int, wgmma: bool, device: int, stream: int, /
 ) -> None: ...
-def sparse_linear_plan(packed: int, n: int, k: int, tail: dict[str, int], /) -> bytes: ...
+def sparse_linear_plan(packed: int, n: int, k: int, wgmma: bool, tail: dict[str, int], /) -> bytes: ...
+def sparse_linear_workspace(
+    plan: bytes,
+    kernel: int,
+    x: int,
+    x_dtype: int,
+    m: int,
+    stride_m: int,
+    stride_k: int,
+    y_dtype: int,
+    device: int,
+    /,
+) -> int: ...
 def sparse_linear_run(
     plan: bytes,
     kernel: int,
@@ -71,11 +120,11 @@ def sparse_linear_run(
     m: int,
     stride_m: int,
     stride_k: int,
+    y_dtype: int,
+    device: int,
     y: int,
     ldy: int,
-    y_dtype: int,
     workspace: int,
-    device: int,
     stream: int,
     /,
 ) -> int: ...
@@ -91,6 +140,32 @@ def int8_conv2d_plan(
 ) -> bytes: ...
 def int8_conv2d_workspace(batch: int, sample: int, /) -> int: ...
 def int8_conv2d_run(
+    plan: bytes,
+    kernel: int,
+    x: int,
+    x_dtype: int,
+    batch: int,
+    height: int,
+    width: int,
+    y: int,
+    ldy: int,
+    y_dtype: int,
+    workspace: int,
+    device: int,
+    stream: int,
+    /,
+) -> int: ...
+def sparse_conv2d_kernels() -> list[str]: ...
+def sparse_conv2d_supports(
+    capability: int, groups: int, channels: int, outputs: int, taps: int, /
+) -> str | None: ...
+def sparse_conv2d_choose(multiprocessors: int, pixels: int, outputs: int, /) -> str: ...
+def sparse_conv2d_layout(outputs: int, k: int, /) -> dict[str, int]: ...
+def sparse_conv2d_plan(
+    packed: int, outputs: int, geometry: tuple[int, ...], tail: dict[str, int], /
+) -> bytes: ...
+def sparse_conv2d_workspace(batch: int, sample: int, /) -> int: ...
+def sparse_conv2d_run(
     plan: bytes,
     kernel: int,
     x: int,

@@ -283,7 +283,14 @@ def _sparse_linear_row(name: str) -> Kernel:
         gpu = _extension(problem)
         if isinstance(gpu, str):
             return gpu
-        return _text(cuda.sparse_linear_supports(gpu[0], _number(problem, "rows"), problem.n, problem.k))
+        asked = (_number(problem, "rows"), problem.n, problem.k)
+        if name == "cuda":
+            if cuda.sparse_linear_choose(*gpu, *asked) is not None:
+                return None
+            name_asked = cuda.sparse_linear_kernels()[-1]  # it serves the most devices
+        else:
+            name_asked = name
+        return _text(cuda.sparse_linear_supports(name_asked, gpu[0], *asked))
 
     return Kernel("sparse_linear", name, "cuda", supports)
 
@@ -300,6 +307,27 @@ def _int8_conv2d_row(name: str) -> Kernel:
         return _text(cuda.int8_conv2d_supports(gpu[0], *shape))
 
     return Kernel("int8_conv2d", name, "cuda", supports)
+
+
+def _sparse_conv2d_row(name: str) -> Kernel:
+    def supports(problem: Problem) -> str | None:
+        details = problem.details
+        if details.get("pattern") != "2:4":
+            return f"{details.get('pattern')} convolutions have no GPU kernel; prune 1x1 layers to 2:4"
+        if not details.get("int8") or details.get("weight_only"):
+            return "its 2:4 products are of int8 with int8"
+        gpu = _extension(problem)
+        if isinstance(gpu, str):
+            return gpu
+        taps = max(_number(problem, "taps"), 1)
+        shape = (_number(problem, "groups"), problem.k // taps, problem.n, taps)
+        return _text(cuda.sparse_conv2d_supports(gpu[0], *shape))
+
+    return Kernel("sparse_conv2d", name, "cuda", supports)
+
+
+def _refuse_lowrank_conv2d(problem: Problem) -> str | None:
+    return "no GPU kernel fuses the two convolutions; keep the factors as two layers"
 
 
 def _triton_supports(problem: Problem) -> str | None:
@@ -360,6 +388,8 @@ def _refuse_rows(problem: Problem) -> str | None:
 register(_int8_linear_row("cuda"))
 register(_sparse_linear_row("cuda"))
 register(_int8_conv2d_row("cuda"))
+register(_sparse_conv2d_row("cuda"))
+register(Kernel("lowrank_conv2d", "triton", "cuda", _refuse_lowrank_conv2d))
 register(_triton_row("int8_linear", _refuse_rows))
 register(_triton_row("lowrank_linear", _refuse_lowrank))
 register(_triton_row("sparse_linear", _refuse_sparse))
@@ -369,6 +399,7 @@ if cuda is not None:
         (_int8_linear_row, cuda.int8_linear_kernels()),
         (_sparse_linear_row, cuda.sparse_linear_kernels()),
         (_int8_conv2d_row, cuda.int8_conv2d_kernels()),
+        (_sparse_conv2d_row, cuda.sparse_conv2d_kernels()),
     ):
         for _name in _names:
             register(_row(_name))

@@ -19,11 +19,18 @@ from torch import Tensor
 
 from tautorch.reference.common import apply_activation
 from tautorch.reference.layouts import encode
+from tautorch.reference.quantize_rows import STAGES, stage
 from tautorch.reference.quantizer import quantize_rows
 
 ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).parent / "emulation"
-GEMM = ("common/gemm_pack", "sparse_linear/sparse_linear_24", "int8_conv2d/int8_conv2d_gemm")
+GEMM = (
+    "common/gemm_pack",
+    "sparse_linear/sparse_linear_24",
+    "sparse_linear/sparse_linear_24_pack",
+    "int8_conv2d/int8_conv2d_gemm",
+)
+GEMM += ("sparse_conv2d/sparse_conv2d_24",)
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3, torch.int32: 4}
 ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh", "silu")
 
@@ -38,7 +45,8 @@ def device(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     )
     tops = [line.partition("TOP=")[2] for line in dry.stderr.splitlines() if "TOP=" in line]
     library = tmp_path_factory.mktemp("emulated") / "device.so"
-    sources = [ROOT / "csrc/kernels/common/quantize_rows.cu", HERE / "emulate.cpp"]
+    sources = [ROOT / f"csrc/kernels/common/quantize_rows{part}.cu" for part in ("", "_after")]
+    sources.append(HERE / "emulate.cpp")
     sources += [ROOT / f"csrc/kernels/int8_linear/int8_linear_{name}.cu" for name in ("pack", "stream")]
     sources += [ROOT / f"csrc/kernels/{name}.cu" for name in GEMM]
     command = [compiler, "-std=c++20", "-O1", "-ffp-contract=off", "-shared", "-fPIC", "-pthread", "-w"]
@@ -49,7 +57,7 @@ def device(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     )
     assert done.returncode == 0, done.stderr[-4000:]
     lib = ctypes.CDLL(str(library))
-    lib.packed_bytes.restype = lib.units_bytes.restype = ctypes.c_int64
+    lib.packed_bytes.restype = lib.units_bytes.restype = lib.wgmma_bytes.restype = ctypes.c_int64
     return lib
 
 
@@ -136,6 +144,90 @@ def test_any_strides_and_alignment(device: ctypes.CDLL) -> None:
         want_q, want_scale = quantize_rows(x)
         q, scale = quantise(device, x)
         assert torch.equal(q, want_q) and torch.equal(scale, want_scale.reshape(-1))
+
+
+# A row per block of 128 or of 256 threads, holding 8, 16, 32 and 64 values each; whole and cut chunks.
+LENGTHS = [8, 1024, 1032, 2048, 4088, 8184, 16384]
+
+
+STAGED = [
+    *itertools.product(STAGES, (torch.float32, torch.bfloat16, torch.float16), LENGTHS[:4]),
+    *itertools.product(STAGES, (torch.float32, torch.bfloat16), LENGTHS[4:5]),
+    *itertools.product(("layer_norm", "silu_gate"), (torch.float32, torch.bfloat16), LENGTHS[5:]),
+]
+
+
+@pytest.mark.parametrize("after,dtype,k", STAGED, ids=str)
+def test_rows_behind_a_stage(device: ctypes.CDLL, after: str, dtype: torch.dtype, k: int) -> None:
+    m = 2
+    x = (torch.randn(m, k + 8) * 2 + 0.5).to(dtype)[:, :k]
+    gate = torch.randn(m, k).to(dtype) if after == "silu_gate" else None
+    norm = after.endswith("norm")
+    weight, bias = (torch.rand(k) + 0.5, torch.randn(k)) if norm and k != 1024 else (None, None)
+    if norm:
+        x[1] += 30  # a mean far from 0
+    x, wide = aligned(x, k + 8, 99)[:, :k], -(-k // 16) * 16
+    gate = None if gate is None else aligned(gate, k, 0)
+    weight, bias = (None if v is None else aligned(v[None], k, 0)[0] for v in (weight, bias))
+    q, scale = aligned(torch.zeros(m, wide, dtype=torch.int8), wide, 77), torch.zeros(m)
+    status = device.quantize_rows_after(
+        at(x), DTYPES[dtype], *i64(x.stride(0), m, k), STAGES[after], at(weight), at(bias), at(gate), *i64(k),
+        ctypes.c_float(1e-6), None, None, at(q), *i64(wide), at(scale),
+    )  # fmt: skip
+    assert status == 0
+    floats = stage(x.double().float(), after, weight, bias, gate, 1e-6)
+    want_q, want_scale = quantize_rows(floats)
+    assert (q[:, k:] == 0).all()
+    if after == "none":
+        assert torch.equal(q[:, :k], want_q) and torch.equal(scale, want_scale)
+        return
+    torch.testing.assert_close(scale, want_scale, rtol=1e-5, atol=0)
+    apart = (q[:, :k].int() - want_q.int()).abs()
+    assert apart.max() <= 1 and apart.float().mean() <= 1e-3 + 1 / k
+
+
+def test_poisoned_and_static_rows_behind_a_stage(device: ctypes.CDLL) -> None:
+    x = aligned(torch.randn(4, 64), 64, 0)
+    x[0, 7], x[1, 63], x[2] = float("nan"), -float("inf"), 0
+    scale, zp = torch.tensor([0.03]), torch.tensor([-6], dtype=torch.int32)
+    for after in ("rms_norm", "layer_norm", "gelu"):
+        for static in (False, True):
+            q, scales = aligned(torch.zeros(4, 64, dtype=torch.int8), 64, 0), torch.zeros(4)
+            pointers = (at(scale), at(zp)) if static else (None, None)
+            status = device.quantize_rows_after(
+                at(x), 0, *i64(64, 4, 64), STAGES[after], None, None, None, *i64(0), ctypes.c_float(1e-5),
+                *pointers, at(q), *i64(64), at(scales),
+            )  # fmt: skip
+            assert status == 0 and scales[:2].isnan().all() and scales[2:].isfinite().all()
+            rest = -6 if static else 0
+            assert (q[:3] == rest).all() and q[3].unique().numel() > 20
+            assert not static or (scales[2:] == scale).all()
+
+
+def test_what_the_staged_quantiser_refuses(device: ctypes.CDLL) -> None:
+    x, q, scale = (
+        aligned(torch.zeros(2, 64, dtype=d), 64, 0) for d in (torch.float32, torch.int8, torch.float32)
+    )
+
+    def status(
+        k: int = 64, stride: int = 64, kind: int = 1, x_at: int = 0, gate: Tensor | None = None
+    ) -> int:
+        begin = ctypes.c_void_p(x.data_ptr() + x_at)
+        stage = (*i64(stride, 2, k), kind, None, None, at(gate), *i64(64), ctypes.c_float(1e-5))
+        return int(device.quantize_rows_after(begin, 0, *stage, None, None, at(q), *i64(64), at(scale)))
+
+    assert status() == 0 and status(kind=3, gate=x) == 0
+    for bad in (
+        {"k": 63},
+        {"k": 0},
+        {"stride": 66},
+        {"kind": 6},
+        {"x_at": 4},
+        {"kind": 3},
+        {"gate": x},
+        {"k": 16388},
+    ):
+        assert status(**bad) == -1, bad  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("n,k", [(1, 1), (3, 16), (5, 17), (2, 300)])
@@ -331,7 +423,34 @@ def test_two_of_four(device: ctypes.CDLL, kernel: str, m: int, n: int, k: int, l
         same(product(device, kernel, x, weight, torch.bfloat16, case, units), floats.bfloat16())
 
 
+@pytest.mark.parametrize("n,k", [(1, 1), (64, 128), (65, 130), (70, 460)])
+def test_two_of_four_as_wgmma_reads_it(device: ctypes.CDLL, n: int, k: int) -> None:
+    """Read back by the layout's description: rows of values, steps of 128 with 16 bytes of places a row."""
+    weight = sparse_weight(n, k)
+    values, _, places = encode(weight, weight != 0, "2:4")
+    assert places is not None
+    kept = values.shape[1]
+    room = torch.full((device.wgmma_bytes(*i64(n, 2 * kept)) + 128,), 99, dtype=torch.uint8)
+    packed = room[(-room.data_ptr()) % 128 :]
+    assert device.pack_wgmma(at(values), at(places), *i64(n, kept), at(packed)) == 0
+    ld, steps, rows = -(-kept // 16) * 16, -(-k // 128), -(-n // 64) * 64
+    got = packed[: n * ld].view(torch.int8).reshape(n, ld)
+    assert torch.equal(got[:, :kept], values) and not got[:, kept:].any()
+    start = -(-n * ld // 128) * 128
+    byte = packed[start:][: steps * rows * 16].reshape(steps, rows, 16).permute(1, 0, 2).reshape(rows, -1)
+    place = (byte[:, :, None] >> torch.tensor([0, 2, 4, 6])) & 3  # [rows, steps * 16, 4]: of 2 pairs
+    assert torch.equal(byte[:n, : kept // 4], places)
+    assert (byte[n:] == 0x44).all() and (byte[:, kept // 4 :] == 0x44).all()
+    # Values at their places are the weight.
+    dense = torch.zeros(n, steps * 128, dtype=torch.int8)
+    columns = (4 * torch.arange(steps * 32).repeat_interleave(2) + place[:n].reshape(n, -1))[:, :ld]
+    dense.scatter_(1, columns[:, :kept], got[:, :kept])
+    assert torch.equal(dense[:, :k], weight) and not dense[:, k:].any()
+
+
 # ---- convolution ------------------------------------------------------------------------------------------
+
+SPARSE_CONVS = ["conv24_64x128", "conv24_128x64", "conv24_256x128"]
 
 # batch, height, width, channels, outputs, then kh, kw, sh, sw, ph, pw, dh, dw
 CONVS = [
@@ -339,13 +458,19 @@ CONVS = [
     (2, 5, 7, 16, 65, 3, 3, 1, 1, 1, 1, 1, 1),
     (3, 9, 6, 48, 70, 3, 2, 2, 1, 1, 0, 1, 1),
     (1, 12, 11, 80, 129, 1, 1, 2, 2, 0, 0, 1, 1),
+    (2, 6, 5, 208, 70, 1, 1, 1, 1, 1, 0, 1, 1),
     (2, 7, 7, 32, 20, 3, 3, 1, 2, 3, 2, 2, 2),
 ]
 
 
+CONV_CASES = [
+    *itertools.product(("conv_64x128", "conv_128x64", "conv_128x128"), CONVS),
+    *itertools.product(SPARSE_CONVS, [c for c in CONVS if c[5:7] == (1, 1)]),
+]
+
+
 @pytest.mark.parametrize("zero_point", [None, -11])
-@pytest.mark.parametrize("kernel", ["conv_64x128", "conv_128x64", "conv_128x128"])
-@pytest.mark.parametrize("sizes", CONVS, ids=str)
+@pytest.mark.parametrize("kernel,sizes", CONV_CASES, ids=str)
 def test_convolution(
     device: ctypes.CDLL, kernel: str, sizes: tuple[int, ...], zero_point: int | None
 ) -> None:
@@ -353,12 +478,20 @@ def test_convolution(
     (batch, height, width, channels, n), (kh, kw, sh, sw, ph, pw, dh, dw) = sizes[:5], sizes[5:]
     x = torch.randint(-128, 128, (batch, channels, height, width), dtype=torch.int8)
     weight = torch.randint(-127, 128, (n, channels, kh, kw), dtype=torch.int8)
+    is_sparse = kernel in SPARSE_CONVS
+    if is_sparse:
+        weight = sparse_weight(n, channels).reshape(weight.shape)
     centred = x.double() - (zero_point or 0)
     want = torch.nn.functional.conv2d(centred, weight.double(), None, (sh, sw), (ph, pw), (dh, dw))
     rows = weight.permute(0, 2, 3, 1).contiguous()
     k = rows[0].numel()
-    units = room_for(device.units_bytes(*i64(n, k), 0))
-    assert device.pack_dense(at(rows), *i64(k, n, k), at(units)) == 0
+    units = room_for(device.units_bytes(*i64(n, k), int(is_sparse)))
+    if is_sparse:
+        values, _, places = encode(weight.reshape(n, k), weight.reshape(n, k) != 0, "2:4")
+        status = device.pack_sparse(at(values), at(places), *i64(n, k // 2), at(units))
+    else:
+        status = device.pack_dense(at(rows), *i64(k, n, k), at(units))
+    assert status == 0
     pixels = room_for(x.numel()).view(torch.int8).reshape(batch, height, width, channels)
     pixels.copy_(x.permute(0, 2, 3, 1))
     sums, outside = weight.sum((1, 2, 3), dtype=torch.int32), room_for(16)

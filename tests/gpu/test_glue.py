@@ -6,6 +6,7 @@ stride, offset, padding or lifetime shows as a wrong number.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import pickle
 import weakref
@@ -23,9 +24,12 @@ from tautorch.dispatch import Kernel, Problem
 from tautorch.ops import _gpu
 from tautorch.ops import _int8_conv2d_gpu as conv_gpu
 from tautorch.ops import _int8_linear_gpu as gpu
+from tautorch.ops import _sparse_conv2d_gpu as sparse_conv_gpu
 from tautorch.ops import _sparse_linear_gpu as sparse
 from tautorch.ops import geometry as conv
 from tautorch.ops import library as lib
+from tautorch.ops.quantize_rows import _cuda as quantize_gpu
+from tautorch.reference import quantize_rows as rows_reference
 from tautorch.reference.int8_conv2d import int8_conv2d as conv_reference
 from tautorch.reference.int8_linear import int8_linear as reference
 from tautorch.reference.layouts import decode, encode
@@ -80,9 +84,50 @@ class Extension:
     def int8_linear_plan(self, *arguments: Any) -> bytes:
         return pickle.dumps(arguments)
 
+    MAX_HELD = 512
+
+    def quantize_rows(self, x: int, code: int, sm: int, sk: int, m: int, k: int, *rest: int) -> None:
+        self.calls.append("quantize_rows")
+        self._quantise(view(x, DTYPES[code], (m, k), (sm, sk)), *rest)
+
+    def quantize_rows_after(self, x: int, code: int, stride: int, m: int, k: int, *rest: Any) -> None:
+        self.calls.append("quantize_rows_after")
+        stage, weight, bias, gate, gate_stride, eps, *rest = rest
+        width = 16 // DTYPES[code].itemsize
+        assert k % width == stride % width == gate_stride % width == 0 and k <= self.MAX_HELD
+        assert all(p % 16 == 0 for p in (x, weight, bias, gate)) and stride >= k
+        vectors = [view(p, torch.float32, (k,), (1,)) if p else None for p in (weight, bias)]
+        gates = view(gate, DTYPES[code], (m, k), (gate_stride, 1)) if gate else None
+        name = {number: name for name, number in rows_reference.STAGES.items()}[stage]
+        rows = view(x, DTYPES[code], (m, k), (stride, 1))
+        self._quantise(rows_reference.stage(rows, name, *vectors, gates, eps), *rest)
+
+    def _quantise(self, rows: Tensor, x_scale: int, zero_point: int, q: int, ldq: int, *rest: int) -> None:
+        scale, device, stream = rest
+        assert (device, stream, ldq % 16) == (-1, 7, 0)
+        static = view(x_scale, torch.float32, (1,), (1,)) if x_scale else None
+        zero = view(zero_point, torch.int32, (1,), (1,)) if zero_point else None
+        got_q, got_scale = rows_reference.quantize_rows(rows, x_scale=static, x_zero_point=zero)
+        view(q, torch.int8, tuple(rows.shape), (ldq, 1)).copy_(got_q)
+        view(scale, torch.float32, (rows.shape[0],), (1,)).copy_(got_scale)
+
+    def int8_linear_supports(self, name: str, *_: Any) -> str | None:
+        return None
+
     def int8_linear_workspace(
-        self, x: int, code: int, m: int, k: int, stride_m: int, stride_k: int, weight_only: bool
+        self,
+        plan: bytes,
+        kernel: int,
+        x: int,
+        code: int,
+        m: int,
+        stride_m: int,
+        stride_k: int,
+        y_code: int,
+        device: int,
     ) -> int:
+        _, _, _, _, k, tail = pickle.loads(plan)
+        weight_only = tail["mode"] == lib.NONE
         assert (code != 3 and not weight_only) or (stride_k == 1 and stride_m >= k), (
             "rows are copied by pitch"
         )
@@ -91,7 +136,7 @@ class Extension:
         return up(m * up(k, 16), 128) + up(4 * m, 128)
 
     def int8_linear_run(self, plan: bytes, kernel: int, x: int, x_code: int, m: int, *rest: int) -> int:
-        stride_m, stride_k, y, ldy, y_code, _, device, stream = rest
+        stride_m, stride_k, y_code, device, y, ldy, _, stream = rest
         assert (device, stream) == (-1, 7)
         weight, ldw, sums, n, k, tail = pickle.loads(plan)
         assert ldw % 16 == 0 and weight % 16 == 0 and ldy * DTYPES[y_code].itemsize % 16 == 0 and ldy >= n
@@ -127,11 +172,19 @@ class Extension:
     def sparse_linear_kernels(self) -> list[str]:
         return ["sp_a", "sp_b"]
 
-    def sparse_linear_layout(self, n: int, k: int) -> dict[str, int]:
+    def sparse_linear_choose(self, *_: int) -> str:
+        return "sp_b"
+
+    def sparse_linear_wgmma(self, name: str) -> bool:
+        return name == "sp_a"
+
+    def sparse_linear_layout(self, n: int, k: int, wgmma: bool = False) -> dict[str, int]:
         return {"sums_off": up(n * k, 128), "total": up(n * k, 128) + 4 * n}
 
-    def sparse_linear_pack(self, values: int, places: int, n: int, kept: int, packed: int, *_: int) -> None:
-        self.calls.append("pack")
+    def sparse_linear_pack(
+        self, values: int, places: int, n: int, kept: int, packed: int, wgmma: bool, *_: int
+    ) -> None:
+        self.calls.append("pack for wgmma" if wgmma else "pack")
         layout = (
             view(values, torch.int8, (n, kept), (kept, 1)),
             view(places, torch.uint8, (n, kept // 4), (kept // 4, 1)),
@@ -141,7 +194,7 @@ class Extension:
         sums = packed + self.sparse_linear_layout(n, 2 * kept)["sums_off"]
         view(sums, torch.int32, (n,), (1,)).copy_(dense.sum(1))
 
-    def sparse_linear_plan(self, packed: int, n: int, k: int, tail: dict[str, int]) -> bytes:
+    def sparse_linear_plan(self, packed: int, n: int, k: int, wgmma: bool, tail: dict[str, int]) -> bytes:
         padded = up(k, 8)
         sums = packed + self.sparse_linear_layout(n, padded)["sums_off"]
         dense = torch.zeros(n * up(k, 16) + 16, dtype=torch.int8)
@@ -150,8 +203,25 @@ class Extension:
         self.kept.append(dense)
         return pickle.dumps((dense.data_ptr(), dense.shape[1], sums, n, k, tail))
 
+    def sparse_linear_workspace(self, *arguments: Any) -> int:
+        return self.int8_linear_workspace(*arguments)
+
     def sparse_linear_run(self, *arguments: Any) -> int:
         return self.int8_linear_run(*arguments)
+
+    # The same for pixels: a 1x1 convolution of the dense weight.
+
+    def sparse_conv2d_kernels(self) -> list[str]:
+        return ["conv_a", "conv_b"]
+
+    def sparse_conv2d_workspace(self, *arguments: int) -> int:
+        return self.int8_conv2d_workspace(*arguments)
+
+    def sparse_conv2d_plan(self, *arguments: Any) -> bytes:
+        return self.int8_conv2d_plan(*arguments)
+
+    def sparse_conv2d_run(self, *arguments: Any) -> int:
+        return self.int8_conv2d_run(*arguments)
 
     # Convolution: the pack is the weight with channels last, and the sums of its rows.
 
@@ -381,6 +451,58 @@ def test_packs_of_the_cpu_and_strangers_are_refused(extension: Extension) -> Non
     assert not extension.calls
 
 
+def test_a_measured_kernel_is_used(extension: Extension, monkeypatch: pytest.MonkeyPatch) -> None:
+    """tuning decides among the table's kernels; what it kept of another version, or cannot run, does not."""
+    asked: list[Any] = []
+    kept: list[Any] = [["tile_a"]]
+
+    def choose(x: Tensor, key: Any, rule: Any, candidates: Any, parse: Any, run: Any) -> Any:
+        asked.append((key, [c.name for c in candidates()], rule().name))
+        assert torch.equal(run(rule()), run(parse(["tile_b"])))
+        return parse(*kept)
+
+    monkeypatch.setattr(gpu.tuning, "choose", choose)
+    case = linear_case(OP, 20, 8, 64)
+    check(case)
+    key = (OP, 32, 8, 64, torch.float32, torch.float32)
+    assert asked == [(key, ["tile_a", "tile_b"], None)] and dispatch.last_used(OP) == "tile_a"
+    kept[:] = [[None]]
+    check(case)
+    assert dispatch.last_used(OP) == "tile_b"
+    kept[:] = [["tile_a"]]
+    monkeypatch.setattr(extension, "int8_linear_supports", lambda *a: "too many rows", raising=False)
+    check(case)
+    assert dispatch.last_used(OP) == "tile_b"
+    kept[:] = [["gone"]]
+    with pytest.raises(ValueError, match="gone"):  # tuning takes that for no choice
+        call(case)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("after", rows_reference.STAGES)
+def test_quantize_rows(extension: Extension, after: str, dtype: torch.dtype) -> None:
+    """Every shape and stride gives what the reference gives; the fused kernel gets what it can take."""
+    whole = torch.randn(6, 80).to(dtype)
+    odd = torch.randn(7, 600).to(dtype)
+    inputs = [whole, whole[:, :64], whole[:, 8:40], whole[1], whole.reshape(2, 3, 80), whole[::2], whole[:0]]
+    inputs += [whole[:, 1:41], whole.t()[:, :4].t(), odd[:, :33], odd, whole[:1].expand(5, 80)]
+    for x in inputs:
+        k = x.shape[-1]
+        norm, gate = after.endswith("_norm"), torch.randn(x.shape).to(dtype)
+        case: dict[str, Any] = {"weight": torch.rand(k + 1)[1:].to(dtype), "eps": 1e-6} if norm else {}
+        case |= {"gate": gate} if after == "silu_gate" else {}
+        case |= {"x_scale": torch.tensor([0.03])} if k == 64 else {}
+        got = quantize_gpu(x, after, **case)
+        want = rows_reference.quantize_rows(x, after, **case)
+        assert all(g.is_contiguous() and g.shape == w.shape for g, w in zip(got, want, strict=True))
+        # torch's own functions round by the alignment of what they are given.
+        torch.testing.assert_close(got[0].int(), want[0].int(), rtol=0, atol=0 if after == "none" else 1)
+        torch.testing.assert_close(got[1], want[1], rtol=0 if after == "none" else 2e-6, atol=0)
+    fused = extension.calls.count("quantize_rows_after")
+    assert fused == (0 if after == "none" else 9)
+    assert fused + extension.calls.count("quantize_rows") == len(inputs) - 1  # no rows, no launch
+
+
 # ---- 2:4, convolutions ------------------------------------------------------------------------------------
 
 
@@ -388,10 +510,13 @@ def test_packs_of_the_cpu_and_strangers_are_refused(extension: Extension) -> Non
 def tables(extension: Extension, monkeypatch: pytest.MonkeyPatch) -> Iterator[Extension]:
     """The same for the operators whose weights are always packed."""
     monkeypatch.setattr(_gpu, "facts", lambda index: (90, 132))
-    rows = [Kernel(op, "cuda", "cuda", lambda p: None) for op in ("sparse_linear", "int8_conv2d")]
+    rows = [
+        Kernel(op, "cuda", "cuda", lambda p: None) for op in ("sparse_linear", "int8_conv2d", "sparse_conv2d")
+    ]
+    rows.append(Kernel("sparse_linear", "sp_a", "cuda", lambda p: None))
     monkeypatch.setattr(dispatch, "_table", rows)
     yield extension
-    for op in ("sparse_linear", "int8_conv2d"):
+    for op in ("sparse_linear", "int8_conv2d", "sparse_conv2d"):
         dispatch._last_python.pop(op, None)
 
 
@@ -412,6 +537,10 @@ def test_two_of_four(tables: Extension, monkeypatch: pytest.MonkeyPatch, n: int,
             assert torch.equal(got, want) and got.is_contiguous()
     assert tables.calls.count("pack") == 1 and tables.calls[:2] == ["pack", "synchronize"]
     assert dispatch.last_used("sparse_linear") == "sp_b"
+    with dispatch.force("sparse_linear", "sp_a"):  # it reads another order of the same weight
+        assert torch.equal(sparse.run(x, (values, None, places), scale, bias, "2:4", n, lib.Tail()), want[:0])
+    assert tables.calls.count("pack") == tables.calls.count("pack for wgmma") == 1
+    assert dispatch.last_used("sparse_linear") == "sp_a"
     if k > 1:
         monkeypatch.setattr(_gpu, "MAX_K_LOWEST", k - 1)
         values[0, 0] = -128
@@ -446,6 +575,33 @@ def test_convolutions(tables: Extension, mode: str, outputs: int) -> None:
     assert dispatch.last_used("int8_conv2d") == "conv_b"
 
 
+@pytest.mark.parametrize("outputs", [1, 8, 19])
+def test_sparse_convolutions(tables: Extension, monkeypatch: pytest.MonkeyPatch, outputs: int) -> None:
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    weight = torch.randint(-127, 128, (outputs, 16), dtype=torch.int8)
+    weight[:, torch.arange(16) % 4 > 1] = 0
+    values, _, places = encode(weight, weight != 0, "2:4")
+    assert places is not None
+    scale, bias = torch.rand(outputs) * 1e-2, torch.randn(outputs)
+    geometry = conv.geometry_of("sparse_conv2d", (outputs, 16, 1, 1), (2, 1), 1, 1, 1)
+    static = {"x_scale": torch.tensor([0.04]), "x_zero_point": torch.tensor([3], dtype=torch.int32)}
+    whole = torch.randn(2, 16, 9, 8)
+    for x in (whole, whole.to(memory_format=torch.channels_last), whole[:, :, ::2], whole[0], whole[:0]):
+        for keywords in ({}, static, {"out_dtype": torch.bfloat16}):
+            tail = lib.Tail(**keywords)  # type: ignore[arg-type]
+            got = sparse_conv_gpu.run(x, (values, None, places), scale, bias, "2:4", geometry, tail)
+            want = conv_reference(
+                x, weight[:, :, None, None], scale, bias, stride=(2, 1), padding=1, **keywords
+            )  # type: ignore[arg-type]
+            assert torch.equal(got, want)
+            assert got.stride() == conv.fake_output(x, geometry, got.dtype).stride()
+    assert tables.calls.count("pack") == 1
+    assert dispatch.last_used("sparse_conv2d") == "conv_b"
+    with pytest.raises(ValueError, match=r"sparse_conv2d: .*strictly ascending"):
+        bad = places.clone().zero_()
+        sparse_conv_gpu.run(whole, (values, None, bad), scale, bias, "2:4", geometry, lib.Tail())
+
+
 def test_what_the_packed_kernels_decline(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         dispatch,
@@ -453,7 +609,10 @@ def test_what_the_packed_kernels_decline(monkeypatch: pytest.MonkeyPatch) -> Non
         SimpleNamespace(
             driver_version=lambda: 13000,
             sparse_linear_supports=lambda *a: f"asked {a}",
+            sparse_linear_choose=lambda *a: None,
+            sparse_linear_kernels=lambda: ["first", "last"],
             int8_conv2d_supports=lambda *a: f"asked {a}",
+            sparse_conv2d_supports=lambda *a: f"asked {a}",
         ),
     )
 
@@ -464,7 +623,12 @@ def test_what_the_packed_kernels_decline(monkeypatch: pytest.MonkeyPatch) -> Non
     assert why("sparse_linear", pattern="32x32", weight_dtype="int8") == "it is for pattern 2:4"
     assert "int8 with int8" in str(why("sparse_linear", pattern="2:4", weight_dtype="float32"))
     assert "int8 with int8" in str(why("sparse_linear", pattern="2:4", weight_dtype="int8", weight_only=True))
-    assert why("sparse_linear", pattern="2:4", weight_dtype="int8", rows=7) == "asked (90, 7, 24, 288)"
+    assert (
+        why("sparse_linear", pattern="2:4", weight_dtype="int8", rows=7) == "asked ('last', 90, 7, 24, 288)"
+    )
+    assert "16x16 convolutions have no GPU kernel" in str(why("sparse_conv2d", pattern="16x16", int8=True))
+    assert "int8 with int8" in str(why("sparse_conv2d", pattern="2:4", int8=False))
+    assert why("sparse_conv2d", pattern="2:4", int8=True, taps=9) == "asked (90, 1, 32, 24, 9)"
     assert "must not" in str(why("int8_conv2d", weight_only=True))
     assert why("int8_conv2d", groups=2, taps=9) == "asked (90, 2, 32, 24, 9)"
     monkeypatch.setattr(dispatch, "cuda", None)
@@ -536,5 +700,7 @@ def test_triton_declines_what_it_cannot_do(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_an_operator_without_gpu_kernels_says_so() -> None:
-    with pytest.raises(ValueError, match="sparse_conv2d: no kernel for cuda: none is built for it"):
-        dispatch.choose(Problem("sparse_conv2d", "cuda", 64, 64))
+    with pytest.raises(
+        ValueError, match=r"lowrank_conv2d: no kernel for cuda: .* keep the factors as two layers"
+    ):
+        dispatch.choose(Problem("lowrank_conv2d", "cuda", 64, 64))

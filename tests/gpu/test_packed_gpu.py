@@ -1,4 +1,4 @@
-"""sparse_linear 2:4 and int8_conv2d on a GPU: every row of the extension forced, against the reference."""
+"""2:4 products, convolutions and the row quantiser on a GPU: every row forced, against the reference."""
 
 from __future__ import annotations
 
@@ -12,6 +12,9 @@ from torch import Tensor
 
 from tautorch import dispatch, ops
 from tautorch.reference.int8_conv2d import int8_conv2d as conv_reference
+from tautorch.reference.quantize_rows import STAGES
+from tautorch.reference.quantize_rows import quantize_rows as rows_reference
+from tautorch.reference.sparse_conv2d import sparse_conv2d as sparse_conv_reference
 from tautorch.reference.sparse_linear import sparse_linear as sparse_reference
 from tautorch.testing.cases import Case, conv_case, linear_case
 from tautorch.testing.tolerances import assert_close
@@ -23,6 +26,7 @@ pytestmark = [
 FUNCTIONS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
     "sparse_linear": (ops.sparse_linear, sparse_reference),
     "int8_conv2d": (ops.int8_conv2d, conv_reference),
+    "sparse_conv2d": (ops.sparse_conv2d, sparse_conv_reference),
 }
 # Around the tiles (64 to 256 outputs, 64 and 128 rows, K in steps of 64), primes, and K off 16.
 SIZES = [(1, 1, 1), (7, 17, 33), (63, 64, 127), (65, 65, 129), (128, 256, 384), (257, 131, 509)]
@@ -80,3 +84,33 @@ def test_convolutions(kernel: str, image: tuple[Any, Any, dict[str, Any]], mode:
     case = conv_case("int8_conv2d", x_shape, w_shape, mode=mode, **more)
     agree(case, kernel)
     agree(case.with_x(case.x.contiguous(memory_format=torch.channels_last)), kernel)
+
+
+@pytest.mark.parametrize("mode", ["dynamic", "static", "int8"])
+@pytest.mark.parametrize("image", [IMAGES[0], IMAGES[3]], ids=["pixel", "wide"])
+@pytest.mark.parametrize("kernel", rows("sparse_conv2d"))
+def test_sparse_convolutions(kernel: str, image: tuple[Any, Any, dict[str, Any]], mode: str) -> None:
+    x_shape, w_shape, more = image
+    case = conv_case("sparse_conv2d", x_shape, w_shape, mode=mode, pattern="2:4", **more)
+    agree(case, kernel)
+    agree(case.with_x(case.x.contiguous(memory_format=torch.channels_last)), kernel)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("after", STAGES)
+@pytest.mark.parametrize("m,k", [(1, 8), (3, 33), (5, 1024), (7, 4104), (2, 16384), (2, 16392)])
+def test_quantize_rows(after: str, dtype: torch.dtype, m: int, k: int) -> None:
+    x = (torch.randn(m, k) * 3 + 0.5).to(dtype)
+    case: dict[str, Any] = (
+        {"weight": torch.rand(k), "bias": torch.randn(k)} if after.endswith("_norm") else {}
+    )
+    case |= {"gate": torch.randn(m, k).to(dtype)} if after == "silu_gate" else {}
+    there = {name: t.cuda() for name, t in case.items()}
+    q, scale = (t.cpu() for t in ops.quantize_rows(x.cuda(), after, **there))
+    want_q, want_scale = rows_reference(x, after, **case)
+    if after == "none":
+        assert torch.equal(q, want_q) and torch.equal(scale, want_scale)
+        return
+    torch.testing.assert_close(scale, want_scale, rtol=1e-5, atol=0)
+    apart = (q.int() - want_q.int()).abs()
+    assert apart.max() <= 1 and apart.float().mean() <= 1e-3 + 1 / k

@@ -37,6 +37,25 @@ def test_each_stage_says_in_one_line_what_it_lacks(stage: str) -> None:
     assert done.stdout.startswith(f"{stage}: no CUDA device is visible") and done.stdout.count("\n") == 1
 
 
+def test_the_cases_verify_what_they_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the CPU and small: every call runs, a peer that is not there is left out with its reason."""
+    monkeypatch.syspath_prepend(str(ROOT))
+    from benches.gpu import measure_packed
+
+    monkeypatch.setattr(measure_packed, "DEVICE", "cpu")
+    monkeypatch.setattr(measure_packed, "BATCH", 2)
+    cases = [measure_packed.two_of_four(20, 64, 128), measure_packed.convolution((16, 32, 3, 2, 8), False)]
+    cases.append(measure_packed.convolution((16, 32, 1, 1, 8), True))
+    cases += [measure_packed.quantiser(4, 64, a) for a in ("rms_norm", "layer_norm", "silu_gate", "gelu")]
+    for case in cases:
+        assert next(iter(case.calls)) == "ours" and len(case.calls) > 1 and case.moved > 0
+        for call in case.calls.values():
+            call()
+    assert [m.partition(":")[0] for m in cases[0].missing] == ["semi-structured bf16", "cuSPARSELt int8"]
+    with pytest.raises(RuntimeError, match="differ from the float64 product"):
+        measure_packed.same("x", torch.ones(2, dtype=torch.int32), torch.zeros(2, dtype=torch.float64))
+
+
 def test_what_is_done_is_kept_until_the_sources_change(
     run: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -3,50 +3,13 @@
 // A row is read twice: for its largest magnitude, then for rounding; the second reading comes out of cache (a
 // row of 4096 bf16 is 8 KB). Magnitudes are compared as bits: for non-negative floats that is the same order,
 // and NaN and Inf come out on top, so one integer maximum finds both the amax and the rows to poison.
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
 #include "kernels/common/cuda_launch.cuh"
-#include "kernels/common/quantize_rows_cuda.h"
+#include "kernels/common/quantize_rows.cuh"
 
 namespace tautorch::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr uint32_t kInfBits = 0x7f800000u;
-constexpr uint32_t kNanBits = 0x7fffffffu;
-constexpr float kTiny = 0x1p-100f;
-
-__device__ __forceinline__ float to_float(float v) { return v; }
-__device__ __forceinline__ float to_float(__nv_bfloat16 v) { return __bfloat162float(v); }
-__device__ __forceinline__ float to_float(__half v) { return __half2float(v); }
-
-// 16 bytes of T.
-template <class T> struct alignas(16) Vec {
-    static constexpr int kSize = 16 / sizeof(T);
-    T v[kSize];
-};
-
-// What multiplies a row and what is added: one set per row.
-struct RowScale {
-    float inv;
-    int zero_point;
-    bool is_static;
-    bool poisoned;
-};
-
-__device__ __forceinline__ int8_t quantize(float v, const RowScale &r) {
-    if (r.poisoned)
-        return static_cast<int8_t>(r.zero_point);
-    const float scaled = __fmul_rn(v, r.inv);
-    if (r.is_static) {
-        // Clamped first, far outside int8 even after the zero point, so that the sum cannot overflow.
-        const int q = __float2int_rn(fminf(fmaxf(scaled, -512.f), 512.f)) + r.zero_point;
-        return static_cast<int8_t>(min(max(q, -128), 127));
-    }
-    return static_cast<int8_t>(__float2int_rn(fminf(fmaxf(scaled, -127.f), 127.f)));
-}
-
 // kRowThreads threads per row: 32 (one warp, kThreads / 32 rows per block) or kThreads (one row per block).
 // kVector: 16-byte loads; needs stride_k 1 and 16-byte aligned rows.
 template <class T, int kRowThreads, bool kVector>
@@ -87,34 +50,17 @@ __global__ void __launch_bounds__(kThreads) quantize_rows_kernel(const QuantizeR
             peak = max(peak, warp_peak[w]);
     }
 
-    RowScale r;
-    r.is_static = a.x_scale != nullptr;
-    r.zero_point = r.is_static && a.zero_point != nullptr ? *a.zero_point : 0;
-    r.poisoned = peak >= kInfBits;
-    const float amax = __uint_as_float(peak);
-    float scale;
-    if (r.is_static) {
-        scale = *a.x_scale;
-        r.inv = __fdiv_rn(1.f, scale);
-    } else if (amax < kTiny) {
-        scale = 1.f;
-        r.inv = 0.f;
-    } else {
-        scale = __fdiv_rn(amax, 127.f);
-        r.inv = __fdiv_rn(127.f, amax);
-    }
+    const RowScale r = row_scale(a.x_scale, a.zero_point, peak);
     if (lane == 0)
-        a.scale[row] = r.poisoned ? __uint_as_float(kNanBits) : scale;
+        a.scale[row] = r.scale;
 
     for (int64_t i = lane; i < vectors; i += kRowThreads) {
         const Vec<T> v = reinterpret_cast<const Vec<T> *>(x)[i];
-        struct alignas(kWidth) {
-            int8_t v[kWidth];
-        } out;
+        Bytes<kWidth> out;
 #pragma unroll
         for (int j = 0; j < kWidth; ++j)
             out.v[j] = quantize(to_float(v.v[j]), r);
-        *reinterpret_cast<decltype(out) *>(q + i * kWidth) = out;
+        reinterpret_cast<Bytes<kWidth> *>(q)[i] = out;
     }
     for (int64_t i = vectors * kWidth + lane; i < a.k; i += kRowThreads) {
         q[i] = quantize(to_float(x[i * a.stride_k]), r);

@@ -25,6 +25,32 @@ struct QuantizeRows {
     float *scale;              // device, [m]
 };
 
+// What comes before rounding, in fp32 and in registers: nothing of it goes through memory.
+enum class RowStage : int {
+    none,
+    rms_norm,   // x / sqrt(mean x^2 + eps) * weight
+    layer_norm, // (x - mean) / sqrt(variance + eps) * weight + bias
+    silu_gate,  // silu(gate) * x
+    gelu,       // by erf
+    gelu_tanh,
+};
+
+struct QuantizeRowsAfter {
+    QuantizeRows
+        rows; // stride_k 1; x and its rows on 16 bytes; k a multiple of 16 bytes of x, at most kMaxHeld
+    RowStage stage;
+    const float *weight; // [k] on 16 bytes, or null for 1
+    const float *bias;   // [k] on 16 bytes, or null for 0
+    const void *gate;    // rows as x's, gate_stride_m elements apart; silu_gate only
+    int64_t gate_stride_m;
+    float eps;
+};
+// 64 values in each of 256 threads.
+constexpr int64_t kMaxHeld = 16384;
+
+// The same as quantize_rows() of what the stage makes of x.
+int quantize_rows_after(const QuantizeRowsAfter &a, void *stream);
+
 // Asynchronous on `stream` (a cudaStream_t) of the current device. Needs no workspace.
 int quantize_rows(const QuantizeRows &a, void *stream);
 

@@ -18,7 +18,7 @@ struct Int8Conv2d {
     int64_t outputs;
     int64_t taps_h, taps_w, stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w;
     const int8_t *x;             // [batch, height, width, channels], 16-byte aligned
-    const uint8_t *units;        // gemm_pack_dense() of [outputs, taps_h * taps_w * channels]
+    const uint8_t *units;        // gemm_pack_dense() of [outputs, taps_h * taps_w * channels]; 2:4: _sparse()
     const int32_t *sums;         // [outputs]; used with x_zero_point only
     const float *x_scale;        // 1 value, or one a sample; unused for int32 output
     bool x_scale_per_sample;     //
@@ -54,7 +54,11 @@ const Int8Conv2dKernel *int8_conv2d_find(const char *name);
 // channels: of one group.
 const char *int8_conv2d_supports(int capability, int64_t groups, int64_t channels, int64_t outputs,
                                  int64_t taps);
-// For m output pixels in all.
+// The fastest by an estimate, for m output pixels in all: operands arriving from L2 at 48 bytes a cycle, of
+// which weights take `share`, or `rate` multiply-adds a cycle, times the rounds of tiles over the
+// multiprocessors. To be replaced by measurements.
+const Int8Conv2dKernel *conv2d_fastest(const Int8Conv2dKernel *table, int count, double rate, double share,
+                                       int multiprocessors, int64_t m, int64_t outputs);
 const Int8Conv2dKernel *int8_conv2d_choose(int multiprocessors, int64_t m, int64_t outputs);
 
 int int8_conv2d_run(const Int8Conv2dKernel &kernel, const Int8Conv2d &a, void *stream);

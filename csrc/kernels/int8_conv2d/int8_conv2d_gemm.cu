@@ -1,7 +1,5 @@
-// The table of convolution kernels, their choice and launch. The main loop is in common/gemm_sm80.cuh.
-#include "kernels/int8_conv2d/int8_conv2d_cuda.h"
-
-#include "kernels/common/gemm_sm80.cuh"
+// The table of convolution kernels and their choice. The main loop is in common/gemm_sm80.cuh.
+#include "kernels/int8_conv2d/int8_conv2d_gemm.cuh"
 
 #include <algorithm>
 #include <cstring>
@@ -9,53 +7,8 @@
 namespace tautorch::cuda {
 namespace {
 
-// A padded pixel counts as the zero point, so that the correction by the weights' sums holds at the edges
-// too.
-__global__ void fill_outside(int8_t *to, const int32_t *zero_point) {
-    to[threadIdx.x] = static_cast<int8_t>(*zero_point);
-}
-
-template <int kWarpsN, int kWarpsM, int kRowTiles, int kStages> int run(const Int8Conv2d &a, void *stream) {
-    using Shape = GemmShape<DenseUnits, ImageRows, kWarpsN, kWarpsM, kRowTiles, kStages>;
-    if (a.x_zero_point != nullptr) {
-        const int status = launch_kernel(&fill_outside, 1, 16, stream, a.outside, a.x_zero_point);
-        if (status != kOk)
-            return status;
-    }
-    const GemmLayout l = gemm_layout(a.outputs, a.k(), kDenseUnit);
-    const auto i = [](int64_t v) { return static_cast<int>(v); };
-    const int64_t pixels = a.out_height() * a.out_width();
-    const ImageRows rows{a.x,
-                         a.x_zero_point != nullptr ? a.outside : nullptr,
-                         i(a.height),
-                         i(a.width),
-                         i(a.channels),
-                         i(a.taps_h),
-                         i(a.taps_w),
-                         i(a.stride_h),
-                         i(a.stride_w),
-                         i(a.padding_h),
-                         i(a.padding_w),
-                         i(a.dilation_h),
-                         i(a.dilation_w),
-                         i(a.out_height()),
-                         i(a.out_width()),
-                         a.batch * pixels};
-    const TileStore store{a.batch * pixels,
-                          a.outputs,
-                          a.x_scale,
-                          a.x_scale_per_sample ? pixels : 0,
-                          a.w_scale,
-                          a.x_zero_point != nullptr ? a.sums : nullptr,
-                          a.bias,
-                          {a.x_zero_point, a.out_scale, a.out_zero_point, a.activation, a.out_dtype},
-                          a.y,
-                          a.ldy};
-    return launch_gemm<Shape>({a.units, i(l.groups), i(l.steps)}, rows, store, stream);
-}
-
 #define TAUTORCH_ROW(name, warps_n, warps_m, tiles, stages)                                                  \
-    {#name, 64 * warps_n, 8 * tiles * warps_m, &run<warps_n, warps_m, tiles, stages>},
+    {#name, 64 * warps_n, 8 * tiles * warps_m, &run_conv2d<DenseUnits, warps_n, warps_m, tiles, stages>},
 constexpr Int8Conv2dKernel kTable[] = {TAUTORCH_INT8_CONV2D(TAUTORCH_ROW)};
 #undef TAUTORCH_ROW
 constexpr int kRows = static_cast<int>(sizeof kTable / sizeof kTable[0]);
@@ -93,22 +46,26 @@ const char *int8_conv2d_supports(int capability, int64_t groups, int64_t channel
     return nullptr;
 }
 
-const Int8Conv2dKernel *int8_conv2d_choose(int multiprocessors, int64_t m, int64_t outputs) {
-    // Operands a multiply-add needs from L2, times the rounds of tiles over the multiprocessors; to be
-    // replaced by measurements.
+const Int8Conv2dKernel *conv2d_fastest(const Int8Conv2dKernel *table, int count, double rate, double share,
+                                       int multiprocessors, int64_t m, int64_t outputs) {
     const Int8Conv2dKernel *best = nullptr;
-    int64_t least = 0;
-    for (const Int8Conv2dKernel &k : kTable) {
-        const int64_t tiles = div_up(m, k.tile_m) * div_up(outputs, k.tile_n);
-        const int64_t multiplying = int64_t{k.tile_m} * k.tile_n * 1000 / 2048;
-        const int64_t arriving = int64_t{k.tile_m + k.tile_n} * 1000 / 48;
-        const int64_t cost = div_up(tiles, multiprocessors) * std::max(multiplying, arriving);
+    double least = 0;
+    for (int i = 0; i < count; ++i) {
+        const Int8Conv2dKernel &k = table[i];
+        const int64_t rounds = div_up(div_up(m, k.tile_m) * div_up(outputs, k.tile_n), multiprocessors);
+        const double multiplying = k.tile_m * k.tile_n / rate;
+        const double arriving = (k.tile_m + k.tile_n * share) / 48.;
+        const double cost = static_cast<double>(rounds) * std::max(multiplying, arriving);
         if (best == nullptr || cost <= least) { // of equals the larger, which comes later
             best = &k;
             least = cost;
         }
     }
     return best;
+}
+
+const Int8Conv2dKernel *int8_conv2d_choose(int multiprocessors, int64_t m, int64_t outputs) {
+    return conv2d_fastest(kTable, kRows, 2048, 1, multiprocessors, m, outputs);
 }
 
 int int8_conv2d_run(const Int8Conv2dKernel &kernel, const Int8Conv2d &a, void *stream) {

@@ -1,6 +1,7 @@
 // The table of int8_linear's CUDA kernels and the choice among them. Host code.
 #include <algorithm>
 #include <cstring>
+#include <string_view>
 
 #include "kernels/int8_linear/int8_linear_cuda.h"
 #include "kernels/int8_linear/int8_linear_instances.h"
@@ -13,19 +14,37 @@ TAUTORCH_INT8_LINEAR_STREAM(TAUTORCH_DECLARE)
 TAUTORCH_INT8_LINEAR_WEIGHT_ONLY(TAUTORCH_DECLARE)
 TAUTORCH_INT8_LINEAR_SM80(TAUTORCH_DECLARE)
 #undef TAUTORCH_DECLARE
+#define TAUTORCH_DECLARE(name, ...) int64_t int8_linear_workspace_##name(const Int8Linear &, int);
+TAUTORCH_INT8_LINEAR_SM90A(TAUTORCH_DECLARE)
+#undef TAUTORCH_DECLARE
 
 namespace {
 
 constexpr int kAnyLater = 9999;
 using Kind = Int8LinearKind;
 
-#define TAUTORCH_SM90A(name, tm, tn, tk, ...) {#name, 90, 90, tm, tn, tk, Kind::tile, int8_linear_##name},
+constexpr bool splits(const char *name) {
+    const std::string_view n(name);
+    return n.find("_split") != n.npos || n.find("_swapped") != n.npos;
+}
+
+#define TAUTORCH_SM90A(name, swapped, tm, tn, tk, ...)                                                       \
+    {#name,                                                                                                  \
+     90,                                                                                                     \
+     90,                                                                                                     \
+     tm,                                                                                                     \
+     tn,                                                                                                     \
+     tk,                                                                                                     \
+     Kind::tile,                                                                                             \
+     splits(#name),                                                                                          \
+     int8_linear_##name,                                                                                     \
+     splits(#name) ? int8_linear_workspace_##name : nullptr},
 #define TAUTORCH_STREAM(name, rows, outs, ...)                                                               \
-    {#name, 80, kAnyLater, 8 * rows, 16 * outs, 64, Kind::stream, int8_linear_##name},
+    {#name, 80, kAnyLater, 8 * rows, 16 * outs, 64, Kind::stream, false, int8_linear_##name, nullptr},
 #define TAUTORCH_WEIGHT_ONLY(name, rows, outs, ...)                                                          \
-    {#name, 80, kAnyLater, 8 * rows, 16 * outs, 64, Kind::weight_only, int8_linear_##name},
+    {#name, 80, kAnyLater, 8 * rows, 16 * outs, 64, Kind::weight_only, false, int8_linear_##name, nullptr},
 #define TAUTORCH_SM80(name, tm, tn, tk, ...)                                                                 \
-    {#name, 80, kAnyLater, tm, tn, tk, Kind::tile, int8_linear_##name},
+    {#name, 80, kAnyLater, tm, tn, tk, Kind::tile, false, int8_linear_##name, nullptr},
 constexpr Int8LinearKernel kTable[] = {
     TAUTORCH_INT8_LINEAR_SM90A(TAUTORCH_SM90A) TAUTORCH_INT8_LINEAR_STREAM(TAUTORCH_STREAM)
         TAUTORCH_INT8_LINEAR_WEIGHT_ONLY(TAUTORCH_WEIGHT_ONLY) TAUTORCH_INT8_LINEAR_SM80(TAUTORCH_SM80)};
@@ -41,14 +60,21 @@ constexpr int64_t kMaxM = (int64_t{1} << 31) - 256;
 // So many rows read the weights once in the largest of the kernels that stream them.
 constexpr int64_t kFewRows = 32;
 
-// Estimated cycles of the busiest multiprocessor per element of K: multiplications, or operands arriving from
-// L2 at 48 bytes a cycle. Multiply-adds a cycle: wgmma 4096, mma.sync 2048; to be replaced by measurements.
-int64_t cost(const Int8LinearKernel &k, int multiprocessors, int64_t m, int64_t n) {
-    const int64_t tiles = div_up(m, k.tile_m) * div_up(n, k.tile_n);
-    const int64_t rate = k.min_capability == 90 ? 4096 : 2048;
-    const int64_t multiplying = int64_t{k.tile_m} * k.tile_n * 1000 / rate;
-    const int64_t arriving = int64_t{k.tile_m + k.tile_n} * 1000 / 48;
-    return div_up(tiles, multiprocessors) * std::max(multiplying, arriving);
+// Estimated cycles; every constant is of a datasheet or a guess, and gives way to measurements (tuning.py).
+// A tile takes, per element of K, its multiplications (wgmma 4096 multiply-adds a cycle, mma.sync 2048) or
+// the arrival of its operands from L2 at 48 bytes a cycle. Nothing is faster than weights and rows arrive
+// from memory, 20 bytes a cycle and multiprocessor. What splits K balances the load, and pays a clearing of
+// counters and an exchange of sums, about 2 microseconds.
+double cost(const Int8LinearKernel &kernel, int multiprocessors, int64_t m, int64_t n, int64_t k) {
+    const int64_t tiles = div_up(m, kernel.tile_m) * div_up(n, kernel.tile_n);
+    const double multiplying = kernel.tile_m * kernel.tile_n / (kernel.min_capability == 90 ? 4096. : 2048.);
+    const double arriving = (kernel.tile_m + kernel.tile_n) / 48.;
+    const double tile = std::max(multiplying, arriving) * static_cast<double>(k);
+    const double rounds = kernel.splits_k ? static_cast<double>(tiles) / multiprocessors
+                                          : static_cast<double>(div_up(tiles, multiprocessors));
+    const double memory = static_cast<double>(m + n) * static_cast<double>(k) / (20. * multiprocessors);
+    // Of those that memory holds back, the one with the least to do.
+    return std::max(rounds * tile, memory) + rounds * tile / 16 + (kernel.splits_k ? 3500 : 0);
 }
 
 } // namespace
@@ -109,10 +135,15 @@ const Int8LinearKernel *int8_linear_choose(int capability, int multiprocessors, 
         // The table begins with the most specific architecture: where that has tiles, others' are slower.
         if (best != nullptr && row.kind == Kind::tile && row.min_capability < best->min_capability)
             break;
-        if (best == nullptr || cost(row, multiprocessors, m, n) < cost(*best, multiprocessors, m, n))
+        if (best == nullptr || cost(row, multiprocessors, m, n, k) < cost(*best, multiprocessors, m, n, k))
             best = &row;
     }
     return best;
+}
+
+int64_t int8_linear_kernel_workspace(const Int8LinearKernel &kernel, const Int8Linear &a,
+                                     int multiprocessors) {
+    return kernel.workspace == nullptr || a.m == 0 ? 0 : kernel.workspace(a, multiprocessors);
 }
 
 int int8_linear_run(const Int8LinearKernel &kernel, const Int8Linear &a, void *stream) {

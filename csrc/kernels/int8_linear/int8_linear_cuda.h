@@ -2,7 +2,7 @@
 // acc = sum_k (x[m, k] - x_zero_point) * w[n, k] in int32, exact for k <= kMaxK.
 //
 // Nothing here knows torch or Python: raw device pointers, sizes, and a stream as void*. Every launcher is
-// asynchronous, allocates nothing, needs no workspace, and can be captured in a CUDA graph. All pointers
+// asynchronous, allocates nothing, and can be captured in a CUDA graph. All pointers
 // belong to the current device.
 #pragma once
 
@@ -67,6 +67,8 @@ struct Int8Linear {
     DType out_dtype; // any; int32: the accumulators, of int8 x only
     void *y;         // [m, ldy], 16-byte aligned; columns n..ldy may be overwritten up to the next 16 bytes
     int64_t ldy;     // at least n; ldy * size_of(out_dtype) is a multiple of 16
+    void *workspace; // int8_linear_kernel_workspace() bytes on 128; they need not be cleared
+    int64_t workspace_bytes;
 };
 
 enum class Int8LinearKind {
@@ -81,7 +83,9 @@ struct Int8LinearKernel {
     int min_capability, max_capability; // major * 10 + minor, inclusive
     int tile_m, tile_n, tile_k;
     Int8LinearKind kind;
+    bool splits_k; // several blocks may make one tile, adding their sums in the workspace
     int (*run)(const Int8Linear &, void *stream);
+    int64_t (*workspace)(const Int8Linear &, int multiprocessors); // null: needs none
 };
 
 // The table, in order of preference. *count is set to its length.
@@ -96,6 +100,10 @@ const char *int8_linear_supports(const Int8LinearKernel &kernel, int capability,
 // The kernel for a problem: a pure function of its arguments. Null when none should run it.
 const Int8LinearKernel *int8_linear_choose(int capability, int multiprocessors, int64_t m, int64_t n,
                                            int64_t k, bool weight_only, DType x_dtype);
+
+// Bytes of Int8Linear::workspace; of args m, n, k and out_dtype count.
+int64_t int8_linear_kernel_workspace(const Int8LinearKernel &kernel, const Int8Linear &args,
+                                     int multiprocessors);
 
 int int8_linear_run(const Int8LinearKernel &kernel, const Int8Linear &args, void *stream);
 

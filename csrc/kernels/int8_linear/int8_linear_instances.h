@@ -2,14 +2,29 @@
 // out are run-time choices everywhere.
 #pragma once
 
-// CUTLASS's, each for outputs of 1, 2 and 4 bytes: a line costs three compilations of 20 to 40 seconds, so a
-// line needs a measurement that asks for it. X(name, tile m, n, k, cluster m, n, mainloop schedule, epilogue
-// schedule)
+// CUTLASS's, each for outputs of 1, 2 and 4 bytes, so that a line costs three compilations. Tiles are of y: m
+// rows by n outputs; clusters as CUTLASS counts them. Cooperative: two warpgroups share a tile. Pingpong:
+// each has one, and multiplies while the other stores. X(name, swapped, tile m, n, k, cluster m, n, mainloop
+// schedule, epilogue schedule, scheduler)
+#define TAUTORCH_INT8_LINEAR_SM90A_TILE(X)                                                                   \
+    X(sm90a_64x64x256, false, 64, 64, 256, 1, 1, KernelTmaWarpSpecialized, TmaWarpSpecialized,               \
+      PersistentScheduler)                                                                                   \
+    X(sm90a_128x128x128_pingpong, false, 128, 128, 128, 2, 1, KernelTmaWarpSpecializedPingpong,              \
+      TmaWarpSpecialized, PersistentScheduler)                                                               \
+    X(sm90a_128x256x128_cooperative, false, 128, 256, 128, 2, 1, KernelTmaWarpSpecializedCooperative,        \
+      TmaWarpSpecializedCooperative, PersistentScheduler)                                                    \
+    X(sm90a_256x128x128_cooperative, false, 256, 128, 128, 1, 2, KernelTmaWarpSpecializedCooperative,        \
+      TmaWarpSpecializedCooperative, PersistentScheduler)
+#define TAUTORCH_INT8_LINEAR_SM90A_SPLIT(X)                                                                  \
+    X(sm90a_128x128x128_split, false, 128, 128, 128, 1, 1, KernelTmaWarpSpecializedCooperative,              \
+      TmaWarpSpecializedCooperative, StreamKScheduler)
+#define TAUTORCH_INT8_LINEAR_SM90A_SWAPPED(X)                                                                \
+    X(sm90a_64x128x128_swapped, true, 64, 128, 128, 1, 1, KernelTmaWarpSpecializedCooperative,               \
+      TmaWarpSpecializedCooperative, StreamKScheduler)
 #define TAUTORCH_INT8_LINEAR_SM90A(X)                                                                        \
-    X(sm90a_64x64x256, 64, 64, 256, 1, 1, KernelTmaWarpSpecialized, TmaWarpSpecialized)                      \
-    X(sm90a_128x128x128_pingpong, 128, 128, 128, 2, 1, KernelTmaWarpSpecializedPingpong, TmaWarpSpecialized) \
-    X(sm90a_128x256x128_cooperative, 128, 256, 128, 2, 1, KernelTmaWarpSpecializedCooperative,               \
-      TmaWarpSpecializedCooperative)
+    TAUTORCH_INT8_LINEAR_SM90A_TILE(X)                                                                       \
+    TAUTORCH_INT8_LINEAR_SM90A_SPLIT(X)                                                                      \
+    TAUTORCH_INT8_LINEAR_SM90A_SWAPPED(X)
 
 // X(name, tile m, n, k, warp m, n, k, stages)
 #define TAUTORCH_INT8_LINEAR_SM80(X)                                                                         \

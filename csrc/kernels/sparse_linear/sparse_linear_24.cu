@@ -1,12 +1,19 @@
-// The table of 2:4 kernels, their choice and launch. The main loop is in common/gemm_sm80.cuh.
+// The table of 2:4 kernels, their choice and launch. Main loops: common/gemm_sm80.cuh, and CUTLASS's in
+// sparse_linear_24_sm90a.cu.
 #include "kernels/sparse_linear/sparse_linear_cuda.h"
 
 #include "kernels/common/gemm_sm80.cuh"
 #include "kernels/int8_linear/int8_linear_store.cuh"
 
+#include <algorithm>
 #include <cstring>
 
 namespace tautorch::cuda {
+
+#define TAUTORCH_DECLARE(name, ...) int sparse_linear_##name(const Int8Linear &, void *);
+TAUTORCH_SPARSE_LINEAR_24_SM90A(TAUTORCH_DECLARE)
+#undef TAUTORCH_DECLARE
+
 namespace {
 
 template <int kWarpsN, int kWarpsM, int kRowTiles, int kStages> int run(const Int8Linear &a, void *stream) {
@@ -17,10 +24,14 @@ template <int kWarpsN, int kWarpsM, int kRowTiles, int kStages> int run(const In
         {static_cast<const int8_t *>(a.x), a.ldx, a.m, a.k}, tile_store(a), stream);
 }
 
+constexpr int kAnyLater = 9999;
+#define TAUTORCH_SM90A(name, tm, tn, ...) {#name, 90, 90, tn, tm, true, &sparse_linear_##name},
 #define TAUTORCH_ROW(name, warps_n, warps_m, tiles, stages)                                                  \
-    {#name, 64 * warps_n, 8 * tiles * warps_m, &run<warps_n, warps_m, tiles, stages>},
-constexpr SparseLinearKernel kTable[] = {TAUTORCH_SPARSE_LINEAR_24(TAUTORCH_ROW)};
+    {#name, 80, kAnyLater, 64 * warps_n, 8 * tiles * warps_m, false, &run<warps_n, warps_m, tiles, stages>},
+constexpr SparseLinearKernel kTable[] = {TAUTORCH_SPARSE_LINEAR_24_SM90A(TAUTORCH_SM90A)
+                                             TAUTORCH_SPARSE_LINEAR_24(TAUTORCH_ROW)};
 #undef TAUTORCH_ROW
+#undef TAUTORCH_SM90A
 constexpr int kRows = static_cast<int>(sizeof kTable / sizeof kTable[0]);
 constexpr int64_t kMax = (int64_t{1} << 31) - 256;
 
@@ -38,9 +49,12 @@ const SparseLinearKernel *sparse_linear_find(const char *name) {
     return nullptr;
 }
 
-const char *sparse_linear_supports(int capability, int64_t m, int64_t n, int64_t k) {
+const char *sparse_linear_supports(const SparseLinearKernel &kernel, int capability, int64_t m, int64_t n,
+                                   int64_t k) {
     if (capability < 80)
         return "2:4 needs the sparse tensor cores of compute capability 8.0 or later";
+    if (capability < kernel.min_capability || capability > kernel.max_capability)
+        return "needs compute capability 9.0 (H100, H200)";
     if (capability == 103)
         return "compute capability 10.3 has almost no int8 throughput; keep the layer in bf16";
     if (m < 0 || m > kMax)
@@ -49,24 +63,39 @@ const char *sparse_linear_supports(int capability, int64_t m, int64_t n, int64_t
         return "N is outside 1..2^26";
     if (k < 1 || k > kMaxK)
         return "K is outside 1..66311, where int32 sums are exact";
-    if (div_up(m, kTable[0].tile_m) * div_up(n, kTable[0].tile_n) > kMax)
+    if (div_up(m, kernel.tile_m) * div_up(n, kernel.tile_n) > kMax)
         return "it has more than 2^31 tiles";
     return nullptr;
 }
 
-const SparseLinearKernel *sparse_linear_choose(int multiprocessors, int64_t m, int64_t n) {
-    // The large tile reads half as much per multiplication; it pays once every multiprocessor has one.
-    const SparseLinearKernel &large = kTable[kRows - 1];
-    const bool fills = div_up(m, large.tile_m) * div_up(n, large.tile_n) >= multiprocessors;
-    return fills ? &large : kTable;
+const SparseLinearKernel *sparse_linear_choose(int capability, int multiprocessors, int64_t m, int64_t n,
+                                               int64_t k) {
+    // Operands a multiply-add needs from L2, times the rounds of tiles over the multiprocessors; to be
+    // replaced by measurements.
+    const SparseLinearKernel *best = nullptr;
+    double least = 0;
+    for (const SparseLinearKernel &row : kTable) {
+        if (sparse_linear_supports(row, capability, m, n, k) != nullptr || (best != nullptr && best->wgmma))
+            continue;
+        const int64_t rounds = div_up(div_up(m, row.tile_m) * div_up(n, row.tile_n), multiprocessors);
+        const double multiplying = row.tile_m * row.tile_n / (row.wgmma ? 8192. : 4096.);
+        const double arriving = (row.tile_m + row.tile_n * 0.625) / 48.;
+        const double cost = static_cast<double>(rounds) * std::max(multiplying, arriving);
+        if (best == nullptr || cost <= least) { // of equals the larger, which comes later
+            best = &row;
+            least = cost;
+        }
+    }
+    return best;
 }
 
 int sparse_linear_run(const SparseLinearKernel &kernel, const Int8Linear &a, void *stream) {
     const bool scales = a.out_dtype == DType::i32 || (a.x_scale != nullptr && a.w_scale != nullptr);
-    if (sparse_linear_supports(80, a.m, a.n, a.k) != nullptr || a.x_dtype != DType::i8 || !scales ||
-        (a.out_dtype == DType::i8 && a.out_scale == nullptr) || a.ldx < a.k || a.ldx % 16 != 0 ||
-        a.ldy < a.n || a.ldy * size_of(a.out_dtype) % 16 != 0 || !is_aligned(a.x, 16) ||
-        !is_aligned(a.y, 16) || !is_aligned(a.weight, 16) || (a.x_zero_point != nullptr && a.sums == nullptr))
+    if (sparse_linear_supports(kernel, kernel.min_capability, a.m, a.n, a.k) != nullptr ||
+        a.x_dtype != DType::i8 || !scales || (a.out_dtype == DType::i8 && a.out_scale == nullptr) ||
+        a.ldx < a.k || a.ldx % 16 != 0 || a.ldy < a.n || a.ldy * size_of(a.out_dtype) % 16 != 0 ||
+        !is_aligned(a.x, 16) || !is_aligned(a.y, 16) || !is_aligned(a.weight, 16) ||
+        (a.x_zero_point != nullptr && a.sums == nullptr))
         return kBadArgument;
     return a.m == 0 ? static_cast<int>(kOk) : kernel.run(a, stream);
 }

@@ -1,4 +1,5 @@
-// sparse_linear on CUDA, pattern 2:4 with int8 values: y as in int8_linear_cuda.h, by mma.sp.sync.
+// sparse_linear on CUDA, pattern 2:4 with int8 values: y as in int8_linear_cuda.h, by mma.sp.sync or, on
+// compute capability 9.0, wgmma.sp.
 #pragma once
 
 #include "kernels/common/gemm_pack_cuda.h"
@@ -11,20 +12,52 @@ namespace tautorch::cuda {
     X(sp24_128x64, 2, 2, 4, 5)                                                                               \
     X(sp24_256x128, 4, 2, 8, 5)
 
+// CUTLASS's for 9.0, each for outputs of 1, 2 and 4 bytes. B, here the rows of x, goes through shared memory
+// once for 64 outputs: 256 rows a tile keep that at the rate of the tensor cores. X(name, tile m, n, k,
+// cluster m, n)
+#define TAUTORCH_SPARSE_LINEAR_24_SM90A(X) X(sm90a_sp24_256x128x128, 256, 128, 128, 1, 2)
+
+// Weights as wgmma.sp reads them: values int8 [n, ld], zero from the kept values on | places uint8
+// [steps of 128][n to 64][16], 4 of 2 bits each, places 0 and 1 where there are no values | sums int32 [n].
+// Parts start on lines of 128 bytes.
+constexpr int kWgmmaRows = 64, kWgmmaStep = 128;
+struct WgmmaLayout {
+    int64_t ld, steps, rows, places_off, sums_off, total;
+};
+inline WgmmaLayout wgmma_layout(int64_t n, int64_t k) {
+    WgmmaLayout l{};
+    l.ld = round_up(round_up(k, 8) / 2, 16);
+    l.steps = div_up(k, kWgmmaStep);
+    l.rows = round_up(n, kWgmmaRows);
+    l.places_off = round_up(n * l.ld, 128);
+    l.sums_off = l.places_off + l.steps * l.rows * (kWgmmaStep / 8);
+    l.total = l.sums_off + round_up(4 * n, 128);
+    return l;
+}
+// As gemm_pack_sparse(), into wgmma_layout(n, 2 * kept).
+int wgmma_pack_sparse(const int8_t *values, const uint8_t *places, int64_t n, int64_t kept, uint8_t *packed,
+                      void *stream);
+
 struct SparseLinearKernel {
     const char *name;
+    int min_capability, max_capability; // major * 10 + minor, inclusive
     int tile_n, tile_m;
+    bool wgmma; // weights in wgmma_layout(), not in units
     int (*run)(const Int8Linear &, void *stream);
 };
 
+// The table, in order of preference. *count is set to its length.
 const SparseLinearKernel *sparse_linear_kernels(int *count);
 const SparseLinearKernel *sparse_linear_find(const char *name);
-// Null when 2:4 kernels can run the problem on a device of this capability, else the reason (static).
-const char *sparse_linear_supports(int capability, int64_t m, int64_t n, int64_t k);
-const SparseLinearKernel *sparse_linear_choose(int multiprocessors, int64_t m, int64_t n);
+// Null when the kernel can run the problem on a device of this capability, else the reason (static).
+const char *sparse_linear_supports(const SparseLinearKernel &kernel, int capability, int64_t m, int64_t n,
+                                   int64_t k);
+// Null when none should run it. All that are chosen on one device read the same layout.
+const SparseLinearKernel *sparse_linear_choose(int capability, int multiprocessors, int64_t m, int64_t n,
+                                               int64_t k);
 
-// a.weight: the units of gemm_pack_sparse(), a.ldw unused; a.k: twice the kept values of a row, or up to 7
-// less.
+// a.weight: the units of gemm_pack_sparse(), or wgmma_pack_sparse()'s; a.ldw unused; a.k: twice the kept
+// values of a row, or up to 7 less.
 int sparse_linear_run(const SparseLinearKernel &kernel, const Int8Linear &a, void *stream);
 
 } // namespace tautorch::cuda

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
@@ -14,9 +12,8 @@ from . import library as lib
 
 def product(
     op: str,
-    run: Callable[..., int],
     kernels: list[str],
-    kernel: str,
+    kernel: int,
     plan: bytes,
     x: Tensor,
     n: int,
@@ -24,9 +21,9 @@ def product(
     weight_only: bool,
     stream: int,
 ) -> Tensor:
-    """``x`` [..., K] by the extension's ``run``: [..., n] of ``dtype``.
+    """``x`` [..., K] by the extension's kernels of ``op``: [..., n] of ``dtype``.
 
-    ``kernel`` is "cuda", which chooses by shape, or one of ``kernels``. The caller holds what the plan points
+    ``kernel`` is an index into ``kernels``; -1 chooses by shape. The caller holds what the plan points
     to until this returns: memory that is freed then goes back to the stream's pool, behind the kernel.
     """
     ext, k, m, index = dispatch.cuda, x.shape[-1], x.shape[:-1].numel(), x.get_device()
@@ -41,22 +38,18 @@ def product(
     # Rows of the output start on 16 bytes; where n does not give that, the kernel writes wider ones.
     ldy = lib.round_up(n, 16 // dtype.itemsize)
     y = torch.empty((m, ldy), dtype=dtype, device=x.device)
-    code = lib.DTYPE_CODE[x.dtype]
-    size = ext.int8_linear_workspace(rows.data_ptr(), code, m, k, *strides, weight_only)
-    workspace = torch.empty(size, dtype=torch.uint8, device=x.device)
-    ran = run(
+    asked = (
         plan,
-        -1 if kernel == "cuda" else kernels.index(kernel),
+        kernel,
         rows.data_ptr(),
-        code,
+        lib.DTYPE_CODE[x.dtype],
         m,
         *strides,
-        y.data_ptr(),
-        ldy,
         lib.DTYPE_CODE[dtype],
-        workspace.data_ptr(),
         index,
-        stream,
     )
+    size = getattr(ext, f"{op}_workspace")(*asked)
+    workspace = torch.empty(size, dtype=torch.uint8, device=x.device)
+    ran = getattr(ext, f"{op}_run")(*asked, y.data_ptr(), ldy, workspace.data_ptr(), stream)
     dispatch.note_used(op, kernels[ran])
     return (y if ldy == n else y[:, :n].contiguous()).view(*x.shape[:-1], n)

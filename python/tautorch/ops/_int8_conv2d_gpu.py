@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -50,35 +51,45 @@ def run(
     if kernel == "triton":
         dispatch.note_used(OP, kernel)
         return _triton.run(x, weight, weight_scale, bias, geometry, tail)
-    if x.dim() == 3:
-        return _extension(kernel, x.unsqueeze(0), weight, weight_scale, bias, geometry, tail).squeeze(0)
-    return _extension(kernel, x, weight, weight_scale, bias, geometry, tail)
+
+    def packed(stream: int) -> Tensor:
+        return _packed(weight, x.get_device(), stream)
+
+    return extension(OP, kernel, x, packed, weight_scale, bias, geometry, tail)
 
 
-def _extension(
+def extension(
+    op: str,
     kernel: str,
     x: Tensor,
-    weight: Tensor,
+    packed_for: Callable[[int], Tensor],
     weight_scale: Tensor,
     bias: Tensor | None,
     geometry: Geometry,
     tail: lib.Tail,
 ) -> Tensor:
+    """The extension's ``op`` by "cuda", which chooses by shape, or by one of its kernels.
+
+    ``packed_for`` gives the weight as the kernels read it, made on a stream where it is not there yet.
+    """
+    if x.dim() == 3:
+        whole = x.unsqueeze(0)
+        return extension(op, kernel, whole, packed_for, weight_scale, bias, geometry, tail).squeeze(0)
     ext, index, dtype = dispatch.cuda, x.get_device(), tail.dtype(x)
     batch, channels, height, width = x.shape
     n = geometry.weight_shape[0]
     codes, keep = tail.codes(x, weight_scale, bias, False)
     stream = torch.cuda.current_stream(index).cuda_stream
-    packed = _packed(weight, index, stream)
+    packed = packed_for(stream)
     pixels = x.permute(0, 2, 3, 1).contiguous()
     # Pixels of the output start on 16 bytes; where n does not give that, the kernel writes wider ones.
     ldy = lib.round_up(n, 16 // dtype.itemsize)
     y = torch.empty((batch, *geometry.out_size(height, width), ldy), dtype=dtype, device=x.device)
-    size = ext.int8_conv2d_workspace(batch, height * width * channels)
+    size = getattr(ext, f"{op}_workspace")(batch, height * width * channels)
     workspace = torch.empty(size, dtype=torch.uint8, device=x.device)
-    kernels = ext.int8_conv2d_kernels()
-    ran = ext.int8_conv2d_run(
-        ext.int8_conv2d_plan(packed.data_ptr(), n, geometry.plan_arguments(), codes),
+    kernels = getattr(ext, f"{op}_kernels")()
+    ran = getattr(ext, f"{op}_run")(
+        getattr(ext, f"{op}_plan")(packed.data_ptr(), n, geometry.plan_arguments(), codes),
         -1 if kernel == "cuda" else kernels.index(kernel),
         pixels.data_ptr(),
         lib.DTYPE_CODE[x.dtype],
@@ -92,7 +103,7 @@ def _extension(
         index,
         stream,
     )
-    dispatch.note_used(OP, kernels[ran])
+    dispatch.note_used(op, kernels[ran])
     # Freed memory goes back to this stream's pool: what reuses it is queued behind the kernel.
     del keep, workspace
     pixels_first = y[..., :n].permute(0, 3, 1, 2)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from tautorch import dispatch
+from tautorch import dispatch, tuning
 from tautorch.dispatch import Problem
 from tautorch.reference import int8_linear as reference
 
@@ -84,9 +85,59 @@ def _extension(
     weight_at, ldw, sums_at, held = _operand(weight, tail.x_zero_point is not None, index, stream)
     plan = ext.int8_linear_plan(weight_at, ldw, sums_at, n, k, codes)
     kernels, dtype = ext.int8_linear_kernels(), tail.dtype(x)
-    y = product(OP, ext.int8_linear_run, kernels, kernel, plan, x, n, dtype, tail.weight_only, stream)
+
+    def run(chosen: int) -> Tensor:
+        return product(OP, kernels, chosen, plan, x, n, dtype, tail.weight_only, stream)
+
+    if kernel != "cuda":
+        chosen = kernels.index(kernel)
+    elif tail.weight_only:
+        chosen = -1
+    else:
+        problem = _facts(index)[0], x.shape[:-1].numel(), n, k, False, lib.DTYPE_CODE[x.dtype]
+        chosen = _measured(kernels, problem, x, dtype, run)
+    y = run(chosen)
     del keep, held
     return y
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """A kernel of the table, as ``tuning`` keeps it; None: the extension's own choice."""
+
+    name: str | None
+
+
+def _measured(
+    kernels: list[str],
+    problem: tuple[int, int, int, int, bool, int],
+    x: Tensor,
+    dtype: torch.dtype,
+    run: Callable[[int], Tensor],
+) -> int:
+    """The index of the kernel that measured fastest for such calls, or -1 where nothing was measured."""
+    _, m, n, k, _, _ = problem
+
+    def parse(values: list[str | None]) -> _Choice:
+        (name,) = values
+        if name is not None and name not in kernels:  # of another version
+            raise ValueError(name)
+        return _Choice(name)
+
+    def able() -> list[_Choice]:
+        return [
+            _Choice(name) for name in kernels if dispatch.cuda.int8_linear_supports(name, *problem) is None
+        ]
+
+    def index_of(choice: _Choice) -> int:
+        return -1 if choice.name is None else kernels.index(choice.name)
+
+    key = (OP, tuning.rows_of(m), n, k, x.dtype, dtype)
+    best = tuning.choose(x, key, lambda: _Choice(None), able, parse, lambda c: run(index_of(c)))
+    # Measured at another number of rows of the bucket, it may not be for this one.
+    if best.name is not None and dispatch.cuda.int8_linear_supports(best.name, *problem) is not None:
+        return -1
+    return index_of(best)
 
 
 def _operand(weight: Tensor, with_sums: bool, index: int, stream: int) -> tuple[int, int, int, list[Tensor]]:

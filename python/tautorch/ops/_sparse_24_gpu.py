@@ -39,34 +39,38 @@ def run(
     codes, keep = tail.codes(x, weight_scale, bias, False)
     stream = torch.cuda.current_stream(index).cuda_stream
     _gpu.check_lowest(OP, "values", values, k)
-    packed = _packed(values, places, (out_features, k), index, stream)
-    plan = ext.sparse_linear_plan(packed.data_ptr(), out_features, k, codes)
-    y = product(
-        OP, ext.sparse_linear_run, ext.sparse_linear_kernels(), kernel, plan, x, out_features, tail.dtype(x),
-        False, stream,
-    )  # fmt: skip
+    kernels, rows = ext.sparse_linear_kernels(), lib.row_count(x)
+    shape = (out_features, k)
+    wgmma = ext.sparse_linear_wgmma(
+        ext.sparse_linear_choose(*_gpu.facts(index), rows, *shape) if kernel == "cuda" else kernel
+    )
+    packed = packed_places(OP, values, places, shape, wgmma, index, stream)
+    plan = ext.sparse_linear_plan(packed.data_ptr(), *shape, wgmma, codes)
+    chosen = -1 if kernel == "cuda" else kernels.index(kernel)
+    y = product(OP, kernels, chosen, plan, x, out_features, tail.dtype(x), False, stream)
     del keep
     return y
 
 
-def _packed(values: Tensor, places: Tensor, shape: tuple[int, int], index: int, stream: int) -> Tensor:
+def packed_places(
+    op: str, values: Tensor, places: Tensor, shape: tuple[int, int], wgmma: bool, index: int, stream: int
+) -> Tensor:
     """The weight in the order in which the kernels read it; its places are checked when it is made."""
-    if torch.cuda.is_current_stream_capturing() and _packs.peek(values, shape, (places,)) is None:
+    if torch.cuda.is_current_stream_capturing() and _packs.peek(values, (shape, wgmma), (places,)) is None:
         raise ValueError(
-            f"{OP}: col_indices are checked at the first call with them, which a graph cannot capture; "
+            f"{op}: col_indices are checked at the first call with them, which a graph cannot capture; "
             "call the layer once before capturing (tautorch.warmup)"
         )
 
     def make() -> Tensor:
-        check_layout(values, None, places, "2:4", shape, op=OP)
+        check_layout(values, None, places, "2:4", shape, op=op)
         n, kept = values.shape
-        packed = torch.empty(
-            dispatch.cuda.sparse_linear_layout(n, 2 * kept)["total"], dtype=torch.uint8, device=values.device
-        )
+        total = dispatch.cuda.sparse_linear_layout(n, 2 * kept, wgmma)["total"]
+        packed = torch.empty(total, dtype=torch.uint8, device=values.device)
         held = values.detach().contiguous(), places.detach().contiguous()
         dispatch.cuda.sparse_linear_pack(
-            held[0].data_ptr(), held[1].data_ptr(), n, kept, packed.data_ptr(), index, stream
+            held[0].data_ptr(), held[1].data_ptr(), n, kept, packed.data_ptr(), wgmma, index, stream
         )
         return packed
 
-    return _gpu.once(_packs, values, make, shape, (places,))
+    return _gpu.once(_packs, values, make, (shape, wgmma), (places,))

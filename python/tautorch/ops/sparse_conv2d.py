@@ -13,6 +13,7 @@ from tautorch import _C, dispatch
 from tautorch.dispatch import Problem
 from tautorch.reference import sparse_conv2d as reference
 
+from . import _sparse_conv2d_gpu as gpu
 from . import geometry as conv
 from . import library as lib
 from . import sparse_entries as sparse
@@ -127,6 +128,29 @@ def _run(call: tuple[Any, ...], x: Tensor) -> Tensor | None:
     return conv.run_conv(_C.sparse_conv2d_run, call, x)
 
 
+def _cuda(
+    x: Tensor,
+    values: Tensor,
+    crow_indices: Tensor | None,
+    col_indices: Tensor | None,
+    weight_scale: Tensor | None,
+    bias: Tensor | None,
+    pattern: str,
+    weight_shape: Sequence[int],
+    stride: Pair = 1,
+    padding: Pair = 0,
+    dilation: Pair = 1,
+    groups: int = 1,
+    *rest: Any,
+) -> Tensor:
+    tail = Tail(*rest)
+    geometry = _check(
+        x, values, crow_indices, col_indices, weight_scale, bias, weight_shape, stride, padding, dilation,
+        groups, tail,
+    )  # fmt: skip
+    return gpu.run(x, (values, crow_indices, col_indices), weight_scale, bias, pattern, geometry, tail)
+
+
 def _fake(
     x: Tensor,
     values: Tensor,
@@ -193,6 +217,7 @@ lib.define(
     _fake,
     _setup,
     _backward,
+    _cuda,
 )
 
 
@@ -228,7 +253,7 @@ def sparse_conv2d(
         weight_scale: float32 ``[O]`` for int8 values, None for float ones.
         bias: floating ``[O]``.
         pattern: "unstructured", "2:4", "4x1", "16x16", "32x32" or "64x64". Blocks do not cross groups. 2:4
-            runs as a dense weight: no CPU has a unit for it.
+            runs as a dense weight on CPUs, which have no unit for it. CUDA has int8 2:4 of 1x1 windows alone.
         weight_shape: ``(O, I/groups, kh, kw)``.
         stride, padding, dilation, groups, x_scale, x_zero_point: as ``int8_conv2d``.
         weight_only, activation, out_scale, out_zero_point, out_dtype: as ``int8_linear``.

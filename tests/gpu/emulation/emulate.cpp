@@ -6,6 +6,7 @@
 #include "kernels/int8_linear/int8_linear_epilogue.cuh"
 #include "kernels/int8_linear/int8_linear_instances.h"
 #include "kernels/int8_conv2d/int8_conv2d_cuda.h"
+#include "kernels/sparse_conv2d/sparse_conv2d_cuda.h"
 #include "kernels/sparse_linear/sparse_linear_cuda.h"
 
 using namespace tautorch;
@@ -15,6 +16,21 @@ extern "C" int quantize_rows(const void *x, int dtype, int64_t stride_m, int64_t
                              int64_t ldq, float *scale) {
     return cuda::quantize_rows(
         {x, static_cast<DType>(dtype), stride_m, stride_k, m, k, x_scale, zero_point, q, ldq, scale},
+        nullptr);
+}
+
+extern "C" int quantize_rows_after(const void *x, int dtype, int64_t stride_m, int64_t m, int64_t k, int stage,
+                                   const float *weight, const float *bias, const void *gate,
+                                   int64_t gate_stride_m, float eps, const float *x_scale,
+                                   const int32_t *zero_point, int8_t *q, int64_t ldq, float *scale) {
+    return cuda::quantize_rows_after(
+        {{x, static_cast<DType>(dtype), stride_m, 1, m, k, x_scale, zero_point, q, ldq, scale},
+         static_cast<cuda::RowStage>(stage),
+         weight,
+         bias,
+         gate,
+         gate_stride_m,
+         eps},
         nullptr);
 }
 
@@ -95,7 +111,9 @@ extern "C" int linear(const char *name, int64_t m, int64_t n, int64_t k, const v
                              static_cast<Activation>(activation),
                              static_cast<DType>(out_dtype),
                              y,
-                             ldy};
+                             ldy,
+                             nullptr,
+                             0};
 #define TAUTORCH_RUN(kernel, ...)                                                                            \
     if (std::strcmp(name, #kernel) == 0)                                                                     \
         return cuda::int8_linear_##kernel(a, nullptr);
@@ -118,12 +136,27 @@ extern "C" int pack_sparse(const int8_t *values, const uint8_t *places, int64_t 
     return cuda::gemm_pack_sparse(values, places, n, kept, units, nullptr);
 }
 
+extern "C" int64_t wgmma_bytes(int64_t n, int64_t k) { return cuda::wgmma_layout(n, k).total; }
+extern "C" int pack_wgmma(const int8_t *values, const uint8_t *places, int64_t n, int64_t kept,
+                          uint8_t *packed) {
+    return cuda::wgmma_pack_sparse(values, places, n, kept, packed, nullptr);
+}
+// CUTLASS's, which runs on no CPU.
+namespace tautorch::cuda {
+#define TAUTORCH_NONE(name, ...)                                                                             \
+    int sparse_linear_##name(const Int8Linear &, void *) { return kNoKernel; }
+TAUTORCH_SPARSE_LINEAR_24_SM90A(TAUTORCH_NONE)
+#undef TAUTORCH_NONE
+} // namespace tautorch::cuda
+
 // shape: batch, height, width, channels, outputs; window: kh, kw, sh, sw, ph, pw, dh, dw
 extern "C" int conv(const char *name, const int64_t *shape, const int64_t *window, const int8_t *x,
                     const uint8_t *units, const int32_t *sums, const float *x_scale, int64_t x_scales,
                     const float *w_scale, const float *bias, const int32_t *x_zero_point, int8_t *outside,
                     int out_dtype, void *y, int64_t ldy) {
     const auto *kernel = cuda::int8_conv2d_find(name);
+    if (kernel == nullptr)
+        kernel = cuda::sparse_conv2d_find(name);
     if (kernel == nullptr)
         return cuda::kNoKernel;
     const cuda::Int8Conv2d a{shape[0],

@@ -66,6 +66,19 @@ inline int32_t __reduce_add_sync(unsigned, int32_t v) {
     return emulated_reduce(v, [](int32_t a, int32_t b) { return a + b; });
 }
 
+inline float __shfl_xor_sync(unsigned, float v, int step) {
+    emulated::Warp &warp = emulated::block->warps[threadIdx.x / 32];
+    int32_t bits;
+    std::memcpy(&bits, &v, 4);
+    warp.values[threadIdx.x % 32] = bits;
+    warp.together.arrive_and_wait();
+    bits = static_cast<int32_t>(warp.values[threadIdx.x % 32 ^ static_cast<unsigned>(step)]);
+    warp.together.arrive_and_wait();
+    std::memcpy(&v, &bits, 4);
+    return v;
+}
+
+inline float __fsqrt_rn(float v) { return std::sqrt(v); }
 inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __fadd_rn(float a, float b) { return a + b; }
 inline float __fdiv_rn(float a, float b) { return a / b; }
