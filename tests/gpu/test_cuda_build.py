@@ -108,8 +108,7 @@ def test_hopper_kernels_are_wgmma_and_tma(functions: list[Function]) -> None:
         assert f.count("IGMMA") > 0, f.name
         assert f.count("UTMALDG") > 0 and f.count("UTMASTG") > 0, f.name
         assert f.count("IMMA") == 0, f.name
-        # A wait per block of K, of at least two wgmmas, and one at the end; more means that ptxas serialised the
-        # pipeline.
+        # A wait per block of K, of at least two wgmmas, and one at the end; more: ptxas serialised them.
         assert f.count("WARPGROUP.DEPBAR") <= max(2, f.count("IGMMA") / 2), f.name
 
 
