@@ -14,18 +14,13 @@ from typing import Any
 import numpy as np
 import pytest
 from tests.capi import library as t
+from tests.capi.building import HERE, INCLUDE, ROOT, library, run
 from tests.capi.library import Library, Refused, at, layer_of
-from tests.native.test_native import HERE, ROOT, run
-
-INCLUDE = ROOT / "include"
 
 
 @pytest.fixture(scope="module")
 def path() -> Path:
-    if not (HERE / "CMakeCache.txt").exists():
-        pytest.skip(f"no {HERE}; run `make build`")
-    run("cmake", "--build", HERE, "--target", "tautorch_shared")
-    return HERE / "libtautorch.so"
+    return library("libtautorch.so")
 
 
 @pytest.fixture(scope="module")
@@ -465,7 +460,6 @@ def test_the_header_is_plain(tmp_path: Path, compiler: str, standard: str) -> No
 
 def test_an_installed_library_is_found(path: Path, tmp_path: Path) -> None:
     """pkg-config's and CMake's files name what is there."""
-    run("cmake", "--build", HERE, "--target", "tautorch_static")
     prefix = tmp_path / "prefix"
     for part in ("include", "lib"):
         (prefix / part).mkdir(parents=True)
