@@ -121,7 +121,10 @@ function(tautorch_add_c)
   if(CMAKE_SYSTEM_NAME STREQUAL "Linux")
     # Templates of the standard library are visible whatever their includer says.
     target_link_options(tautorch_shared PRIVATE
-      -Wl,--no-undefined "-Wl,--version-script=${PROJECT_SOURCE_DIR}/cmake/tautorch.map")
+      "-Wl,--version-script=${PROJECT_SOURCE_DIR}/cmake/tautorch.map")
+    if(NOT TAUTORCH_SANITIZE) # Clang's sanitizers are linked into programs, not into libraries
+      target_link_options(tautorch_shared PRIVATE -Wl,--no-undefined)
+    endif()
   endif()
   if(SKBUILD)
     return()
