@@ -34,7 +34,7 @@ HEAVY = (
     "tensorboard",
 )
 
-ISAS = ("avx2", "avxvnni", "avx512vnni", "avx512vbmi", "neon_dotprod", "neon_i8mm")
+ISAS = ("avx2", "avxvnni", "avx512vnni", "avx512vbmi", "neon", "neon_dotprod", "neon_i8mm")
 # What an object of each instruction set must not hold. "none": neither AVX registers nor VEX-encoded SSE.
 AVX512 = r"%zmm|%k[0-7]\b|%[xy]mm(?:1[6-9]|2\d|3[01])"
 VBMI = r"\bvperm[it]2b\b|\bvpermb\b|\bvpmultishiftqb\b|\bvp(?:compress|expand)[bw]\b|\bvpsh[lr]d[vwdq]"

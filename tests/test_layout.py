@@ -54,7 +54,8 @@ SHARED = {
     },
 }
 
-ARCHITECTURES = {"scalar", "avx2", "avxvnni", "avx512vnni", "avx512vbmi", "amx", "neon_dotprod", "neon_i8mm"}
+ARCHITECTURES = {"scalar", "avx2", "avxvnni", "avx512vnni", "avx512vbmi", "amx"}
+ARCHITECTURES |= {"neon", "neon_dotprod", "neon_i8mm"}
 ARCHITECTURES |= {"sm80", "sm90", "sm90a", "sm100a", "sm120"}
 
 # Who may know whom: a part, and the parts it may import. A part is the first name after `tautorch.`.

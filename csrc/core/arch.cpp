@@ -3,10 +3,22 @@
 #if defined(__x86_64__)
 #include <cpuid.h>
 #include <cstdint>
+#elif defined(__aarch64__) && defined(__APPLE__)
+#include <sys/sysctl.h>
+#elif defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
 #endif
 
 namespace tautorch {
 namespace {
+
+#if defined(__aarch64__) && defined(__APPLE__)
+bool has(const char *feature) {
+    int value = 0;
+    size_t size = sizeof value;
+    return sysctlbyname(feature, &value, &size, nullptr, 0) == 0 && value != 0;
+}
+#endif
 
 CpuFeatures detect() {
     CpuFeatures f;
@@ -27,6 +39,14 @@ CpuFeatures detect() {
     if (f.avx2 && __get_cpuid_count(7, 1, &a, &b, &c, &d)) {
         f.avx_vnni = (a & (1u << 4)) != 0;
     }
+#elif defined(__aarch64__) && defined(__APPLE__)
+    f.dotprod = has("hw.optional.arm.FEAT_DotProd");
+    f.i8mm = has("hw.optional.arm.FEAT_I8MM");
+#elif defined(__aarch64__) && defined(__linux__)
+    // Numbers of the kernel's interface, which older headers do not name.
+    constexpr unsigned long kHwcapDotprod = 1ul << 20, kHwcap2I8mm = 1ul << 13;
+    f.dotprod = (getauxval(AT_HWCAP) & kHwcapDotprod) != 0;
+    f.i8mm = (getauxval(AT_HWCAP2) & kHwcap2I8mm) != 0;
 #endif
     return f;
 }

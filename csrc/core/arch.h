@@ -1,4 +1,4 @@
-// CPU features, read once. Kernel tables ask these; nothing else looks at cpuid.
+// CPU features, read once. Kernel tables ask these; nothing else looks at cpuid, auxiliary vectors or sysctl.
 #pragma once
 
 namespace tautorch {
@@ -10,6 +10,9 @@ struct CpuFeatures {
     bool avx512_vbmi = false; // the same and VBMI
     // 512-bit instructions run as two halves: Zen 4. (Some mobile Zen 5 do too and are not told apart.)
     bool halves_512 = false;
+    // Arm; NEON itself is part of every 64-bit Arm core.
+    bool dotprod = false; // SDOT
+    bool i8mm = false;    // SMMLA
 };
 
 const CpuFeatures &cpu_features();

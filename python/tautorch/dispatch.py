@@ -188,6 +188,8 @@ _CPU_NEEDS = {
     "avx512vnni": "AVX-512 with VNNI",
     "avxvnni": "AVX-VNNI",
     "avx2": "AVX2, FMA and F16C",
+    "neon_i8mm": "int8 matrix products (FEAT_I8MM)",
+    "neon_dotprod": "dot products (FEAT_DotProd)",
 }
 
 

@@ -7,42 +7,19 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
-GOLDEN = ROOT / "tests" / "golden" / "golden.json"
-HERE = ROOT / "build" / f"editable-{sys.implementation.cache_tag}"
-CROSS = ROOT / "build" / "aarch64"
-TOOLS = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+from .building import EMULATOR, HERE, ROOT, run
 
-COMPILER = "aarch64-linux-gnu-g++"
-EMULATOR = "qemu-aarch64"
+GOLDEN = ROOT / "tests" / "golden" / "golden.json"
 # A model without dot products (Raspberry Pi 4), one with SDOT, one with SMMLA too; and what each must run.
 MODELS = {
-    "cortex-a72": "scalar",
-    "neoverse-n1": "scalar",
-    "max": "scalar",
+    "cortex-a72": "scalar,neon",
+    "neoverse-n1": "scalar,neon,neon_dotprod",
+    "max": "scalar,neon,neon_dotprod,neon_i8mm",
 }
-
-
-def run(*command: str | Path, seconds: float = 600) -> str:
-    """The output of a command that must succeed."""
-    env = {**os.environ, "PATH": TOOLS}
-    done = subprocess.run(
-        [str(word) for word in command],
-        env=env,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        timeout=seconds,
-        check=False,
-    )
-    assert done.returncode == 0, f"{command[0]} ended with {done.returncode}:\n{done.stdout[-4000:]}"
-    return done.stdout
 
 
 def x86_kernels() -> str:
@@ -67,23 +44,9 @@ def test_here() -> None:
     assert out.endswith("all equal\n")
 
 
-@pytest.fixture(scope="module")
-def aarch64() -> Path:
-    """The program, cross-compiled; a second build compiles what has changed."""
-    for tool, package in ((COMPILER, "g++-aarch64-linux-gnu"), (EMULATOR, "qemu-user")):
-        if not shutil.which(tool):
-            pytest.skip(f"{tool} is not installed; apt-get install {package}")
-    ninja = shutil.which("ninja", path=TOOLS)
-    run(
-        *("cmake", "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}", "-DTAUTORCH_PYTHON=OFF"),
-        f"-DCMAKE_TOOLCHAIN_FILE={ROOT / 'cmake' / 'aarch64-linux-gnu.cmake'}",
-        *("-S", ROOT, "-B", CROSS),
-    )
-    run("cmake", "--build", CROSS, "--target", "native_test")
-    return CROSS / "tests" / "native" / "native_test"
-
-
 @pytest.mark.parametrize("cpu", MODELS)
 def test_emulated(aarch64: Path, cpu: str) -> None:
+    if not shutil.which(EMULATOR):
+        pytest.skip(f"{EMULATOR} is not installed; apt-get install qemu-user")
     out = run(EMULATOR, "-L", "/usr/aarch64-linux-gnu", "-cpu", cpu, aarch64, GOLDEN, "--expect", MODELS[cpu])
     assert out.endswith("all equal\n")

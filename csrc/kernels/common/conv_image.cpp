@@ -10,15 +10,13 @@ namespace {
 
 constexpr int64_t kStrip = 64; // pixels that are transposed at once
 
-ActKind act_of(OperandKind k) { return k == OperandKind::s16 ? ActKind::s16 : ActKind::u8_shifted; }
-
 void fill_operands(OperandKind kind, int32_t value, int64_t n, char *out) {
-    if (kind == OperandKind::u8)
-        std::memset(out, value, static_cast<size_t>(n));
+    if (kind == OperandKind::f32)
+        std::memset(out, 0, static_cast<size_t>(4 * n));
     else if (kind == OperandKind::s16)
         std::fill_n(reinterpret_cast<int16_t *>(out), n, static_cast<int16_t>(value));
     else
-        std::memset(out, 0, static_cast<size_t>(4 * n));
+        std::memset(out, value, static_cast<size_t>(n));
 }
 
 // n elements at x of sample b -> operands.
@@ -39,8 +37,8 @@ void convert(const ConvImage &c, int64_t b, const char *x, int64_t n, char *out)
 // [channels][kStrip] operands -> out, pixel after pixel. Nothing past the last one's end is written.
 void turn(const ConvImage &c, const char *in, int64_t pixels, char *out) {
     const int64_t channels = c.g.channels, size = operand_bytes(c.kind);
-    const int64_t step = c.kind == OperandKind::u8 ? 16 : 4;
-    if (c.kind == OperandKind::s16 || (channels < step && c.kind != OperandKind::u8)) {
+    const int64_t step = size == 1 ? 16 : 4;
+    if (c.kind == OperandKind::s16 || (channels < step && size != 1)) {
         for (int64_t p = 0; p < pixels; ++p)
             for (int64_t i = 0; i < channels; ++i)
                 std::memcpy(out + p * c.pixel + i * size, in + (i * kStrip + p) * size,
@@ -66,7 +64,7 @@ void turn(const ConvImage &c, const char *in, int64_t pixels, char *out) {
         const int64_t at = std::min(i, channels - step); // the last ones overlap
         for (int64_t j = 0; j < step; ++j)
             rows[j] = in + (at + j) * kStrip * size;
-        if (c.kind == OperandKind::u8)
+        if (size == 1)
             c.isa->transpose_u8(reinterpret_cast<const uint8_t *const *>(rows), 16, pixels,
                                 reinterpret_cast<uint8_t *>(out) + at, c.pixel);
         else

@@ -13,6 +13,8 @@ inline vf fma(vf a, vf b, vf c) {
     return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
 #elif TT_LANES == 8
     return (vf)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#elif defined(__aarch64__)
+    return (vf)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
 #else
     return a * b + c;
 #endif
@@ -24,17 +26,64 @@ inline vf load_i8(const void *p) {
     return (vf)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(static_cast<const __m128i *>(p))));
 #elif TT_LANES == 8
     return (vf)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(static_cast<const __m128i *>(p))));
+#elif defined(__aarch64__)
+    int32_t four;
+    std::memcpy(&four, p, 4);
+    const int16x8_t halves = vmovl_s8(vreinterpret_s8_s32(vdup_n_s32(four)));
+    return (vf)vcvtq_f32_s32(vmovl_s16(vget_low_s16(halves)));
 #else
     return __builtin_convertvector(__builtin_convertvector(load<vs8>(p), vi), vf);
 #endif
 }
+
+#if defined(__aarch64__)
+// acc += w * x[Lane] for all rows and vectors of one input.
+template <int Lane, int MR, int NV, bool I8>
+__attribute__((always_inline)) inline void add_input(const float32x4_t (&x)[MR], const char *panel,
+                                                     vf (&acc)[MR][NV]) {
+    if constexpr (I8 && NV == 4) { // a panel's 16 outputs in one load
+        const int8x16_t bytes = load<int8x16_t>(panel);
+        const int16x8_t low = vmovl_s8(vget_low_s8(bytes)), high = vmovl_high_s8(bytes);
+        const int32x4_t w[NV] = {vmovl_s16(vget_low_s16(low)), vmovl_high_s16(low),
+                                 vmovl_s16(vget_low_s16(high)), vmovl_high_s16(high)};
+#pragma GCC unroll 4
+        for (int v = 0; v < NV; ++v)
+#pragma GCC unroll 12
+            for (int r = 0; r < MR; ++r)
+                acc[r][v] = (vf)vfmaq_laneq_f32((float32x4_t)acc[r][v], vcvtq_f32_s32(w[v]), x[r], Lane);
+        return;
+    }
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; ++v) {
+        const vf w = I8 ? load_i8(panel + v * L) : load<vf>(panel + v * L * 4);
+#pragma GCC unroll 12
+        for (int r = 0; r < MR; ++r)
+            acc[r][v] = (vf)vfmaq_laneq_f32((float32x4_t)acc[r][v], (float32x4_t)w, x[r], Lane);
+    }
+}
+#endif
 
 // Every loop over accumulators is unrolled: one that is not puts all of them into memory.
 template <int MR, int NV, bool I8>
 __attribute__((always_inline)) inline void add_products(const char *const (&x)[MR], int64_t k,
                                                         const char *panel, vf (&acc)[MR][NV]) {
     constexpr int kSize = I8 ? 1 : 4;
-    for (int64_t i = 0; i < k; ++i, panel += NV * L * kSize) {
+    int64_t i = 0;
+#if defined(__aarch64__)
+    // Four inputs of a row in one register, multiplied by element: broadcasting each costs a load, and on
+    // most cores a vector slot, more.
+    for (; i + 4 <= k; i += 4, panel += 4 * NV * L * kSize) {
+        float32x4_t s[MR];
+#pragma GCC unroll 12
+        for (int r = 0; r < MR; ++r)
+            s[r] = load<float32x4_t>(x[r] + 4 * i);
+        add_input<0, MR, NV, I8>(s, panel, acc);
+        add_input<1, MR, NV, I8>(s, panel + NV * L * kSize, acc);
+        add_input<2, MR, NV, I8>(s, panel + 2 * NV * L * kSize, acc);
+        add_input<3, MR, NV, I8>(s, panel + 3 * NV * L * kSize, acc);
+    }
+#endif
+    for (; i < k; ++i, panel += NV * L * kSize) {
         vf w[NV];
 #pragma GCC unroll 4
         for (int v = 0; v < NV; ++v) {

@@ -50,11 +50,9 @@ template <bool Float> inline vf accumulated(const char *p, int64_t n, vi correct
 
 template <DType T> inline void put(char *p, vf y, int64_t n, float inv, int32_t zp, vf lo, vf hi) {
     if constexpr (T == DType::i8) {
-        vf v = y * inv;
-        v = v < lo ? lo : v;
-        v = v > hi ? hi : v;
+        vf v = clamp(y * inv, lo, hi);
         v = v == v ? v : vf{};
-        const vs8 q = __builtin_convertvector(round_to_int(v) + zp, vs8);
+        const vs8 q = low_bytes(round_to_int(v) + zp);
         if (n >= L)
             store(p, q);
         else

@@ -38,10 +38,10 @@ void quantize_rows(const Isa &isa, const ActQuant &q, ActKind act, const void *x
             }
         }
         if (blank) {
-            if (act == ActKind::u8_shifted)
-                std::memset(out, zp + 128, static_cast<size_t>(n));
-            else
+            if (act == ActKind::s16)
                 std::fill_n(reinterpret_cast<int16_t *>(out), n, static_cast<int16_t>(zp));
+            else
+                std::memset(out, zp + act_shift(act), static_cast<size_t>(n));
         }
         if (n_padded > n) // the weights there are zero; the value only has to be defined
             std::memset(out + n * width, 0, static_cast<size_t>((n_padded - n) * width));

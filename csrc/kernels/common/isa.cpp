@@ -14,6 +14,10 @@ const IsaEntry *isa_table(int *count) {
         {&isa_avx2, f.avx2},
         {&isa_avxvnni, f.avx2 && f.avx_vnni},
         {&isa_avx512vnni, f.avx512_vnni},
+#elif defined(__aarch64__)
+        {&isa_neon, true},
+        {&isa_neon_dotprod, f.dotprod},
+        {&isa_neon_i8mm, f.dotprod && f.i8mm},
 #endif
     };
     (void)f;

@@ -97,9 +97,12 @@ struct Isa {
 
     // Depthwise convolution of `channels` (at most 64) channels: acc[p][c] = sum over taps t of
     // x[p * step + taps[t] + c] * w[t / 4][c][t % 4], w having 64 channels in each of its quads of taps. x is
-    // u8_shifted, and 64 bytes can be read wherever it is. acc is [pixels][kTileN].
+    // bytes, shifted where act is not i8, and 64 can be read wherever it is. acc is [pixels][kTileN].
     void (*depthwise)(const uint8_t *x, const int64_t *taps, int64_t quads, int64_t step, int pixels,
                       const int8_t *w, int channels, int32_t *acc);
+
+    // Whether sparse_i8 and panel_u8 also take panels of 4 rows.
+    bool narrow_panels = false;
 
     // A panel of dot_i8 times a whole block of rows, with the epilogue. Null where there is none.
     void (*product_i8)(const ProductI8 &) = nullptr;
@@ -122,6 +125,10 @@ extern const Isa isa_scalar;
 extern const Isa isa_avx2;
 extern const Isa isa_avxvnni;
 extern const Isa isa_avx512vnni;
+#elif defined(__aarch64__)
+extern const Isa isa_neon;
+extern const Isa isa_neon_dotprod;
+extern const Isa isa_neon_i8mm;
 #endif
 
 // All tables built into this library, best last; `supported` tells whether this CPU runs it.

@@ -139,6 +139,7 @@ const Isa isa_avx512vnni = {
     peak_i8,
     peak_f32,
     depthwise,
+    false,
     product_i8_avx512vnni,
     sparse_i8_scaled_avx512vnni,
     grouped_i8_avx512vnni,

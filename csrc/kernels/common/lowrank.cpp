@@ -85,11 +85,10 @@ struct Job {
         const OperandKind kind = operand_of(a.up);
         if (kind == OperandKind::f32)
             return;
-        const ActKind act = kind == OperandKind::s16 ? ActKind::s16 : ActKind::u8_shifted;
         for (int64_t g = 0; g < hu().groups; ++g)
-            quantize_rows(isa, this->inner, act, inner.rows + g * hu().k, inner_width(), 0, rows, hu().k,
-                          round_up(hu().k, hu().kr), inner.operand + g * inner_group(), operand_stride(),
-                          inner.scale + g * rows);
+            quantize_rows(isa, this->inner, act_of(kind), inner.rows + g * hu().k, inner_width(), 0, rows,
+                          hu().k, round_up(hu().k, hu().kr), inner.operand + g * inner_group(),
+                          operand_stride(), inner.scale + g * rows);
     }
 
     // Panels of up for a block of rows that begins at row m0 of the output.

@@ -6,28 +6,42 @@
 namespace tautorch {
 namespace {
 
+#if defined(__SSE2__)
+#define TT_TRANSPOSES
+typedef __m128i Bytes16;
+inline Bytes16 splat_byte(uint8_t x) { return _mm_set1_epi8(static_cast<char>(x)); }
+inline Bytes16 low_bytes_of(Bytes16 a, Bytes16 b) { return _mm_unpacklo_epi8(a, b); }
+inline Bytes16 high_bytes_of(Bytes16 a, Bytes16 b) { return _mm_unpackhi_epi8(a, b); }
+#elif defined(__aarch64__)
+#define TT_TRANSPOSES
+typedef uint8x16_t Bytes16;
+inline Bytes16 splat_byte(uint8_t x) { return vdupq_n_u8(x); }
+inline Bytes16 low_bytes_of(Bytes16 a, Bytes16 b) { return vzip1q_u8(a, b); }
+inline Bytes16 high_bytes_of(Bytes16 a, Bytes16 b) { return vzip2q_u8(a, b); }
+#endif
+
 // out[k * ld + w] = rows[w][k] for w in [0, 16), k in [0, n)
 inline void strip_u8(const uint8_t *const *rows, int64_t n, uint8_t *out, int64_t ld, uint8_t flip) {
     int64_t k = 0;
-#if defined(__SSE2__)
-    const __m128i turn = _mm_set1_epi8(static_cast<char>(flip));
+#if defined(TT_TRANSPOSES)
+    const Bytes16 turn = splat_byte(flip);
     for (; k + 16 <= n; k += 16) {
-        __m128i a[16], b[16];
+        Bytes16 a[16], b[16];
         for (int i = 0; i < 16; ++i)
-            a[i] = _mm_xor_si128(_mm_loadu_si128(reinterpret_cast<const __m128i *>(rows[i] + k)), turn);
+            a[i] = load<Bytes16>(rows[i] + k) ^ turn;
         // Four rounds of a perfect shuffle of 16 rows with byte interleaving transpose 16 x 16 bytes.
         for (int round = 0; round < 2; ++round) {
             for (int i = 0; i < 8; ++i) {
-                b[2 * i] = _mm_unpacklo_epi8(a[i], a[i + 8]);
-                b[2 * i + 1] = _mm_unpackhi_epi8(a[i], a[i + 8]);
+                b[2 * i] = low_bytes_of(a[i], a[i + 8]);
+                b[2 * i + 1] = high_bytes_of(a[i], a[i + 8]);
             }
             for (int i = 0; i < 8; ++i) {
-                a[2 * i] = _mm_unpacklo_epi8(b[i], b[i + 8]);
-                a[2 * i + 1] = _mm_unpackhi_epi8(b[i], b[i + 8]);
+                a[2 * i] = low_bytes_of(b[i], b[i + 8]);
+                a[2 * i + 1] = high_bytes_of(b[i], b[i + 8]);
             }
         }
         for (int i = 0; i < 16; ++i)
-            _mm_storeu_si128(reinterpret_cast<__m128i *>(out + (k + i) * ld), a[i]);
+            store(out + (k + i) * ld, a[i]);
     }
 #endif
     for (; k < n; ++k)
@@ -40,8 +54,33 @@ void transpose_u8(const uint8_t *const *rows, int w, int64_t n, uint8_t *out, in
         strip_u8(rows + i, n, out + i, ld, 0);
 }
 
+#if defined(__aarch64__)
+// out[k * 4 + w] = rows[w][k] for w in [0, 4)
+inline void narrow_u8(const uint8_t *const *rows, int64_t n, uint8_t flip, uint8_t *out) {
+    int64_t k = 0;
+    const Bytes16 turn = splat_byte(flip);
+    for (; k + 16 <= n; k += 16) {
+        const Bytes16 a = load<Bytes16>(rows[0] + k) ^ turn, b = load<Bytes16>(rows[1] + k) ^ turn,
+                      c = load<Bytes16>(rows[2] + k) ^ turn, d = load<Bytes16>(rows[3] + k) ^ turn;
+        const Bytes16 ac = low_bytes_of(a, c), bd = low_bytes_of(b, d), ac2 = high_bytes_of(a, c),
+                      bd2 = high_bytes_of(b, d);
+        store(out + 4 * k, low_bytes_of(ac, bd));
+        store(out + 4 * k + 16, high_bytes_of(ac, bd));
+        store(out + 4 * k + 32, low_bytes_of(ac2, bd2));
+        store(out + 4 * k + 48, high_bytes_of(ac2, bd2));
+    }
+    for (; k < n; ++k)
+        for (int w = 0; w < 4; ++w)
+            out[k * 4 + w] = static_cast<uint8_t>(rows[w][k] ^ flip);
+}
+#endif
+
 #if TT_LANES != 16
 void panel_u8(const uint8_t *const *rows, int w, int64_t n, uint8_t flip, uint8_t *out) {
+#if defined(__aarch64__)
+    if (w == 4)
+        return narrow_u8(rows, n, flip, out);
+#endif
     for (int i = 0; i < w; i += 16)
         strip_u8(rows + i, n, out + i, w, flip);
 }
@@ -92,10 +131,24 @@ void panel_u8(const uint8_t *const *rows, int w, int64_t n, uint8_t flip, uint8_
 }
 #endif
 
-#if defined(__SSE2__)
+#if defined(TT_TRANSPOSES)
 // Four columns of N rows (4, or a whole register's) at a time. Rows r, r + 4, .. lie side by side in the
 // 128-bit lanes of one register; transposing 4 x 4 within lanes then gives N adjacent rows of each column.
 template <int N> struct Columns;
+#if defined(__aarch64__)
+template <> struct Columns<4> {
+    typedef uint32x4_t V;
+    static V gather(const uint32_t *const *rows, int64_t k) { return load<V>(rows[0] + k); }
+    static V lo(V a, V b) { return vzip1q_u32(a, b); }
+    static V hi(V a, V b) { return vzip2q_u32(a, b); }
+    static V low_pairs(V a, V b) {
+        return vreinterpretq_u32_u64(vzip1q_u64(vreinterpretq_u64_u32(a), vreinterpretq_u64_u32(b)));
+    }
+    static V high_pairs(V a, V b) {
+        return vreinterpretq_u32_u64(vzip2q_u64(vreinterpretq_u64_u32(a), vreinterpretq_u64_u32(b)));
+    }
+};
+#else
 template <> struct Columns<4> {
     typedef __m128 V;
     static V gather(const uint32_t *const *rows, int64_t k) {
@@ -106,6 +159,7 @@ template <> struct Columns<4> {
     static V low_pairs(V a, V b) { return _mm_movelh_ps(a, b); }
     static V high_pairs(V a, V b) { return _mm_movehl_ps(b, a); }
 };
+#endif
 #if TT_LANES == 8
 template <> struct Columns<8> {
     typedef __m256 V;
@@ -124,7 +178,7 @@ template <> struct Columns<8> {
 // out[k * ld + i] = rows[i][k] for N rows.
 template <int N> void strip_32(const uint32_t *const *rows, int64_t n, uint32_t *out, int64_t ld) {
     int64_t k = 0;
-#if defined(__SSE2__)
+#if defined(TT_TRANSPOSES)
     using C = Columns<N>;
     for (; k + 4 <= n; k += 4, out += 4 * ld) {
         const typename C::V a = C::gather(rows, k), b = C::gather(rows + 1, k), c = C::gather(rows + 2, k),
@@ -187,7 +241,7 @@ template <> void strip_32<16>(const uint32_t *const *rows, int64_t n, uint32_t *
 
 void transpose_32(const uint32_t *const *rows, int w, int64_t n, uint32_t *out, int64_t ld) {
     int i = 0;
-#if defined(__SSE2__)
+#if defined(TT_TRANSPOSES)
     for (; i + L <= w; i += L)
         strip_32<L>(rows + i, n, out + i, ld);
 #endif

@@ -81,16 +81,21 @@ void run_panel(const Isa &isa, const uint8_t *packed, int64_t group, const void 
             else
                 isa.sparse_i8(h.gs, w, x, start + b * lists, index, values, s, end, b > 0, acc);
         }
-        store(m0, rows, n0, cols, scaled ? nullptr : scale);
+        for (int c = 0; w < 16 && c < cols; c += kTileN)
+            store_tile(isa, rest, acc + c * w, w, true, m0, rows, n0 + c, std::min(kTileN, cols - c), scale);
+        if (w >= 16)
+            store(m0, rows, n0, cols, scaled ? nullptr : scale);
     }
 }
 
-// Row blocks of 64, then of 16 where 32 rows or fewer are left: an unfilled lane costs as much as a used one.
+// Row blocks of 64, then of 16 where 32 rows or fewer are left, then one of 4 where the kernel takes it: an
+// unfilled lane costs as much as a used one.
 struct RowBlocks {
     int64_t m;
+    bool narrow = false;
     int64_t wide() const { return m / 64 + (m % 64 > 32 ? 1 : 0); }
     int64_t count() const { return wide() + (m % 64 > 32 ? 0 : div_up(m % 64, 16)); }
-    int width(int64_t i) const { return i < wide() ? 64 : 16; }
+    int width(int64_t i) const { return i < wide() ? 64 : narrow && m - begin(i) <= 4 ? 4 : 16; }
     int64_t begin(int64_t i) const { return i < wide() ? i * 64 : wide() * 64 + (i - wide()) * 16; }
     int rows(int64_t i) const { return static_cast<int>(std::min<int64_t>(width(i), m - begin(i))); }
 };
@@ -116,15 +121,15 @@ int64_t lists_threads(const PackHeader &h, int64_t m) {
 // at times far more: 64 x 4096 x 1024, 95 % zeros, 80 us like this, 83 or 200 us with a common panel.
 void own_rows_product(const Isa &isa, const LinearArgs &a, const Output &out, int64_t parts) {
     const PackHeader &h = header_of(a.packed);
-    const RowBlocks blocks{a.m};
+    const RowBlocks blocks{a.m, isa.narrow_panels};
     const int64_t groups = div_up(h.n, h.gs);
     const uint32_t *start = reinterpret_cast<const uint32_t *>(a.packed + h.start_off);
     parallel_tasks(blocks.count() * parts, [&](int64_t t) {
         const int64_t i = t / parts, p = t % parts;
         const int64_t m0 = blocks.begin(i);
         const int rows = blocks.rows(i), w = blocks.width(i);
-        const Source x = block_source(isa, a.quant, OperandKind::u8, a.x, a.x_stride, m0, rows, h.k, h.kr,
-                                      Scratch::rows, Scratch::scales);
+        const Source x = block_source(isa, a.quant, operand_of(a.packed), a.x, a.x_stride, m0, rows, h.k,
+                                      h.kr, Scratch::rows, Scratch::scales);
         const Pointers pointers(h.taps * kTileN);
         void *panel = scratch(Scratch::inner, static_cast<size_t>(h.k * w));
         build_panel(isa, h, x, 0, 0, rows, w, pointers.at, panel);
@@ -179,7 +184,7 @@ void sparse_product(const Isa &isa, const uint8_t *packed, const Source &x, cons
     const PackHeader &h = header_of(packed);
     if (sell_preferred(h, x.m))
         return sell_product(isa, packed, x, out);
-    const RowBlocks blocks{x.m};
+    const RowBlocks blocks{x.m, isa.narrow_panels};
     const int64_t count = blocks.count(), sparse_groups = div_up(h.n, h.gs);
     const int64_t threads = lists_threads(h, x.m);
     const int64_t panel_bytes = h.taps * h.k * 64;

@@ -7,7 +7,7 @@ namespace tautorch {
 
 // Dense kinds.
 void dense_product(const Isa &isa, const uint8_t *packed, const Source &x, const Output &out);
-// sparse_i8; for sparse_f32 see sparse_f32.h. Operands are OperandKind::u8.
+// sparse_i8; for sparse_f32 see sparse_f32.h. Operands are bytes.
 void sparse_product(const Isa &isa, const uint8_t *packed, const Source &x, const Output &out);
 // Either, by the pack's kind.
 void product(const uint8_t *packed, const Source &x, const Output &out);

@@ -68,13 +68,21 @@ struct OutU8 {
     using vec = vu8;
     static constexpr int bytes = 1, shift = 128;
 };
+struct OutI8 {
+    using vec = vs8;
+    static constexpr int bytes = 1, shift = 0;
+};
 struct OutS16 {
     using vec = vs16;
     static constexpr int bytes = 2, shift = 0;
 };
 template <class Out> inline void store_q(void *out, int64_t i, vi q, int32_t add, int64_t n) {
     using V = typename Out::vec;
-    const V v = __builtin_convertvector(q + add, V);
+    V v;
+    if constexpr (Out::bytes == 1)
+        v = (V)low_bytes(q + add);
+    else
+        v = __builtin_convertvector(q + add, V);
     char *p = static_cast<char *>(out) + i * Out::bytes;
     if (n >= L)
         store(p, v);
@@ -97,6 +105,16 @@ template <class Out> inline void store_q4(void *out, int64_t i, const vi (&q)[4]
                                              _mm512_set1_epi8(static_cast<char>(Out::shift))));
         return;
     }
+#elif defined(__aarch64__)
+    if constexpr (Out::bytes == 1) {
+        const auto halves = [&](int i) {
+            return vcombine_s16(vmovn_s32((int32x4_t)q[i]), vmovn_s32((int32x4_t)q[i + 1]));
+        };
+        const int8x16_t bytes = vcombine_s8(vmovn_s16(halves(0)), vmovn_s16(halves(2)));
+        store(static_cast<char *>(out) + i,
+              vaddq_s8(bytes, vdupq_n_s8(static_cast<int8_t>(zp + Out::shift))));
+        return;
+    }
 #endif
     for (int v = 0; v < 4; ++v)
         store_q<Out>(out, i + v * L, q[v], zp + Out::shift, L);
@@ -114,10 +132,8 @@ bool quantize_t(const char *x, int64_t n, float inv, int32_t zp, int32_t lo, int
         if constexpr (Clamp)
             bad = largest(bad, as_bits(v) & 0x7fffffffu);
         v *= inv;
-        if constexpr (Clamp) {
-            v = v < flo ? splat(flo) : v;
-            v = v > fhi ? splat(fhi) : v;
-        }
+        if constexpr (Clamp)
+            v = clamp(v, splat(flo), splat(fhi));
         return nearest_int(v);
     };
     int64_t i = 0;
@@ -140,7 +156,9 @@ bool quantize_t(const char *x, int64_t n, float inv, int32_t zp, int32_t lo, int
 
 template <class Out> void copy_i8(const int8_t *x, int64_t n, void *out) {
     int64_t i = 0;
-    if constexpr (Out::bytes == 1) {
+    if constexpr (Out::bytes == 1 && Out::shift == 0) {
+        std::memcpy(out, x, static_cast<size_t>(n));
+    } else if constexpr (Out::bytes == 1) {
         // q + 128 is q with its top bit turned: whole registers of bytes, no widening.
         uint8_t *to = static_cast<uint8_t *>(out);
         for (; i + 4 * L <= n; i += 4 * L)
@@ -172,6 +190,10 @@ bool quantize_to(const void *x, DType dtype, int64_t n, float inv, int32_t zp, i
 
 bool quantize(const void *x, DType dtype, int64_t n, float inv, int32_t zp, int32_t lo, int32_t hi,
               ActKind act, void *out) {
+#if defined(__aarch64__)
+    if (act == ActKind::i8)
+        return quantize_to<OutI8>(x, dtype, n, inv, zp, lo, hi, out);
+#endif
     return act == ActKind::u8_shifted ? quantize_to<OutU8>(x, dtype, n, inv, zp, lo, hi, out)
                                       : quantize_to<OutS16>(x, dtype, n, inv, zp, lo, hi, out);
 }

@@ -10,6 +10,8 @@
 
 #if defined(__x86_64__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 namespace tautorch {
@@ -37,6 +39,15 @@ inline vf splat(float x) { return x - vf{}; } // x - 0 is x, for NaN and -0 too
 inline vi splat(int32_t x) { return x - vi{}; }
 inline vu as_bits(vf v) { return (vu)v; }
 inline vf as_float(vu v) { return (vf)v; }
+// NaN stays NaN.
+inline vf clamp(vf v, vf lo, vf hi) {
+#if defined(__aarch64__)
+    return (vf)vminq_f32(vmaxq_f32((float32x4_t)v, (float32x4_t)lo), (float32x4_t)hi);
+#else
+    v = v < lo ? lo : v;
+    return v > hi ? hi : v;
+#endif
+}
 inline vf abs(vf v) { return as_float(as_bits(v) & 0x7fffffffu); }
 
 // Nearest integer, ties to even, of |v| < 2^22: adding 1.5 * 2^23 leaves the integer in the low bits.
@@ -50,6 +61,8 @@ inline vi nearest_int(vf v) {
     return (vi)_mm512_cvtps_epi32((__m512)v);
 #elif TT_LANES == 8
     return (vi)_mm256_cvtps_epi32((__m256)v);
+#elif defined(__aarch64__)
+    return (vi)vcvtnq_s32_f32((float32x4_t)v);
 #else
     vi q;
     for (int i = 0; i < L; ++i)
@@ -62,6 +75,8 @@ template <class V> inline V largest(V a, V b) { return a > b ? a : b; }
 inline uint32_t largest_lane(vu v) {
 #if TT_LANES == 16
     return _mm512_reduce_max_epu32((__m512i)v);
+#elif defined(__aarch64__)
+    return vmaxvq_u32((uint32x4_t)v);
 #else
     uint32_t m = 0;
     for (int i = 0; i < L; ++i)
@@ -113,6 +128,8 @@ inline vf load_f16(const void *p) {
     return (vf)_mm512_cvtph_ps(_mm256_loadu_si256(static_cast<const __m256i *>(p)));
 #elif TT_LANES == 8 && defined(__F16C__)
     return (vf)_mm256_cvtph_ps(_mm_loadu_si128(static_cast<const __m128i *>(p)));
+#elif defined(__aarch64__)
+    return (vf)vcvt_f32_f16(load<float16x4_t>(p));
 #else
     vf v;
     for (int i = 0; i < L; ++i) {
@@ -129,6 +146,8 @@ inline void store_f16(void *p, vf v) {
     _mm256_storeu_si256(static_cast<__m256i *>(p), _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT));
 #elif TT_LANES == 8 && defined(__F16C__)
     _mm_storeu_si128(static_cast<__m128i *>(p), _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__aarch64__)
+    store(p, vcvt_f16_f32((float32x4_t)v));
 #else
     for (int i = 0; i < L; ++i) {
         const uint16_t h = f32_to_f16(v[i]);
@@ -137,12 +156,33 @@ inline void store_f16(void *p, vf v) {
 #endif
 }
 
-inline vf load_bf16(const void *p) { return as_float(__builtin_convertvector(load<vu16>(p), vu) << 16); }
+// The low bytes of q. GCC 12 converts a vector of four elements to bytes one by one.
+inline vs8 low_bytes(vi q) {
+#if defined(__aarch64__)
+    const int16x4_t halves = vmovn_s32((int32x4_t)q);
+    const uint32_t four = vget_lane_u32(vreinterpret_u32_s8(vmovn_s16(vcombine_s16(halves, halves))), 0);
+    return load<vs8>(&four);
+#else
+    return __builtin_convertvector(q, vs8);
+#endif
+}
+
+inline vf load_bf16(const void *p) {
+#if defined(__aarch64__) // as in low_bytes
+    return as_float((vu)vshll_n_u16(load<uint16x4_t>(p), 16));
+#else
+    return as_float(__builtin_convertvector(load<vu16>(p), vu) << 16);
+#endif
+}
 inline void store_bf16(void *p, vf v) {
     const vu b = as_bits(v);
     vu r = (b + 0x7fffu + ((b >> 16) & 1u)) >> 16;
     r = (v == v) ? r : (vu)(splat(int32_t{0x7fc0}));
+#if defined(__aarch64__)
+    store(p, vmovn_u32((uint32x4_t)r));
+#else
     store(p, __builtin_convertvector(r, vu16));
+#endif
 }
 
 template <DType T> inline vf load_as_f32(const void *p) {

@@ -15,19 +15,22 @@ struct Geometry {
     int64_t out_pixels() const { return out_height() * out_width(); }
 };
 
-// The form operands take.
-enum class OperandKind { u8, s16, f32 };
+// The form operands take: ActKind's, or floats. Sparse and depthwise int8 kernels take bytes.
+enum class OperandKind { u8, s16, i8, f32 };
 inline OperandKind operand_of(const Isa &isa, PackKind kind) {
     if (kind == PackKind::dense_f32 || kind == PackKind::dense_w8 || kind == PackKind::sparse_f32)
         return OperandKind::f32;
     if (kind == PackKind::dense_i8 && isa.act == ActKind::s16)
         return OperandKind::s16;
-    return OperandKind::u8;
+    return isa.act == ActKind::i8 ? OperandKind::i8 : OperandKind::u8;
 }
 inline int64_t operand_bytes(OperandKind k) {
-    return k == OperandKind::u8 ? 1 : k == OperandKind::s16 ? 2 : 4;
+    return k == OperandKind::f32 ? 4 : k == OperandKind::s16 ? 2 : 1;
 }
 inline int32_t operand_shift(OperandKind k) { return k == OperandKind::u8 ? 128 : 0; }
+inline ActKind act_of(OperandKind k) { // not f32
+    return k == OperandKind::s16 ? ActKind::s16 : k == OperandKind::i8 ? ActKind::i8 : ActKind::u8_shifted;
+}
 
 // Prepared rows. Row m, tap t, group g starts at pointer(m, t) + g * group_stride.
 struct Source {
@@ -73,8 +76,10 @@ Source block_source(const Isa &isa, const ActQuant &q, OperandKind kind, const v
 Source image_source(const Isa &isa, const ActQuant &q, OperandKind kind, const void *x, bool channels_last,
                     const Geometry &geometry, int64_t groups, int64_t kr);
 
-// An int8 image in channels last (q: given) where it is: a Source with flip, of OperandKind::u8 and kr = 1.
-Source image_in_place(const ActQuant &q, const void *x, const Geometry &geometry, int64_t groups);
+// An int8 image in channels last (q: given) where it is: a Source of bytes, with flip where they are u8; kr
+// = 1.
+Source image_in_place(const ActQuant &q, OperandKind kind, const void *x, const Geometry &geometry,
+                      int64_t groups);
 
 // The output of a convolution: NCHW planes or channels-last rows.
 Output image_output(const Epilogue &e, void *data, bool channels_last, const Geometry &g, int64_t outputs);

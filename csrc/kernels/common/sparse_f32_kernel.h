@@ -23,7 +23,11 @@ inline typename Floats<N>::type multiply_add(typename Floats<N>::type a, float b
     if constexpr (N == 4)
         return (typename Floats<N>::type)_mm_fmadd_ps((__m128)a, _mm_set1_ps(b), (__m128)c);
 #endif
+#if defined(__aarch64__)
+    return (typename Floats<N>::type)vfmaq_n_f32((float32x4_t)c, (float32x4_t)a, b);
+#else
     return a * b + c;
+#endif
 }
 
 // Rows are taken NV vectors of N at a time; GS outputs share each load of x.
@@ -81,8 +85,12 @@ void sparse_f32_t(const float *x, const uint16_t *segments, int count, const voi
 template <int GS, class Index>
 void sparse_f32_of(int w, const float *x, const uint16_t *segments, int count, const void *index,
                    const float *values, float *acc) {
-    // Accumulators: 16 of 32 registers with AVX-512, 8 of 16 otherwise.
+    // Accumulators: 16 of 32 registers with AVX-512 and NEON, 8 of 16 otherwise.
+#if defined(__aarch64__)
+    constexpr int kMost = 4;
+#else
     constexpr int kMost = GS == 1 && L == 16 ? 4 : 2;
+#endif
     if (w == 64)
         sparse_f32_t<GS, 64, L, kMost, Index>(x, segments, count, index, values, acc);
     else if (w == 32)

@@ -188,7 +188,7 @@ void strips_linear(const LinearArgs &a, const Output &out) {
     run(
         isa, a.packed, a.m, split,
         [&](int64_t m0, int rows) {
-            return Rows{block_source(isa, a.quant, OperandKind::u8, a.x, a.x_stride, m0, rows, h.k, h.kr,
+            return Rows{block_source(isa, a.quant, operand_of(a.packed), a.x, a.x_stride, m0, rows, h.k, h.kr,
                                      Scratch::rows, Scratch::scales),
                         m0};
         },

@@ -9,9 +9,9 @@ namespace tautorch {
 constexpr int kTileN = 64; // leading dimension of an accumulator tile, and the widest weight panel
 
 // How quantised activations are laid out for a micro-kernel: q + 128 in a byte (VNNI multiplies unsigned
-// by signed), or q in 16 bits (plain AVX2, where vpmaddubsw would saturate).
-enum class ActKind : int32_t { u8_shifted = 0, s16 = 1 };
-static inline int64_t act_bytes(ActKind k) { return k == ActKind::u8_shifted ? 1 : 2; }
+// by signed), q in 16 bits (plain AVX2, where vpmaddubsw would saturate), or q in a byte (Arm).
+enum class ActKind : int32_t { u8_shifted = 0, s16 = 1, i8 = 2 };
+static inline int64_t act_bytes(ActKind k) { return k == ActKind::s16 ? 2 : 1; }
 static inline int32_t act_shift(ActKind k) { return k == ActKind::u8_shifted ? 128 : 0; }
 
 // What happens to a tile of accumulators on its way out:

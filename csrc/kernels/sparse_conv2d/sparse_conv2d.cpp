@@ -15,7 +15,9 @@ void sparse_conv2d(const ConvArgs &a) {
     // An image without pixels has outputs all the same, where it is padded.
     const bool in_place = h.kind == PackKind::sparse_i8 && h.k > 0 && a.quant.mode == ActQuant::given &&
                           a.channels_last && a.geometry.height * a.geometry.width > 0;
-    product(a.packed, in_place ? image_in_place(a.quant, a.x, a.geometry, h.groups) : source_of(a),
+    product(a.packed,
+            in_place ? image_in_place(a.quant, operand_of(a.packed), a.x, a.geometry, h.groups)
+                     : source_of(a),
             image_output(e, a.out, a.out_channels_last, a.geometry, a.outputs));
 }
 

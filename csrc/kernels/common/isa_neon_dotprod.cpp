@@ -1,0 +1,110 @@
+// NEON with dot products (SDOT): Cortex-A55 and A75 and later, Apple A12 and later. Four inputs of an output
+// in each 32-bit lane of the weights, times four inputs of a row by element.
+#define TT_LANES 4
+#define TT_DOT_BYTES 1
+#include "kernels/common/depthwise_neon.h"
+#include "kernels/common/epilogue.h"
+#include "kernels/common/isa.h"
+#include "kernels/common/panel.h"
+#include "kernels/common/sparse_f32_kernel.h"
+#include "kernels/common/sparse_neon.h"
+#include "kernels/common/sparse_plain.h"
+
+namespace tautorch {
+namespace {
+constexpr int kVectorsF32 = 4;
+} // namespace
+} // namespace tautorch
+#include "kernels/common/dot_f32.h"
+#include "kernels/common/peak_neon.h"
+
+namespace tautorch {
+namespace {
+
+constexpr int kKr = 4;
+
+int32_t mr_of(int32_t) { return 6; }
+
+// acc += 4 outputs of each of NV vectors at w times inputs 4 * Lane ... of the rows.
+template <int Lane, int MR, int NV>
+inline __attribute__((always_inline)) void step(const int8_t *w, const int8x16_t (&x)[MR],
+                                                int32x4_t (&acc)[MR][NV]) {
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; ++v) {
+        const int8x16_t wv = vld1q_s8(w + 16 * v);
+#pragma GCC unroll 6
+        for (int r = 0; r < MR; ++r)
+            acc[r][v] = vdotq_laneq_s32(acc[r][v], wv, x[r], Lane);
+    }
+}
+
+// Tiles of 6 x 16 take 24 registers of sums, 6 of rows and one of weights at a time: 22 loads for 96
+// products.
+template <int MR, int NV>
+void dot_i8_t(const void *const *rows, int64_t ld, int64_t taps, int64_t kq, const int8_t *b, int32_t *out) {
+    // Narrow tiles have too few chains to hide the latency: split them over U groups of inputs.
+    constexpr int U = MR * NV >= 8 ? 1 : MR * NV > 4 ? 2 : 4;
+    constexpr int kStep = 16 * NV;
+    int32x4_t acc[U][MR][NV];
+    for (int u = 0; u < U; ++u)
+        for (int r = 0; r < MR; ++r)
+            for (int v = 0; v < NV; ++v)
+                acc[u][r][v] = vdupq_n_s32(0);
+    for (int64_t t = 0; t < taps; ++t) {
+        const int8_t *a[MR];
+        for (int r = 0; r < MR; ++r)
+            a[r] = static_cast<const int8_t *>(rows[t * ld + r]);
+        int64_t q = 0;
+        for (; q + 4 <= kq; q += 4, b += 4 * kStep) {
+            int8x16_t x[MR];
+            for (int r = 0; r < MR; ++r)
+                x[r] = vld1q_s8(a[r] + 4 * q);
+            step<0>(b, x, acc[0]);
+            step<1>(b + kStep, x, acc[1 % U]);
+            step<2>(b + 2 * kStep, x, acc[2 % U]);
+            step<3>(b + 3 * kStep, x, acc[3 % U]);
+        }
+        for (; q < kq; ++q, b += kStep) {
+            int8x16_t x[MR];
+            for (int r = 0; r < MR; ++r) {
+                int32_t four;
+                __builtin_memcpy(&four, a[r] + 4 * q, 4);
+                x[r] = vreinterpretq_s8_s32(vdupq_n_s32(four));
+            }
+            step<0>(b, x, acc[0]);
+        }
+    }
+    for (int r = 0; r < MR; ++r)
+        for (int v = 0; v < NV; ++v) {
+            int32x4_t s = acc[0][r][v];
+            for (int u = 1; u < U; ++u)
+                s = vaddq_s32(s, acc[u][r][v]);
+            vst1q_s32(out + r * kTileN + 4 * v, s);
+        }
+}
+
+using DotI8 = void (*)(const void *const *, int64_t, int64_t, int64_t, const int8_t *, int32_t *);
+template <int NV>
+constexpr DotI8 kDotI8[6] = {dot_i8_t<1, NV>, dot_i8_t<2, NV>, dot_i8_t<3, NV>,
+                             dot_i8_t<4, NV>, dot_i8_t<5, NV>, dot_i8_t<6, NV>};
+void dot_i8(const void *const *rows, int64_t ld, int mr, int64_t taps, int64_t kq, const int8_t *panel,
+            int width, int32_t *acc) {
+    const DotI8 *dot = width == 16 ? kDotI8<4> : width == 12 ? kDotI8<3> : width == 8 ? kDotI8<2> : kDotI8<1>;
+    dot[mr - 1](rows, ld, taps, kq, panel, acc);
+}
+
+int64_t peak_i8(int64_t rounds) {
+    int64_t n = rounds;
+    TT_PEAK("sdot v\\r\\().4s, v30.16b, v31.4b[0]");
+    return rounds * 24 * 16;
+}
+
+} // namespace
+
+const Isa isa_neon_dotprod = {
+    "neon_dotprod", 5,         ActKind::i8, 16,          4,       kKr,      mr_of,        dot_i8,
+    dot_f32,        rows_f32,  amax,        quantize,    to_f32,  epilogue, transpose_u8, panel_u8,
+    transpose_32,   sparse_i8, sparse_f32,  kPlainOrder, peak_i8, peak_f32, depthwise,    true,
+};
+
+} // namespace tautorch
