@@ -536,3 +536,39 @@ def test_a_factorised_pair_becomes_one_layer() -> None:
     convert(model, {"0": lambda pair: LowRankLinear.from_float(pair, weight_dtype=torch.float32)}, x)
     assert isinstance(model[0], LowRankLinear)
     torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_chain_of_codes() -> None:
+    """int8 output is checked by what it stands for; a layer that does not take it, or a gate, is refused."""
+    model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 8)).eval()
+    x = torch.rand(20, 16)
+    with torch.no_grad():
+        top, expected = float(model[0](x).relu().max()), model(x)
+    codes = {"out_scale": top / 255, "out_zero_point": -128}
+    plan: dict[str, Any] = {
+        "0": lambda la: Int8Linear.from_float(
+            la, quant="static", x_scale=1 / 255, x_zero_point=-128, activation="relu", **codes
+        ),
+        "2": lambda la: Int8Linear.from_float(la, quant="static", x_scale=top / 255, x_zero_point=-128),
+    }
+    model[1], model[0] = nn.Identity(), nn.Sequential(model[0], model[1])
+    before = snapshot(model)
+
+    def first(layer: nn.Module) -> nn.Module:
+        assert isinstance(layer, nn.Sequential)
+        return plan["0"](layer[0])
+
+    for entries, gate, match in (
+        ({"0": first}, False, "the converted model failed on the example inputs"),
+        ({"0": first, "2": plan["2"]}, True, r"'0': Int8Linear gives int8 codes \(out_scale\)"),
+        ({"0": lambda la: Int8Linear.from_float(la[0], out_scale=1e30)}, False, "failed on the example"),
+        ({"2": lambda la: Int8Linear.from_float(la, out_scale=0.1)}, False, "must return torch.float32"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            convert(model, entries, x, gate)
+        assert snapshot(model)[0] == before[0]
+    report = ConvertReport()
+    y = convert(model, {"0": first, "2": plan["2"]}, x, report=report)(x)
+    assert float((y - expected).norm() / expected.norm()) < 0.02
+    assert all(0 < error < 0.02 for layer in report.layers if (error := layer.error) is not None)
+    assert len([layer for layer in report.layers if layer.error is not None]) == 2

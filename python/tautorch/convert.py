@@ -37,10 +37,13 @@ def convert(
         batches, best one per batch size the model will see. With them, each replacement is checked on the
         inputs its layer really gets (same output shape and dtype, nothing non-finite that was finite), reads
         of a layer's weight by other code are noticed, and errors are reported. The model runs in eval mode.
+        A replacement with int8 output (`out_scale`) is checked by what its codes stand for; whether the next
+        layer takes them, a run of the whole converted model shows.
     gate: time every replacement against the layer it replaces, alternating, at each distinct input (shape,
         dtype, strides) the layer gets; keep it only if its median speed-up is at least `min_speedup` at all
         of them. Afterwards the whole model is timed before against after at each example input, and layers
-        are put back, the least useful first, until the model is not slower.
+        are put back, the least useful first, until the model is not slower. Refuses layers with int8 output,
+        which stand or fall with the layers that take it.
     min_speedup: below 1 it lets slower layers in (to save memory), and the whole model be slower by as much.
     seconds: about how long one comparison takes (a close one is repeated at three times the length).
     report: an empty `ConvertReport` to be filled.
@@ -57,7 +60,7 @@ def convert(
         seen = capture("convert", model, layers, batches)
         _watch_reads(model, layers, batches)
         candidates = {name: Candidate(name, layer) for name, layer in layers.items()}
-        problems = [p for c in candidates.values() if (p := c.build(plan[c.name], seen[c.name]))]
+        problems = [p for c in candidates.values() if (p := c.build(plan[c.name], seen[c.name], gate))]
         _raise_if(problems)
         for candidate in candidates.values():
             candidate.decide(gate, min_speedup, seconds)

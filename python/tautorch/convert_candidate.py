@@ -36,7 +36,9 @@ class Candidate:
             bytes_after=size,
         )
 
-    def build(self, factory: Callable[[nn.Module], object], calls: list[Call]) -> str | None:
+    def build(
+        self, factory: Callable[[nn.Module], object], calls: list[Call], gate: bool = False
+    ) -> str | None:
         """Makes the replacement and checks it on the captured calls; returns what is wrong with it."""
         self.calls = calls
         try:
@@ -46,13 +48,18 @@ class Candidate:
         if not isinstance(new, nn.Module):
             return f"{self.name!r}: its factory must return an nn.Module, got {type(new).__name__}"
         new.eval()
+        if gate and isinstance(getattr(new, "out_scale", None), torch.Tensor):
+            return (
+                f"{self.name!r}: {type(new).__name__} gives int8 codes (out_scale), which gate=True cannot "
+                "judge alone: layers that pass codes on stand or fall together; convert them without a gate"
+            )
         self.new = new
         self.record.new_class = type(new).__name__
         errors = OutputError()
         for call in calls if new is not self.old else ():
             expected = call.run(self.old)
             try:
-                got = call.run(new)
+                got = _as_float(new, call.run(new), expected)
             except Exception as error:
                 return (
                     f"{self.name!r}: {type(new).__name__} failed on {call}: {type(error).__name__}: {error}"
@@ -129,6 +136,14 @@ class OutputError:
                 self._difference += float((y[finite].double() - reference).square().sum())
                 self._norm += float(reference.square().sum())
         return None
+
+
+def _as_float(layer: nn.Module, got: Any, expected: Any) -> Any:
+    """What the codes of a layer with int8 output stand for, in the dtype of the layer that it replaces."""
+    scale, point = getattr(layer, "out_scale", None), getattr(layer, "out_zero_point", None)
+    if not isinstance(scale, torch.Tensor) or not isinstance(point, torch.Tensor):
+        return got
+    return ((got.float() - point) * scale).to(expected.dtype) if isinstance(expected, torch.Tensor) else got
 
 
 def shape_time(first: torch.Tensor | None, found: Comparison) -> ShapeTime:

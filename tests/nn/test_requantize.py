@@ -1,4 +1,4 @@
-"""Int8 layers with int8 output: the codes, by numpy; chains, states and errors."""
+"""Layers with int8 output: the codes, by numpy; chains, states and errors."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from tautorch.nn import Int8Conv2d, Int8Linear
+from tautorch.nn import Int8Conv2d, Int8Linear, SparseConv2d, SparseLinear
 from tautorch.reference.quantizer import quantize_weight
 
 X: dict[str, Any] = {"quant": "static", "x_scale": 0.03, "x_zero_point": -5}
@@ -49,6 +49,35 @@ def test_codes(rows: int, inputs: int, outputs: int, activation: str) -> None:
     assert torch.equal(mine(x), expected)  # through the torch operator
 
 
+@pytest.mark.parametrize("pattern", ["unstructured", "2:4", "4x1", "16x16"])
+@pytest.mark.parametrize("activation", ["none", "relu"])
+@pytest.mark.parametrize(("rows", "inputs", "outputs"), [(1, 7, 5), (37, 64, 64), (200, 131, 96)])
+def test_sparse_codes(pattern: str, rows: int, inputs: int, outputs: int, activation: str) -> None:
+    linear, conv = nn.Linear(inputs, outputs), nn.Conv2d(inputs, outputs, 1)
+    if pattern == "2:4":
+        kept = torch.arange(inputs).expand(outputs, inputs) % 4 < 2
+    else:
+        height, width = {"unstructured": (1, 1), "4x1": (4, 1), "16x16": (16, 16)}[pattern]
+        blocks = torch.rand(-(-outputs // height), -(-inputs // width)) < 0.4
+        kept = blocks.repeat_interleave(height, 0).repeat_interleave(width, 1)[:outputs, :inputs]
+    with torch.no_grad():
+        linear.weight.mul_(kept)
+    conv.load_state_dict({"weight": linear.weight[:, :, None, None], "bias": linear.bias})
+    x = torch.randint(-128, 128, (rows, inputs), dtype=torch.int8)
+    expected = torch.from_numpy(codes_of(x, linear, activation))
+    arguments: dict[str, Any] = {**X, **OUT, "activation": activation, "pattern": pattern}
+    mine = SparseLinear.from_float(linear, **arguments)
+    images = SparseConv2d.from_float(conv, **arguments)
+    image = x.T.reshape(1, inputs, rows, 1)
+    with torch.inference_mode():
+        for _ in range(2):  # packing, then the plan
+            assert torch.equal(mine(x), expected)
+            for each in (image, image.contiguous(memory_format=torch.channels_last)):
+                assert torch.equal(images(each), expected.T.reshape(1, outputs, rows, 1))
+    assert torch.equal(mine(x), expected)  # through the torch operator
+    assert torch.equal(images(image), expected.T.reshape(1, outputs, rows, 1))
+
+
 def test_chain() -> None:
     """Two layers, the second of which takes what the first one gives."""
     first, second = nn.Conv2d(16, 32, 3, padding=1), nn.Conv2d(32, 8, 1)
@@ -69,10 +98,11 @@ def test_chain() -> None:
     assert 0 < error < 0.03
 
 
-@pytest.mark.parametrize("module_type", [Int8Linear, Int8Conv2d])
-def test_states(module_type: type[Int8Linear] | type[Int8Conv2d]) -> None:
-    layer: Any = nn.Linear(12, 20) if module_type is Int8Linear else nn.Conv2d(12, 20, 1)
-    x = torch.randint(-128, 128, (3, 12) if module_type is Int8Linear else (3, 12, 2, 2), dtype=torch.int8)
+@pytest.mark.parametrize("module_type", [Int8Linear, Int8Conv2d, SparseLinear, SparseConv2d])
+def test_states(module_type: Any) -> None:
+    linear = module_type in (Int8Linear, SparseLinear)
+    layer: Any = nn.Linear(12, 20) if linear else nn.Conv2d(12, 20, 1)
+    x = torch.randint(-128, 128, (3, 12) if linear else (3, 12, 2, 2), dtype=torch.int8)
     mine: Any = module_type.from_float(layer, **X, **OUT)
     expected = mine(x)
     assert "requantize=True" in repr(mine)
@@ -99,7 +129,10 @@ def test_states(module_type: type[Int8Linear] | type[Int8Conv2d]) -> None:
     ],
 )
 def test_errors(arguments: dict[str, Any], match: str) -> None:
-    for module_type, layer in ((Int8Linear, nn.Linear(4, 4)), (Int8Conv2d, nn.Conv2d(4, 4, 1))):
+    for module_type, layer in (
+        (Int8Linear, nn.Linear(4, 4)), (Int8Conv2d, nn.Conv2d(4, 4, 1)),
+        (SparseLinear, nn.Linear(4, 4)), (SparseConv2d, nn.Conv2d(4, 4, 1)),
+    ):  # fmt: skip
         with pytest.raises(ValueError, match=match):
             module_type.from_float(layer, **X, **arguments)  # type: ignore[arg-type]
 

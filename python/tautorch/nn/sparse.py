@@ -38,7 +38,7 @@ class SparseModule(LayerModule):
     """A layer with ``values``, ``crow_indices`` and ``col_indices`` of ``reference/layouts``."""
 
     packed_names: ClassVar[tuple[str, ...]] = ("values", "crow_indices", "col_indices")
-    fp32_names: ClassVar[tuple[str, ...]] = ("values", "weight_scale", "bias", "x_scale")
+    fp32_names: ClassVar[tuple[str, ...]] = ("values", "weight_scale", "bias", "x_scale", "out_scale")
 
     pattern: str
     nnz: int

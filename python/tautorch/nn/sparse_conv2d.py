@@ -15,7 +15,7 @@ from .convolution import ConvModule, Padding
 from .factors import weight_dtype_of
 from .packed import Canonical
 from .sparse import SparseModule
-from .tail import grid_of, static_tensors
+from .tail import grid_of, output_tensors, static_tensors
 
 
 class SparseConv2d(SparseModule, ConvModule):
@@ -31,9 +31,11 @@ class SparseConv2d(SparseModule, ConvModule):
         quant: with int8 values "dynamic" (x quantised per sample) or "static" (by ``x_scale``,
             ``x_zero_point``).
         activation: "none", "relu", "gelu", "gelu_tanh" or "silu", fused.
+        requantize: the output is int8, by ``out_scale`` and ``out_zero_point``, for a layer that takes int8.
 
     Buffers: ``values``, ``crow_indices``, ``col_indices`` (see ``tautorch.reference.layouts``); int8:
-    ``weight_scale`` float32 ``[O]``; static: ``x_scale``, ``x_zero_point``.
+    ``weight_scale`` float32 ``[O]``; static: ``x_scale``, ``x_zero_point``;
+    ``requantize``: ``out_scale`` and ``out_zero_point``, likewise.
     """
 
     op: ClassVar[str] = OP
@@ -62,10 +64,12 @@ class SparseConv2d(SparseModule, ConvModule):
         weight_dtype: torch.dtype | str = torch.int8,
         quant: str = "dynamic",
         activation: str = "none",
+        requantize: bool = False,
     ) -> None:
         ConvModule.__init__(
             self, in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias,
             padding_mode, device, quant=quant, quants=("dynamic", "static"), activation=activation,
+            requantize=requantize,
         )  # fmt: skip
         self._check_values(weight_dtype, self.geometry.k)
         self._empty_layout(pattern, nnz, self.geometry.weight_shape, groups, device)
@@ -83,6 +87,8 @@ class SparseConv2d(SparseModule, ConvModule):
         x_zero_point: Tensor | int | None = None,
         weight_scale: Tensor | None = None,
         activation: str = "none",
+        out_scale: Tensor | float | None = None,
+        out_zero_point: Tensor | int | None = None,
     ) -> SparseConv2d:
         """Store a float layer's weight where the mask is True, int8 with one scale per output, or float32.
 
@@ -96,6 +102,7 @@ class SparseConv2d(SparseModule, ConvModule):
             weight_scale: ``[out]``, the int8 steps of each output; None takes the layer's ``weight_scale``
                 buffer, which ``tautorch.quantize`` leaves, while the weight lies on those steps, else
                 amax / 127.
+            out_scale, out_zero_point: of the next layer's input; the output is int8 then.
 
         Raises:
             TypeError: not an ``nn.Conv2d``, or a mask that is not bool.
@@ -114,9 +121,15 @@ class SparseConv2d(SparseModule, ConvModule):
             weight_dtype=dtype,
             quant=quant,
             activation=activation,
+            requantize=out_scale is not None,
         )
-        x_scale, x_zero_point = static_tensors(OP, quant, x_scale, x_zero_point, module.weight.device, module)
-        new._take(module.bias, **layout, weight_scale=scale, x_scale=x_scale, x_zero_point=x_zero_point)
+        device = module.weight.device
+        x_scale, x_zero_point = static_tensors(OP, quant, x_scale, x_zero_point, device, module)
+        out = output_tensors(OP, out_scale, out_zero_point, device)
+        new._take(
+            module.bias, **layout, weight_scale=scale, x_scale=x_scale, x_zero_point=x_zero_point,
+            out_scale=out[0], out_zero_point=out[1],
+        )  # fmt: skip
         return new.train(module.training)
 
     # ---- PackedModule -----------------------------------------------------------------------------------
@@ -133,6 +146,7 @@ class SparseConv2d(SparseModule, ConvModule):
         values, crow, col = self._operands()
         y: Tensor = torch.ops.tautorch.sparse_conv2d(
             x, values, crow, col, buffers["weight_scale"], bias, self.pattern, *self.geometry.operands(),
-            buffers["x_scale"], buffers["x_zero_point"], False, self.activation,
+            buffers["x_scale"], buffers["x_zero_point"], False, self.activation, buffers["out_scale"],
+            buffers["out_zero_point"],
         )  # fmt: skip
         return y

@@ -15,7 +15,7 @@ from .factors import weight_dtype_of
 from .linear import LinearModule
 from .packed import Canonical
 from .sparse import SparseModule
-from .tail import grid_of, static_tensors
+from .tail import grid_of, output_tensors, static_tensors
 
 
 class SparseLinear(SparseModule, LinearModule):
@@ -31,10 +31,11 @@ class SparseLinear(SparseModule, LinearModule):
         quant: with int8 values "dynamic" (x quantised per row) or "static" (by ``x_scale``,
             ``x_zero_point``).
         activation: "none", "relu", "gelu", "gelu_tanh" or "silu", fused.
+        requantize: the output is int8, by ``out_scale`` and ``out_zero_point``, for a layer that takes int8.
 
     Buffers: ``values``, ``crow_indices``, ``col_indices`` (see ``tautorch.reference.layouts``); int8:
     ``weight_scale`` float32 ``[out]``; static: ``x_scale`` float32 and ``x_zero_point`` int32, one value
-    each.
+    each; ``requantize``: ``out_scale`` and ``out_zero_point``, likewise.
     """
 
     op: ClassVar[str] = OP
@@ -57,10 +58,11 @@ class SparseLinear(SparseModule, LinearModule):
         weight_dtype: torch.dtype | str = torch.int8,
         quant: str = "dynamic",
         activation: str = "none",
+        requantize: bool = False,
     ) -> None:
         LinearModule.__init__(
             self, in_features, out_features, bias, device, quant=quant, quants=("dynamic", "static"),
-            activation=activation,
+            activation=activation, requantize=requantize,
         )  # fmt: skip
         self._check_values(weight_dtype, in_features)
         self._empty_layout(pattern, nnz, (out_features, in_features), 1, device)
@@ -78,6 +80,8 @@ class SparseLinear(SparseModule, LinearModule):
         x_zero_point: Tensor | int | None = None,
         weight_scale: Tensor | None = None,
         activation: str = "none",
+        out_scale: Tensor | float | None = None,
+        out_zero_point: Tensor | int | None = None,
     ) -> SparseLinear:
         """Store a float layer's weight where the mask is True, int8 with one scale per output, or float32.
 
@@ -91,6 +95,7 @@ class SparseLinear(SparseModule, LinearModule):
             weight_scale: ``[out]``, the int8 steps of each output; None takes the layer's ``weight_scale``
                 buffer, which ``tautorch.quantize`` leaves, while the weight lies on those steps, else
                 amax / 127.
+            out_scale, out_zero_point: of the next layer's input; the output is int8 then.
 
         Raises:
             TypeError: not an ``nn.Linear``, or a mask that is not bool.
@@ -109,9 +114,15 @@ class SparseLinear(SparseModule, LinearModule):
             weight_dtype=dtype,
             quant=quant,
             activation=activation,
+            requantize=out_scale is not None,
         )
-        x_scale, x_zero_point = static_tensors(OP, quant, x_scale, x_zero_point, module.weight.device, module)
-        new._take(module.bias, **layout, weight_scale=scale, x_scale=x_scale, x_zero_point=x_zero_point)
+        device = module.weight.device
+        x_scale, x_zero_point = static_tensors(OP, quant, x_scale, x_zero_point, device, module)
+        out = output_tensors(OP, out_scale, out_zero_point, device)
+        new._take(
+            module.bias, **layout, weight_scale=scale, x_scale=x_scale, x_zero_point=x_zero_point,
+            out_scale=out[0], out_zero_point=out[1],
+        )  # fmt: skip
         return new.train(module.training)
 
     # ---- PackedModule -----------------------------------------------------------------------------------
@@ -129,5 +140,6 @@ class SparseLinear(SparseModule, LinearModule):
         y: Tensor = torch.ops.tautorch.sparse_linear(
             autocast_input(x), values, crow, col, buffers["weight_scale"], bias, self.pattern,
             self.out_features, buffers["x_scale"], buffers["x_zero_point"], False, self.activation,
+            buffers["out_scale"], buffers["out_zero_point"],
         )  # fmt: skip
         return y
