@@ -52,6 +52,7 @@ ASKED = {
     ): "dense int8, M >= 64, K, N >= 1024: share of the int8 peak, quantisation included",
     ("conv", "torch.ao"): "convolution against torch.ao's better engine",
     ("conv", "4x1 80 % over dense"): "4x1 sparse 1x1 convolution, 80 %, against our dense one",
+    ("conv", "4x1 80 % over dense, int8 output"): "the same, both with int8 output",
     ("conv", "share of peak"): "3x3 convolution, share of the int8 peak",
     ("sparse", "DeepSparse"): "unstructured int8 (dynamic) against DeepSparse int8 (static)",
     ("sparse", "DeepSparse, both static"): "the same, both static",

@@ -1,5 +1,6 @@
 // Packing and unpacking of weights, shared by the operators.
 #include "bindings/call.h"
+#include "kernels/common/grouped.h"
 #include "kernels/common/pairs.h"
 
 namespace tautorch::bindings {
@@ -20,6 +21,11 @@ void bind_pack(py::module_ &m) {
     m.def("pairs_pay", [isa_of](const std::string &kernel, int64_t n, int64_t k) {
         return pairs_pay(isa_of(kernel), n, k);
     });
+    // Whether kernel has a form for groups of n outputs and k inputs.
+    m.def("grouped_fits",
+          [isa_of](const std::string &kernel, int64_t groups, int64_t n, int64_t k, int64_t taps) {
+              return grouped_fits(isa_of(kernel), groups, n, k, taps);
+          });
     m.def("dense_unpack", [](int64_t packed, int64_t bytes, int64_t w, int64_t sn, int64_t sk, int64_t st) {
         const PackHeader &h = checked_header("unpack", at<const uint8_t>(packed), bytes);
         if (h.kind == PackKind::sparse_i8 || h.kind == PackKind::sparse_f32)

@@ -1,5 +1,6 @@
 #include "checks/pack.h"
 
+#include "kernels/common/grouped.h"
 #include "kernels/common/pairs.h"
 #include "kernels/common/sell.h"
 
@@ -8,8 +9,8 @@ namespace {
 
 // Whether some int32 sum of a dense pack could overflow although K <= kMaxK.
 bool too_low(const PackHeader &h, const int8_t *w, WeightStrides s) {
-    const bool integer =
-        h.kind == PackKind::dense_i8 || h.kind == PackKind::depthwise_i8 || h.kind == PackKind::pairs_i8;
+    const bool integer = h.kind == PackKind::dense_i8 || h.kind == PackKind::depthwise_i8 ||
+                         h.kind == PackKind::pairs_i8 || h.kind == PackKind::grouped_i8;
     if (!integer || h.taps * h.k <= kMaxKLowest)
         return false;
     for (int64_t n = 0; n < h.groups * h.n; ++n)
@@ -66,8 +67,9 @@ const PackHeader &checked_pack(const char *op, const uint8_t *packed, int64_t by
 
 PackHeader checked_dense(const Isa &isa, int64_t kind, int64_t groups, int64_t n, int64_t k, int64_t taps) {
     const auto pack_kind = static_cast<PackKind>(kind);
-    const bool depthwise = pack_kind == PackKind::depthwise_i8, pairs = pack_kind == PackKind::pairs_i8;
-    if ((!depthwise && !pairs && (kind < 0 || pack_kind > PackKind::dense_w8)) ||
+    const bool depthwise = pack_kind == PackKind::depthwise_i8, pairs = pack_kind == PackKind::pairs_i8,
+               grouped = pack_kind == PackKind::grouped_i8;
+    if ((!depthwise && !pairs && !grouped && (kind < 0 || pack_kind > PackKind::dense_w8)) ||
         (depthwise && (n != 1 || k != 1)) || (pairs && (groups != 1 || taps != 1)))
         refuse("dense_pack: no dense kind of these sizes");
     if (!sizes_fit(groups, n, k, taps))
@@ -77,6 +79,8 @@ PackHeader checked_dense(const Isa &isa, int64_t kind, int64_t groups, int64_t n
                std::to_string(taps * k));
     if (pairs && !isa.strip_i8)
         refuse(std::string("dense_pack: kernel '") + isa.name + "' has no 2:4 form");
+    if (grouped && !grouped_fits(isa, groups, n, k, taps))
+        refuse(std::string("dense_pack: kernel '") + isa.name + "' has no form for groups of these sizes");
     return dense_header(isa, pack_kind, groups, n, k, taps);
 }
 

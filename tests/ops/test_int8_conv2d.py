@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from typing import Any
 
@@ -146,6 +147,9 @@ def test_weights_come_back_from_every_form(kernel: str) -> None:
         geometry = conv.geometry_of("int8_conv2d", w, 1, 0, dilation, groups)
         kind = lib.DENSE_W8 if only else lib.DENSE_I8
         packed = conv.pack_forms(weight, groups, geometry.dilation[1], kind, kernel)
+        few = kind == lib.DENSE_I8 and groups > 1 and w[0] // groups == w[1] and w[1] in (4, 8, 16)
+        few = few and kernel == "avx512vnni" and w[2] * w[3] <= 64
+        assert lib.pack_info(packed)["kind"] == (lib.GROUPED_I8 if few else kind)
         assert torch.equal(conv.unpack(packed, w), weight)
         assert torch.equal(conv.unpack(conv.pack(weight, groups, kind, kernel), w), weight)
 
@@ -176,3 +180,24 @@ def test_packs_of_other_convolutions_are_refused() -> None:
             plan(*wrong)
     with pytest.raises(ValueError, match="unpack: packed weight must hold"):
         conv.unpack(packed, (8, 5, 3, 3))
+
+
+@each_kernel
+@pytest.mark.parametrize("channels", [4, 8, 16])
+def test_groups_of_few_channels(channels: int, kernel: str) -> None:
+    """Rows of any number of pixels, blocks of 16 channels that are not full, results that are no numbers."""
+    codes = {"out_scale": torch.tensor([0.7]), "out_zero_point": torch.tensor([-30], dtype=torch.int32)}
+    for i, (width, groups) in enumerate(((1, 2), (2, 3), (3, 5), (5, 9), (7, 4), (8, 17), (12, 3), (57, 2))):
+        total, shape = channels * groups, (channels * groups, channels, 3, 3)
+        how: dict[str, Any] = ({"padding": 1}, {"padding": 2, "dilation": 2}, {"padding": 1, "stride": 2})[
+            i % 3
+        ]
+        case = conv_case("int8_conv2d", (2, total, 3, width), shape, mode="int8", groups=groups, **how)
+        case = case.with_x(case.x.contiguous(memory_format=LAST))
+        infinite = torch.full((total,), float("inf"))
+        with dispatch.force("int8_conv2d", kernel):
+            agree(case.but(**codes), kernel)
+            agree(case.but(**codes, activation="relu"), kernel)
+            agree(case.but(activation=("relu", "gelu")[i % 2]), kernel)
+            nan = dataclasses.replace(case.but(**codes), args=(*case.args[:-1], infinite))
+            assert nan.bias is infinite and torch.equal(nan(ops.int8_conv2d), nan(reference))

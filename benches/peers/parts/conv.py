@@ -8,7 +8,6 @@ between its quantize_per_tensor and dequantize.
 from __future__ import annotations
 
 import copy
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -107,12 +106,16 @@ def _case(session: Session, layer: Layer, batch: int, kind: str) -> None:
             about[name] = session.array(name, tensor)
         session.add_remote(case, "openvino", "OpenVINO int8", about, expected)
     elif layer.kernel == 1:
-        # Both with float output: the sparse module has no other.
-        dense, sparse = _ours(conv, expected, "float"), _sparse(conv)
+        dense, sparse = _ours(conv, expected, "float"), _sparse(conv, {})
+        codes = _sparse(conv, _codes(expected))
         case.own = [
-            ours(session, "float output", dense, given), ours(session, f"4x1 {SPARSITY:.0%}", sparse, given)
+            ours(session, "float output", dense, given), ours(session, f"4x1 {SPARSITY:.0%}", sparse, given),
+            ours(session, f"4x1 {SPARSITY:.0%}, int8 output", codes, given),
         ]  # fmt: skip
         case.targets.append(Target("4x1 80 % over dense", 3.0, ("float output",), (case.own[1].name,)))
+        case.targets.append(
+            Target("4x1 80 % over dense, int8 output", 3.0, (first.name,), (case.own[2].name,))
+        )
     case.targets.insert(0, Target("torch.ao", 1.0, aos))
     if kind == "int8" and layer.kernel == 3:
         case.share = 0.7
@@ -121,17 +124,20 @@ def _case(session: Session, layer: Layer, batch: int, kind: str) -> None:
 
 def _ours(conv: nn.Conv2d, expected: Tensor, kind: str) -> Int8Conv2d:
     static: dict[str, Any] = {"quant": "static", "x_scale": X_SCALE, "x_zero_point": X_ZERO}
-    if kind == "int8" and "out_scale" in inspect.signature(Int8Conv2d.from_float).parameters:
-        low, high = _range(expected)
-        static |= {"out_scale": (high - low) / 255, "out_zero_point": round(-low * 255 / (high - low)) - 128}
-    return Int8Conv2d.from_float(conv, **static)
+    return Int8Conv2d.from_float(conv, **static, **(_codes(expected) if kind == "int8" else {}))
 
 
-def _sparse(conv: nn.Conv2d) -> SparseConv2d:
+def _codes(expected: Tensor) -> dict[str, Any]:
+    """Arguments for int8 output of this range."""
+    low, high = _range(expected)
+    return {"out_scale": (high - low) / 255, "out_zero_point": round(-low * 255 / (high - low)) - 128}
+
+
+def _sparse(conv: nn.Conv2d, codes: dict[str, Any]) -> SparseConv2d:
     score = torch.rand(conv.weight.shape, generator=torch.Generator().manual_seed(2))
     mask = prune.make_mask(score, "4x1", SPARSITY)
     return SparseConv2d.from_float(
-        conv, pattern="4x1", mask=mask, quant="static", x_scale=X_SCALE, x_zero_point=X_ZERO
+        conv, pattern="4x1", mask=mask, quant="static", x_scale=X_SCALE, x_zero_point=X_ZERO, **codes
     )
 
 

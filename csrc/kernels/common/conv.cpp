@@ -73,8 +73,7 @@ struct Job {
     const Isa &isa;
     const ConvImage &c;
     Output out;
-    bool depthwise, fused;
-    const GroupedWeights *grouped; // null where its kernel does not run
+    bool depthwise, fused, grouped;
 
     int64_t groups() const { return depthwise ? 1 : h.groups; }
     int64_t panel_count() const { return depthwise ? div_up(h.groups, kTileN) : panels(h); }
@@ -147,7 +146,7 @@ void Job::run(const ConvBand &band, int64_t m0, int64_t m1, int64_t p0, int64_t 
             continue;
         }
         if (grouped) {
-            grouped->run(band, m, rows, offset, scale, out);
+            grouped_product(isa, a.packed, band, m, rows, offset, scale, out);
             continue;
         }
         if (c.in_place)
@@ -271,8 +270,6 @@ void conv_product(const ConvArgs &a, const Epilogue &e) {
     const bool fused = isa.product_i8 && h.kind == PackKind::dense_i8;
     c.in_place = fused && h.groups == 1 && h.taps == 1 && h.k % h.kr == 0 &&
                  a.quant.mode == ActQuant::given && c.stored();
-    GroupedWeights grouped;
-    const bool small_groups = grouped.prepare(isa, a.packed);
     const Job job = {a,
                      h,
                      isa,
@@ -280,7 +277,7 @@ void conv_product(const ConvArgs &a, const Epilogue &e) {
                      image_output(e, a.out, a.out_channels_last, a.geometry, a.outputs),
                      h.kind == PackKind::depthwise_i8,
                      fused,
-                     small_groups ? &grouped : nullptr};
+                     h.kind == PackKind::grouped_i8};
     run_rows(job, 0, batch * c.oh);
     // Samples with NaN or Inf were only found out on the way: they are blank, and run again.
     for (int64_t b = 0; watch && b < batch; ++b)

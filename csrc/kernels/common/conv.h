@@ -12,7 +12,7 @@
 //                                                       that only the row is padded to whole groups of kr,
 //                                                       not each tap: 3 channels fill 21 of 24 places, not 3
 //                                                       of 4
-// depthwise_i8 has a kernel of its own.
+// depthwise_i8 and grouped_i8 have kernels of their own.
 #pragma once
 
 #include "kernels/common/product.h"
@@ -22,7 +22,7 @@ namespace tautorch {
 // Whether weights packed with this header are ones of this convolution.
 bool conv_pack_fits(const PackHeader &h, const Geometry &g);
 
-// Runs dense_i8, dense_w8 and depthwise_i8 packs. `e` has its correction filled in.
+// Runs dense_i8, dense_w8, depthwise_i8 and grouped_i8 packs. `e` has its correction filled in.
 void conv_product(const ConvArgs &a, const Epilogue &e);
 
 } // namespace tautorch

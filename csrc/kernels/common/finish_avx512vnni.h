@@ -179,6 +179,22 @@ __attribute__((always_inline)) inline void finish(const ToOutput &p, int i, int 
             std::memcpy(line(r), partial + r * 16 * NV * size, static_cast<size_t>(left * size));
 }
 
+inline bool finite(__m512 v) { return _mm512_fpclass_ps_mask(v, 0x99) == 0; }
+
+// Whether int8 output of these rows may be taken for numbers, if its outputs' scales and biases are finite: a
+// sum times 2^90 is, whatever its sign.
+inline bool leaves_as_codes(const Epilogue &e, const float *row_scale, int rows) {
+    if (e.out_dtype != DType::i8 || e.addend || !(e.out_inv_scale < 0x1p126f))
+        return false;
+    for (int r = 0; r < rows; r += 16) {
+        const __mmask16 m = first(rows - r);
+        const __m512 scale = _mm512_abs_ps(_mm512_maskz_loadu_ps(m, row_scale + r));
+        if (_mm512_mask_cmp_ps_mask(m, scale, _mm512_set1_ps(0x1p90f), _CMP_NLE_UQ) != 0)
+            return false;
+    }
+    return true;
+}
+
 inline void prefetch_to_write(const char *p) { asm volatile("prefetchw %0" : : "m"(*p)); }
 
 } // namespace

@@ -113,7 +113,7 @@ struct Isa {
                              const int8_t *values, int64_t g0, int64_t g1, bool add, int32_t *acc,
                              const SparseScales &scales) = nullptr;
 
-    // product_i8 for groups of few channels.
+    // Groups of few channels. Null where there is none.
     void (*grouped_i8)(const GroupedI8 &) = nullptr;
 
     // A strip of cells or of 2:4 weights times a tile of rows. Null where there is none.

@@ -3,6 +3,7 @@
 #include "core/arch.h"
 #include "core/memory.h"
 #include "kernels/common/cells.h"
+#include "kernels/common/grouped.h"
 #include "kernels/common/pairs.h"
 #include "kernels/common/sell.h"
 #include "kernels/common/sparse_f32.h"
@@ -37,7 +38,7 @@ PackHeader base_header(const Isa &isa, PackKind kind, int64_t groups, int64_t n,
 
 bool has_colsum(PackKind k) {
     return k == PackKind::dense_i8 || k == PackKind::sparse_i8 || k == PackKind::depthwise_i8 ||
-           k == PackKind::pairs_i8;
+           k == PackKind::pairs_i8 || k == PackKind::grouped_i8;
 }
 
 int64_t after_colsum(const PackHeader &h) {
@@ -64,8 +65,17 @@ float effective_inputs(const int8_t *panel, int64_t inputs, int width) {
     return static_cast<float>(least);
 }
 
-// Calls f(g, n, k, tap, position in the data in elements) for every weight, in packed order.
+// Calls f(g, n, k, tap, position in the data in elements) for every weight, in packed order but for
+// grouped_i8.
 template <class F> void each_weight(const PackHeader &h, const F &f) {
+    if (h.kind == PackKind::grouped_i8) {
+        for (int64_t g = 0; g < h.groups; ++g)
+            for (int64_t n = 0; n < h.n; ++n)
+                for (int64_t k = 0; k < h.k; ++k)
+                    for (int64_t t = 0; t < h.taps; ++t)
+                        f(g, n, k, t, grouped_at(h, g, n, k, t));
+        return;
+    }
     int64_t at = 0;
     for (int64_t g = 0; g < h.groups; ++g)
         for (int64_t p = 0; p < panels(h); ++p) {
@@ -180,6 +190,10 @@ bool header_consistent(const Isa &isa, const PackHeader &h) {
         if (h.kind == PackKind::pairs_i8 && (!isa.strip_i8 || h.groups != 1 || h.taps != 1))
             return false;
         [[fallthrough]];
+    case PackKind::grouped_i8:
+        if (h.kind == PackKind::grouped_i8 && !grouped_fits(isa, h.groups, h.n, h.k, h.taps))
+            return false;
+        [[fallthrough]];
     case PackKind::dense_i8:
     case PackKind::dense_f32:
     case PackKind::dense_w8:
@@ -232,6 +246,8 @@ PackHeader dense_header(const Isa &isa, PackKind kind, int64_t groups, int64_t n
         h.total = h.data_off + round_up(groups, kTileN) * round_up(taps, 4);
     else if (kind == PackKind::pairs_i8)
         h.total = h.data_off + pair_bytes(h);
+    else if (kind == PackKind::grouped_i8)
+        h.total = h.data_off + grouped_blocks(h) * grouped_bytes(h);
     else
         h.total = h.data_off + groups * group_bytes(h);
     // Vector loads of a last, partial group may look past the data.

@@ -14,6 +14,7 @@ enum class PackKind : int32_t {
     sparse_f32 = 4,   // kept inputs by blocks, see sparse_f32.h
     depthwise_i8 = 5, // [64 channels][quad of taps][channel][4 taps]
     pairs_i8 = 6,     // 2:4, see pairs.h
+    grouped_i8 = 7,   // groups of 4, 8 or 16 channels, see grouped.h
 };
 
 struct PackHeader {

@@ -39,14 +39,21 @@ void product_i8_avx512vnni(const ProductI8 &p);
 int product_i8_codes_avx512vnni(const ProductI8 &p);
 void product_i8_rows_avx512vnni(const ProductI8 &p);
 
-// Groups of few channels: 16 outputs, each of which sees 4 * quads inputs of its own group. Weights are
-// [taps][quads][16 outputs][4], and quad q of output o's inputs is dword spread[q][o] of what lies at a row.
-// Rows are row_step apart; rows[t] is the first one under tap t.
+// Up to 64 outputs of a grouped_i8 pack (see grouped.h) for runs of pixels, each in one row of the image.
+struct GroupedRun {
+    const char *first; // under tap 0 of the first pixel
+    int row, count;    // of the output, from row on
+};
 struct GroupedI8 {
-    ProductI8 p; // panel: these weights; taps, row_step, count, and from epilogue on as there
-    int quads;   // 1 or 2
-    bool wide;   // the inputs are 64 bytes, not 16
-    alignas(64) int32_t spread[2][16];
+    ToOutput to;
+    const GroupedRun *runs;
+    int run_count;
+    int64_t step;        // bytes from pixel to pixel
+    int64_t shift;       // bytes from a pixel's first channel to the first of these
+    const int64_t *taps; // distances from the first
+    int64_t count;       // of taps
+    int quads;           // of a group: 1, 2 or 4
+    const int8_t *weights;
 };
 void grouped_i8_avx512vnni(const GroupedI8 &g);
 

@@ -127,56 +127,7 @@ void strip(const ProductI8 &p, const Tile *tiles, int most, int i) {
     }
 }
 
-// Groups of few channels: the inputs of all 16 outputs in one load, and a permutation for each quad.
-template <int MR, int Q, bool Wide> void grouped_tile(const GroupedI8 &g, int r0) {
-    const ProductI8 &p = g.p;
-    __m512i c[MR][1], spread[Q];
-    const __m512i from = start(p, 0);
-#pragma GCC unroll 12
-    for (int r = 0; r < MR; ++r)
-        c[r][0] = from;
-#pragma GCC unroll 2
-    for (int q = 0; q < Q; ++q)
-        spread[q] = _mm512_load_si512(g.spread[q]);
-    const int8_t *b = p.panel;
-    for (int64_t t = 0; t < p.taps; ++t) {
-        Rows<MR, true> x(p, t, r0);
-        __m512i w[Q];
-#pragma GCC unroll 2
-        for (int q = 0; q < Q; ++q, b += 64)
-            w[q] = _mm512_loadu_si512(b);
-#pragma GCC unroll 12
-        for (int r = 0; r < MR; ++r) {
-            const __m512i in =
-                Wide ? _mm512_loadu_si512(x[r])
-                     : _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i *>(x[r])));
-#pragma GCC unroll 2
-            for (int q = 0; q < Q; ++q)
-                c[r][0] = _mm512_dpbusd_epi32(c[r][0], _mm512_permutexvar_epi32(spread[q], in), w[q]);
-        }
-    }
-    finish<MR, 1>(p, 0, r0, c);
-}
-
-using GroupedTile = void (*)(const GroupedI8 &, int r0);
-template <int Q, bool Wide>
-constexpr GroupedTile kGrouped[12] = {
-    grouped_tile<1, Q, Wide>,  grouped_tile<2, Q, Wide>,  grouped_tile<3, Q, Wide>,
-    grouped_tile<4, Q, Wide>,  grouped_tile<5, Q, Wide>,  grouped_tile<6, Q, Wide>,
-    grouped_tile<7, Q, Wide>,  grouped_tile<8, Q, Wide>,  grouped_tile<9, Q, Wide>,
-    grouped_tile<10, Q, Wide>, grouped_tile<11, Q, Wide>, grouped_tile<12, Q, Wide>};
-
 } // namespace
-
-void grouped_i8_avx512vnni(const GroupedI8 &g) {
-    const GroupedTile *tiles = g.quads == 1 ? (g.wide ? kGrouped<1, true> : kGrouped<1, false>)
-                                            : (g.wide ? kGrouped<2, true> : kGrouped<2, false>);
-    const int parts = (g.p.count + 11) / 12;
-    for (int j = 0; j < parts; ++j) {
-        const int r0 = g.p.count * j / parts;
-        tiles[g.p.count * (j + 1) / parts - r0 - 1](g, r0);
-    }
-}
 
 void product_i8_avx512vnni(const ProductI8 &given) {
     if (given.panels > 1)

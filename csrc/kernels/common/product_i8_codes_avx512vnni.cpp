@@ -3,11 +3,7 @@
 // one after another, fill all that the core looks ahead: 16 outputs of 64 inputs took 23.1 cycles, 16 of them
 // products. Here two tiles of 6 x 32 take turns, and each of the first six steps of the one finishes a row of
 // the other: 19.8.
-#include <cstdint>
-#include <cstring>
-#include <immintrin.h>
-
-#include "kernels/common/product_i8.h"
+#include "kernels/common/finish_avx512vnni.h"
 
 namespace tautorch {
 namespace {
@@ -157,8 +153,6 @@ __attribute__((noinline)) void strip(const ProductI8 &p, const Scales &e, int64_
     leave(b, r);
 }
 
-bool finite(__m512 v) { return _mm512_fpclass_ps_mask(v, 0x99) == 0; }
-
 // False where an output may be NaN, which finish_row takes for a number.
 bool scales_of(const ProductI8 &p, int64_t i, Scales &to) {
     const Epilogue &e = *p.epilogue;
@@ -189,18 +183,8 @@ bool scales_of(const ProductI8 &p, int64_t i, Scales &to) {
 int product_i8_codes_avx512vnni(const ProductI8 &p) {
     const Epilogue &e = *p.epilogue;
     const int count = p.count / kRows * kRows;
-    if (e.out_dtype != DType::i8 || e.addend || count == 0 || p.kq < kRows || p.width % 32 != 0 ||
-        !(e.out_inv_scale < 0x1p126f))
+    if (count == 0 || p.kq < kRows || p.width % 32 != 0 || !leaves_as_codes(e, p.row_scale, count))
         return 0;
-    // A sum times 2^90 is finite, whatever its sign.
-    const __m512 most = _mm512_set1_ps(0x1p90f);
-    for (int r = 0; r < count; r += 16) {
-        const int left = count - r;
-        const __mmask16 m = static_cast<__mmask16>(left >= 16 ? 0xffff : (1u << left) - 1);
-        const __m512 scale = _mm512_abs_ps(_mm512_maskz_loadu_ps(m, p.row_scale + r));
-        if (_mm512_mask_cmp_ps_mask(m, scale, most, _CMP_NLE_UQ) != 0)
-            return 0;
-    }
     for (int64_t i = 0; i < p.cols; i += 32) {
         Scales s;
         if (!scales_of(p, i, s))

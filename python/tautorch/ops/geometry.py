@@ -251,10 +251,14 @@ def _pack_matrix(weight: Tensor, groups: int, kind: int, kernel: str) -> Tensor:
 def pack_forms(weight: Tensor, groups: int, dilation: int, kind: int, kernel: str) -> Tensor:
     """Dense pack of a canonical weight in the form that ``int8_conv2d``'s kernels run fastest.
 
-    Small groups become fewer groups with zeros between what belongs to different ones, as long as the outputs
-    still fit the vector that one of them would have left empty. Of a single group without dilation along a
-    row, a whole row of the filter becomes one tap: channels are then padded to a kernel's step once a row.
+    Groups of 4, 8 or 16 channels have a kernel of their own. Other small ones become fewer groups with zeros
+    between what belongs to different ones, as long as the outputs still fit the vector that one of them would
+    have left empty. Of a single group without dilation along a row, a whole row of the filter becomes one
+    tap: channels are then padded to a kernel's step once a row.
     """
+    o, i, kh, kw = weight.shape
+    if kind == lib.DENSE_I8 and _C.grouped_fits(kernel, groups, o // groups, i, kh * kw):
+        return pack(weight, groups, lib.GROUPED_I8, kernel)
     merged = _merged(groups, weight, kernel) if kind == lib.DENSE_I8 else 1
     if merged > 1:
         weight, groups = _merge(weight, groups, merged), groups // merged

@@ -27,7 +27,7 @@ DTYPE_CODE: dict[torch.dtype, int] = {
     torch.int32: 4,
 }
 ACTIVATION_CODE: dict[str, int] = {name: i for i, name in enumerate(ACTIVATIONS)}
-DENSE_I8, DENSE_F32, DENSE_W8, SPARSE_I8, SPARSE_F32, DEPTHWISE_I8, PAIRS_I8 = range(7)
+DENSE_I8, DENSE_F32, DENSE_W8, SPARSE_I8, SPARSE_F32, DEPTHWISE_I8, PAIRS_I8, GROUPED_I8 = range(8)
 DYNAMIC, STATIC, GIVEN, NONE = range(4)
 
 _recall = _C.recall
