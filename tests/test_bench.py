@@ -83,6 +83,13 @@ def test_nothing_is_timed_past_the_budget(short: None, monkeypatch: pytest.Monke
     assert result.left_out[0] == f"{BEST}, 40 x 70, 1 rows"
 
 
+def test_a_busy_machine_is_told(short: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "disturbed" not in RUNNER.invoke(cli.app, ["bench", "--kernel", BEST]).output
+    busy = timing.Comparison(3e-6, 2e-6, 1.5, 1.4, 1.6, 5, 0.4)
+    monkeypatch.setattr(timing, "compare", lambda a, b, **options: (a(), b(), busy)[2])
+    assert "40% of the samples were disturbed" in RUNNER.invoke(cli.app, ["bench", "--kernel", BEST]).output
+
+
 def test_kernels_that_do_not_run_here() -> None:
     result = RUNNER.invoke(cli.app, ["bench", "--kernel", "sve9"])
     assert result.exit_code == 2

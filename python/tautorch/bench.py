@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -25,6 +26,7 @@ from tautorch.bench_cases import Layer
 from tautorch.testing.bench import best_seconds, machine
 
 BUDGET_S = 100.0  # for all timings; proofs and packing come on top
+DISTURBED = 0.1  # of the samples, median over the rows: more than a quiet machine has
 # A scalar kernel takes seconds where the others take milliseconds, and its speed decides nothing. It has no
 # product instruction either, whose rate would be its peak.
 SCALAR_MACS = 5e7
@@ -47,6 +49,7 @@ class Row:
     ratio: float  # fp32 over ours: above 1 is faster
     ratio_low: float  # 95 % confidence
     ratio_high: float
+    disturbed: float  # share of the samples in which something else had the processor
 
 
 @dataclass(frozen=True)
@@ -113,17 +116,21 @@ def _row(layer: Layer, kernel: str, peak: float | None, seconds: float) -> Row:
     ours(x)
     if (ran := dispatch.last_used(layer.op)) != kernel:
         raise AssertionError(f"{layer.name}: {kernel} was asked for and {ran} ran")
+    packs = [p for name, p in ours.named_buffers() if name.startswith("packed") and p is not None]
+
+    def reading() -> float:
+        return best_seconds(lambda: [_C.read_lines(p.data_ptr(), p.numel()) for p in packs])
+
+    before = reading()
     found = timing.compare(lambda: float_layer(x), lambda: ours(x), seconds=seconds, min_samples=5)
     gops = 2 * layer.macs / found.b_s / 1e9
     gb_s = share_of_read = None
     if x.dim() == 2 and layer.rows == 1:
-        packs = [p for name, p in ours.named_buffers() if name.startswith("packed") and p is not None]
-        read_s = best_seconds(lambda: [_C.read_lines(p.data_ptr(), p.numel()) for p in packs])
         gb_s = sum(p.numel() for p in packs) / found.b_s / 1e9
-        share_of_read = read_s / found.b_s
+        share_of_read = min(before, reading()) / found.b_s
     return Row(
         kernel, layer.op, layer.name, layer.rows, found.b_s * 1e6, gops, peak and gops / peak, gb_s,
-        share_of_read, found.a_s * 1e6, found.ratio, found.ratio_low, found.ratio_high,
+        share_of_read, found.a_s * 1e6, found.ratio, found.ratio_low, found.ratio_high, found.disturbed,
     )  # fmt: skip
 
 
@@ -167,5 +174,11 @@ def show(result: Result, console: Console) -> None:
     peaks = ", ".join(f"{name} {gops:.0f}" for name, gops in result.peaks.items())
     console.print(f"product instructions on registers, GOPS on all threads: {peaks}\n", markup=False)
     console.print(table(result))
+    disturbed = statistics.median(r.disturbed for r in result.rows) if result.rows else 0.0
+    if disturbed > DISTURBED:
+        console.print(
+            f"\n[bold]{disturbed:.0%} of the samples were disturbed by other programs: "
+            "run this again on an idle machine.[/]"
+        )
     if result.left_out:
         console.print(f"\nno time was left for {len(result.left_out)}: {'; '.join(result.left_out)}")
