@@ -14,8 +14,10 @@ from typing import Any
 import numpy as np
 import pytest
 from tests.capi import library as t
-from tests.capi.building import HERE, INCLUDE, ROOT, library, run
 from tests.capi.library import Library, Refused, at, layer_of
+from tests.native.building import HERE, ROOT, library, run
+
+INCLUDE = ROOT / "include"
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""Builds of the native test program: in the tree of `make build`, and for aarch64."""
+"""Builds of the native test program and the C library: in the tree of `make build`, and for aarch64."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ def run(*command: str | Path, seconds: float = 600) -> str:
     return done.stdout
 
 
-def build_aarch64() -> Path:
-    """Cross-compile the kernels and the program (a second build compiles what has changed); where it is."""
+def build_aarch64(target: str) -> Path:
+    """Cross-compile the kernels and a target (a second build compiles what changed); the build's folder."""
     if not shutil.which(f"{PREFIX}g++"):
         pytest.skip(f"{PREFIX}g++ is not installed; apt-get install g++-aarch64-linux-gnu")
     CROSS.mkdir(parents=True, exist_ok=True)
@@ -46,5 +46,13 @@ def build_aarch64() -> Path:
             *("-DTAUTORCH_PYTHON=OFF", "-S", ROOT, "-B", CROSS),
             f"-DCMAKE_TOOLCHAIN_FILE={ROOT / 'cmake' / 'aarch64-linux-gnu.cmake'}",
         )
-        run("cmake", "--build", CROSS, "--target", "native_test", seconds=1800)
-    return CROSS / "tests" / "native" / "native_test"
+        run("cmake", "--build", CROSS, "--target", target, seconds=1800)
+    return CROSS
+
+
+def library(name: str) -> Path:
+    """libtautorch.a or libtautorch.so of this machine."""
+    path = HERE / name
+    if not path.exists():
+        pytest.skip(f"no {path}; run `make build`")
+    return path

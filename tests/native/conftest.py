@@ -12,4 +12,4 @@ from .building import build_aarch64
 @pytest.fixture(scope="session")
 def aarch64() -> Path:
     """native_test for aarch64."""
-    return build_aarch64()
+    return build_aarch64("native_test") / "tests" / "native" / "native_test"
