@@ -146,6 +146,26 @@ def test_a_bad_tile_is_not_used(stand: Stand, tile: Any) -> None:
     assert stand.choose() == RULE
 
 
+def test_a_tile_that_does_not_run_here_gives_way_to_the_rules(stand: Stand) -> None:
+    def launch() -> Tile:
+        def run(tile: Tile) -> Tile:
+            stand.run(tile)
+            return tile
+
+        return tuning.launch(stand.x, KEY, lambda: RULE, lambda: [FAST], lambda v: tuning.tile(Tile, v), run)
+
+    ship(astuple(UNABLE), measured=True)
+    with pytest.warns(UserWarning, match="does not run here .*out of shared memory"):
+        assert launch() == RULE
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert launch() == RULE, "it is not tried again"
+    assert stand.ran == [RULE, RULE]
+    stand.run = lambda tile: (_ for _ in ()).throw(RuntimeError("broken"))  # type: ignore[method-assign]
+    with pytest.raises(RuntimeError, match="broken"):  # the rule's own failure is an error
+        launch()
+
+
 def test_a_folder_that_cannot_be_written_does_not_stop_a_call(
     stand: Stand, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -26,6 +26,7 @@ from torch import Tensor
 VERSION = 1
 SAMPLES = 7
 T = TypeVar("T")
+R = TypeVar("R")
 
 _measuring = False
 _tables: dict[Path, dict[str, Any]] = {}
@@ -156,6 +157,36 @@ def choose(
     _found[full] = best, True
     _write(cache_file(), "|".join(str(part) for part in full), astuple(best))  # type: ignore[call-overload]
     return best
+
+
+def launch(
+    x: Tensor,
+    key: Sequence[object],
+    rule: Callable[[], T],
+    candidates: Callable[[], Sequence[T]],
+    parse: Callable[[Any], T],
+    run: Callable[[T], R],
+) -> R:
+    """``run`` with what ``choose`` says, or, where that does not run here, with the rule's choice.
+
+    A table's tile may be of another version of the compiler, or too large for a device of that name.
+    """
+    chosen = choose(x, key, rule, candidates, parse, run)
+    try:
+        return run(chosen)
+    except Exception as error:
+        usual = rule()
+        if chosen == usual:
+            raise
+        full = (_device_name(x.get_device()), *key)
+        _found[full] = None, False
+        text = "|".join(str(part) for part in full)
+        warnings.warn(
+            f"tautorch: the tile kept for {text} does not run here ({error!r:.200}); the rule's does. "
+            f"Delete {cache_file()}",
+            stacklevel=2,
+        )
+        return run(usual)
 
 
 def _look_up(text: str, device: str, parse: Callable[[Any], T]) -> tuple[T | None, bool]:

@@ -190,7 +190,7 @@ def int8_conv2d(
         )  # fmt: skip
 
     if config is None:
-        config = tuning.choose(
+        tuning.launch(
             x,
             ("int8_conv2d", tuning.rows_of(m), n, c, h, w, kh, kw, *stride, *padding, *dilation),
             lambda: choose(m, n, c),
@@ -198,5 +198,6 @@ def int8_conv2d(
             lambda found: tuning.tile(Config, found),
             launch,
         )
-    launch(config)
+    else:
+        launch(config)
     return y.permute(0, 3, 1, 2)

@@ -452,7 +452,7 @@ def matmul(
         )
 
     if config is None:
-        config = tuning.choose(
+        tuning.launch(
             q,
             ("int8_linear", tuning.rows_of(m), n, k),
             lambda: choose(m, n, k, _capability(q)),
@@ -460,7 +460,8 @@ def matmul(
             lambda found: tuning.tile(Config, found),
             launch,
         )
-    launch(config)
+    else:
+        launch(config)
     return y
 
 
@@ -521,7 +522,7 @@ def weight_only_matmul(
         )
 
     if config is None:
-        config = tuning.choose(
+        tuning.launch(
             x,
             ("weight_only", tuning.rows_of(m), n, k, x.dtype),
             lambda: choose_weight_only(m, x.element_size()),
@@ -529,7 +530,8 @@ def weight_only_matmul(
             lambda found: tuning.tile(Config, found),
             launch,
         )
-    launch(config)
+    else:
+        launch(config)
     return y
 
 

@@ -583,7 +583,7 @@ def lowrank_linear(
                 out_zero_point=out_zero_point, out_dtype=out_dtype, config=c,
             )  # fmt: skip
 
-        config = tuning.choose(
+        return tuning.launch(
             x,
             ("lowrank_linear", tuning.rows_of(m), n, k, r, down.dtype, added),
             lambda: choose(m, n, k, r, size, added, processors),
@@ -592,9 +592,7 @@ def lowrank_linear(
             launch,
         )
     if config.down is None and (residual is not None or tile_rank(r, 2) > MAX_TILE_RANK):
-        raise ValueError(
-            f"lowrank_linear: one launch takes no residual and r <= 256, got r={r}; delete the cache"
-        )
+        raise ValueError(f"lowrank_linear: one launch takes no residual and r <= 256, got r={r}")
     q, q_scale = rows, x_scale
     if rows.is_floating_point() and (int8 or residual is not None):
         q, q_scale = quantize_rows(rows, x_scale, x_zero_point)

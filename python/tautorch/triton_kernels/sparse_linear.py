@@ -202,7 +202,7 @@ def sparse_linear(
         )  # fmt: skip
 
     if config is None:
-        config = tuning.choose(
+        tuning.launch(
             x,
             ("sparse_linear", pattern, tuning.rows_of(m), n, k, rows.dtype, values.dtype),
             lambda: choose(m, block, rows.element_size()),
@@ -210,5 +210,6 @@ def sparse_linear(
             lambda found: tuning.tile(Config, found),
             launch,
         )
-    launch(config)
+    else:
+        launch(config)
     return y.reshape(*x.shape[:-1], n)
