@@ -145,7 +145,8 @@ struct Operand {
 };
 
 inline Operand prepare_rows(const Rows &r, ActQuant::Mode mode, const float *x_scale,
-                            const int32_t *zero_point, uint8_t *workspace, cudaStream_t stream) {
+                            const int32_t *zero_point, uint8_t *workspace, cudaStream_t stream,
+                            uint32_t *peaks = nullptr) {
     const bool as_it_is = mode == ActQuant::none || mode == ActQuant::given;
     if (as_it_is && readable(r))
         return {r.x, r.stride_m, nullptr};
@@ -162,7 +163,7 @@ inline Operand prepare_rows(const Rows &r, ActQuant::Mode mode, const float *x_s
     const cuda::QuantizeRows q{r.x,        r.dtype,    r.stride_m,
                                r.stride_k, r.m,        r.k,
                                x_scale,    zero_point, reinterpret_cast<int8_t *>(workspace),
-                               w.ldq,      scale};
+                               w.ldq,      scale,      peaks};
     check("quantize_rows", cuda::quantize_rows(q, stream));
     // Static too has one scale per row by now: NaN marks the poisoned ones.
     return {workspace, w.ldq, scale};

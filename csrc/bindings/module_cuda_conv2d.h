@@ -9,10 +9,10 @@
 
 namespace tautorch::bindings {
 
-// x quantised or copied, one scale a sample, then 16 bytes of what lies around the image.
+// x quantised or copied, one scale a sample, 16 bytes of what lies around the image, one peak a sample.
 struct ConvWorkspace {
     Workspace rows;
-    int64_t outside_off, bytes;
+    int64_t outside_off, peaks_off, bytes;
 };
 
 // A sample is a row; its bytes follow the one before, because channels are a multiple of 16.
@@ -20,7 +20,8 @@ inline ConvWorkspace conv_workspace(int64_t batch, int64_t sample) {
     ConvWorkspace w{};
     w.rows = workspace_of(batch, sample, 1);
     w.outside_off = w.rows.bytes;
-    w.bytes = w.outside_off + cuda::kLine;
+    w.peaks_off = w.outside_off + cuda::kLine;
+    w.bytes = w.peaks_off + round_up(4 * batch, cuda::kLine);
     return w;
 }
 
@@ -57,8 +58,9 @@ template <class Op> int64_t conv_run(Args &in) {
         return kernel - table;
     const int64_t sample = a.height * a.width * a.channels;
     const ConvWorkspace w = conv_workspace(a.batch, sample);
-    const Operand operand = prepare_rows({x, x_dtype, a.batch, sample, sample, 1}, p.mode, a.x_scale,
-                                         a.x_zero_point, workspace, stream);
+    const Operand operand =
+        prepare_rows({x, x_dtype, a.batch, sample, sample, 1}, p.mode, a.x_scale, a.x_zero_point, workspace,
+                     stream, reinterpret_cast<uint32_t *>(workspace + w.peaks_off));
     a.x = static_cast<const int8_t *>(operand.x);
     a.outside = reinterpret_cast<int8_t *>(workspace + w.outside_off);
     if (operand.scale != nullptr) {

@@ -20,7 +20,7 @@ from torch import Tensor
 from tautorch.reference.common import apply_activation
 from tautorch.reference.layouts import encode
 from tautorch.reference.quantize_rows import STAGES, stage
-from tautorch.reference.quantizer import quantize_rows
+from tautorch.reference.quantizer import quantize_rows, quantize_static
 
 ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).parent / "emulation"
@@ -45,7 +45,7 @@ def device(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     )
     tops = [line.partition("TOP=")[2] for line in dry.stderr.splitlines() if "TOP=" in line]
     library = tmp_path_factory.mktemp("emulated") / "device.so"
-    sources = [ROOT / f"csrc/kernels/common/quantize_rows{part}.cu" for part in ("", "_after")]
+    sources = [ROOT / f"csrc/kernels/common/quantize_rows{part}.cu" for part in ("", "_after", "_parts")]
     sources.append(HERE / "emulate.cpp")
     sources += [ROOT / f"csrc/kernels/int8_linear/int8_linear_{name}.cu" for name in ("pack", "stream")]
     sources += [ROOT / f"csrc/kernels/{name}.cu" for name in GEMM]
@@ -144,6 +144,28 @@ def test_any_strides_and_alignment(device: ctypes.CDLL) -> None:
         want_q, want_scale = quantize_rows(x)
         q, scale = quantise(device, x)
         assert torch.equal(q, want_q) and torch.equal(scale, want_scale.reshape(-1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("k,shared", [(24576, 0), (24592, 1), (33000, 1), (33002, 0)])
+def test_long_rows_are_shared(device: ctypes.CDLL, dtype: torch.dtype, k: int, shared: int) -> None:
+    """From four parts on and in whole pieces of 16 bytes; the same integers as by one block."""
+    x = aligned((torch.randn(3, k) * torch.tensor([[1.0], [1e-30], [9.0]])).to(dtype), k, 0)
+    x[2, k - 1] = 100  # in the last part
+    wide = -(-k // 16) * 16
+    for static in (False, True):
+        q, scale = aligned(torch.zeros(3, wide, dtype=torch.int8), wide, 0), torch.zeros(3)
+        peaks = torch.full((3,), -1, dtype=torch.int32)
+        x_scale, zero = torch.tensor([0.05]), torch.tensor([4], dtype=torch.int32)
+        pointers = (at(x_scale), at(zero)) if static else (None, None)
+        status = device.quantize_rows_in_parts(
+            at(x), DTYPES[dtype], *i64(3, k), *pointers, at(q), *i64(wide), at(scale), at(peaks)
+        )
+        assert status == shared
+        want_q, want_scale = quantize_static(x, x_scale, zero) if static else quantize_rows(x)
+        assert torch.equal(q[:, :k], want_q)
+        same(scale, want_scale)
+        x[1, 20000] = float("nan")  # for the second turn
 
 
 # A row per block of 128 or of 256 threads, holding 8, 16, 32 and 64 values each; whole and cut chunks.

@@ -92,6 +92,8 @@ int quantize_rows(const QuantizeRows &a, void *stream) {
         return kOk;
     if (!is_aligned(a.q, 16))
         return kBadArgument;
+    if (quantize_in_parts(a))
+        return quantize_rows_in_parts(a, stream);
     switch (a.dtype) {
     case DType::f32:
         return launch<float>(a, stream);

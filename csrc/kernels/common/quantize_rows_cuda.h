@@ -23,7 +23,12 @@ struct QuantizeRows {
     int8_t *q;                 // device, [m, ldq], 16-byte aligned; columns k..ldq are left as they were
     int64_t ldq;               // multiple of 16, at least k
     float *scale;              // device, [m]
+    uint32_t *peaks = nullptr; // device, [m] to be overwritten, or null: each row by one block
 };
+
+// Whether quantize_rows() lets several blocks share a row, and how.
+bool quantize_in_parts(const QuantizeRows &a);
+int quantize_rows_in_parts(const QuantizeRows &a, void *stream);
 
 // What comes before rounding, in fp32 and in registers: nothing of it goes through memory.
 enum class RowStage : int {
@@ -51,7 +56,7 @@ constexpr int64_t kMaxHeld = 16384;
 // The same as quantize_rows() of what the stage makes of x.
 int quantize_rows_after(const QuantizeRowsAfter &a, void *stream);
 
-// Asynchronous on `stream` (a cudaStream_t) of the current device. Needs no workspace.
+// Asynchronous on `stream` (a cudaStream_t) of the current device.
 int quantize_rows(const QuantizeRows &a, void *stream);
 
 } // namespace tautorch::cuda

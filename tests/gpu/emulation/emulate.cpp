@@ -19,6 +19,16 @@ extern "C" int quantize_rows(const void *x, int dtype, int64_t stride_m, int64_t
         nullptr);
 }
 
+// 1: by several blocks a row.
+extern "C" int quantize_rows_in_parts(const void *x, int dtype, int64_t m, int64_t k, const float *x_scale,
+                                      const int32_t *zero_point, int8_t *q, int64_t ldq, float *scale,
+                                      uint32_t *peaks) {
+    const cuda::QuantizeRows a{x,          static_cast<DType>(dtype), k, 1, m, k, x_scale, zero_point, q, ldq,
+                               scale, peaks};
+    const int status = cuda::quantize_rows(a, nullptr);
+    return status != 0 ? status : cuda::quantize_in_parts(a);
+}
+
 extern "C" int quantize_rows_after(const void *x, int dtype, int64_t stride_m, int64_t m, int64_t k, int stage,
                                    const float *weight, const float *bias, const void *gate,
                                    int64_t gate_stride_m, float eps, const float *x_scale,

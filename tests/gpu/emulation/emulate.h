@@ -5,6 +5,7 @@
 #include <cuda_runtime_api.h>
 
 #include <algorithm>
+#include <atomic>
 #include <barrier>
 #include <cmath>
 #include <cstdint>
@@ -64,6 +65,12 @@ inline uint32_t __reduce_max_sync(unsigned, uint32_t v) {
 }
 inline int32_t __reduce_add_sync(unsigned, int32_t v) {
     return emulated_reduce(v, [](int32_t a, int32_t b) { return a + b; });
+}
+
+inline void atomicMax(uint32_t *to, uint32_t v) {
+    std::atomic_ref<uint32_t> all(*to);
+    for (uint32_t seen = all; v > seen && !all.compare_exchange_weak(seen, v);) {
+    }
 }
 
 inline float __shfl_xor_sync(unsigned, float v, int step) {
