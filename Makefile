@@ -76,7 +76,7 @@ cuda: $(DEPS)
 c:
 	@$(need_compiler)
 	$(C_CMAKE) -S . -B build/c -DTAUTORCH_PYTHON=OFF $(CMAKE_ARGS)
-	$(C_CMAKE) --build build/c --parallel --target tautorch_static tautorch_shared
+	$(C_CMAKE) --build build/c --parallel $$(nproc 2>/dev/null || echo 2) --target tautorch_static tautorch_shared
 C_CMAKE := $(firstword $(wildcard $(VENV)/bin/cmake) cmake)
 
 build: $(BUILT)
