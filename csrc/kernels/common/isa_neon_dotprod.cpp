@@ -64,14 +64,16 @@ void dot_i8_t(const void *const *rows, int64_t ld, int64_t taps, int64_t kq, con
             step<2>(b + 2 * kStep, x, acc[2 % U]);
             step<3>(b + 3 * kStep, x, acc[3 % U]);
         }
-        for (; q < kq; ++q, b += kStep) {
+        if (q < kq) { // one to three groups; nothing is made of what is read past them
             int8x16_t x[MR];
-            for (int r = 0; r < MR; ++r) {
-                int32_t four;
-                __builtin_memcpy(&four, a[r] + 4 * q, 4);
-                x[r] = vreinterpretq_s8_s32(vdupq_n_s32(four));
-            }
+            for (int r = 0; r < MR; ++r)
+                x[r] = vld1q_s8(a[r] + 4 * q);
             step<0>(b, x, acc[0]);
+            if (kq - q > 1)
+                step<1>(b + kStep, x, acc[1 % U]);
+            if (kq - q > 2)
+                step<2>(b + 2 * kStep, x, acc[2 % U]);
+            b += (kq - q) * kStep;
         }
     }
     for (int r = 0; r < MR; ++r)

@@ -110,9 +110,10 @@ template <class Out> inline void store_q4(void *out, int64_t i, const vi (&q)[4]
         const auto halves = [&](int i) {
             return vcombine_s16(vmovn_s32((int32x4_t)q[i]), vmovn_s32((int32x4_t)q[i + 1]));
         };
-        const int8x16_t bytes = vcombine_s8(vmovn_s16(halves(0)), vmovn_s16(halves(2)));
+        // Unsigned: q + 128 may wrap around.
+        const uint8x16_t bytes = vreinterpretq_u8_s8(vcombine_s8(vmovn_s16(halves(0)), vmovn_s16(halves(2))));
         store(static_cast<char *>(out) + i,
-              vaddq_s8(bytes, vdupq_n_s8(static_cast<int8_t>(zp + Out::shift))));
+              vaddq_u8(bytes, vdupq_n_u8(static_cast<uint8_t>(zp + Out::shift))));
         return;
     }
 #endif
