@@ -158,7 +158,8 @@ bool quantize_t(const char *x, int64_t n, float inv, int32_t zp, int32_t lo, int
 template <class Out> void copy_i8(const int8_t *x, int64_t n, void *out) {
     int64_t i = 0;
     if constexpr (Out::bytes == 1 && Out::shift == 0) {
-        std::memcpy(out, x, static_cast<size_t>(n));
+        if (n > 0) // of nothing, x may be null
+            std::memcpy(out, x, static_cast<size_t>(n));
     } else if constexpr (Out::bytes == 1) {
         // q + 128 is q with its top bit turned: whole registers of bytes, no widening.
         uint8_t *to = static_cast<uint8_t *>(out);
