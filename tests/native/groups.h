@@ -7,6 +7,7 @@ namespace tautorch::tests {
 
 void test_golden(const std::string &file);
 void test_int8_linear();
+void test_longest_rows();
 void test_special_rows();
 void test_weight_only();
 void test_half_precision();

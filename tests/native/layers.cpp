@@ -99,18 +99,27 @@ ActQuant given_quant(const std::vector<float> &scales, int32_t zero_point) {
 template <class Out>
 std::vector<Out> run_linear(void (*op)(const LinearArgs &), const Bytes &packed, const ActQuant &quant,
                             const void *x, int64_t stride, int64_t m, int64_t n, const Tail &tail) {
-    std::vector<Out> y(static_cast<size_t>(m * n), Out{77});
+    // Everything that is read or written ends where its memory does.
+    const int64_t used = m > 0 ? (m - 1) * stride + header_of(packed.data).k : 0;
+    const Bytes in(x, static_cast<size_t>(used * size_of(quant.dtype)));
+    const Bytes w_scale = closed(tail.w_scale), bias = closed(tail.bias);
+    const Bytes y = closed(std::vector<Out>(static_cast<size_t>(m * n), Out{77}));
     LinearArgs a;
     a.m = m;
-    a.x = x;
+    a.x = in.data;
     a.x_stride = stride;
     a.quant = quant;
     a.packed = packed.data;
     a.out.epilogue = tail.epilogue();
-    a.out.data = y.data();
+    if (w_scale.size > 0)
+        a.out.epilogue.w_scale = reinterpret_cast<const float *>(w_scale.data);
+    if (bias.size > 0)
+        a.out.epilogue.bias = reinterpret_cast<const float *>(bias.data);
+    a.out.data = y.data;
     a.out.row_stride = n;
     op(a);
-    return y;
+    const Out *from = reinterpret_cast<const Out *>(y.data);
+    return {from, from + m * n};
 }
 template std::vector<int32_t> run_linear(void (*)(const LinearArgs &), const Bytes &, const ActQuant &,
                                          const void *, int64_t, int64_t, int64_t, const Tail &);

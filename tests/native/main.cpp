@@ -25,6 +25,7 @@ int main(int argc, char **argv) {
     }
     test_golden(argv[1]);
     test_int8_linear();
+    test_longest_rows();
     test_special_rows();
     test_half_precision();
     test_weight_only();

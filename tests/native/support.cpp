@@ -4,10 +4,11 @@
 #include <cmath>
 #include <cstdarg>
 #include <cstdio>
-#include <cstdlib>
 #include <cstring>
 #include <limits>
 #include <new>
+#include <sys/mman.h>
+#include <unistd.h>
 
 namespace tautorch::tests {
 
@@ -152,13 +153,23 @@ Row quantize_static(const float *x, int64_t n, float scale, int32_t zero_point) 
     return row;
 }
 
-void *Bytes::aligned(size_t n) {
-    void *p = nullptr;
-    if (posix_memalign(&p, 64, std::max<size_t>(n, 1)) != 0)
+Bytes::Bytes(size_t n) : size(n) {
+    const auto page = static_cast<size_t>(sysconf(_SC_PAGESIZE));
+    const size_t open = (n + page - 1) / page * page;
+    length_ = open + page;
+    pages_ = mmap(nullptr, length_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (pages_ == MAP_FAILED)
         throw std::bad_alloc();
-    return p;
+    uint8_t *end = static_cast<uint8_t *>(pages_) + open;
+    if (mprotect(end, page, PROT_NONE) != 0)
+        throw std::bad_alloc();
+    data = end - n;
 }
-void Bytes::release(void *p) { std::free(p); }
+Bytes::Bytes(const void *from, size_t n) : Bytes(n) {
+    if (n > 0)
+        std::memcpy(data, from, n);
+}
+Bytes::~Bytes() { munmap(pages_, length_); }
 
 namespace {
 int64_t all_failures = 0;

@@ -42,12 +42,12 @@ std::vector<float> biases(int64_t n, uint64_t seed) {
     return out;
 }
 
-// Codes and weights that meet the ends: every extreme beside every other.
-std::vector<int64_t> extremes(int64_t count, int64_t low, uint64_t seed) {
-    std::vector<int64_t> v = integers(count, low, 127, seed);
+// Codes or weights of which two in three are at an end, -128 far more often: pairs of it too.
+std::vector<int64_t> extremes(int64_t count, uint64_t seed) {
+    std::vector<int64_t> v = integers(count, -128, 127, seed);
     for (size_t i = 0; i < v.size(); ++i)
-        if (seed % 2 == 0 && i % 3 != 0)
-            v[i] = i % 7 < 5 ? low : 127;
+        if (i % 3 != 0)
+            v[i] = i % 7 < 5 ? -128 : 127;
     return v;
 }
 
@@ -65,16 +65,22 @@ void test_int8_linear() {
             const std::string what =
                 describe("%s m %lld n %lld k %lld", isa->name, (long long)m, (long long)n, (long long)k);
             // Weights of -128 too: nothing that quantises makes them, but the functional form takes them.
-            const auto w = extremes(n * k, -128, seed);
+            const auto w = integers(n * k, -128, 127, seed);
             const auto w8 = as<int8_t>(w);
             const Packed packed = pack_dense(*isa, PackKind::dense_i8, 1, n, k, 1, w8.data(), {k, 1, 0});
             raw.check(header_of(packed->data).isa == isa->id, what + " is packed for another kernel");
 
-            const auto q = extremes(m * k, -128, seed + (seed % 3 == 0));
+            const auto q = integers(m * k, -127, 127, seed + 1);
             const auto q8 = as<int8_t>(q);
             const std::vector<float> one = {1.0f};
             raw.equal(run_linear<int32_t>(int8_linear, *packed, given_quant(one, 0), q8.data(), k, m, n, {}),
                       matmul(q, w, m, n, k), what);
+            const auto we = extremes(n * k, seed), qe = extremes(m * k, seed + 1);
+            const Packed at_ends =
+                pack_dense(*isa, PackKind::dense_i8, 1, n, k, 1, as<int8_t>(we).data(), {k, 1, 0});
+            raw.equal(run_linear<int32_t>(int8_linear, *at_ends, given_quant(one, 0), as<int8_t>(qe).data(),
+                                          k, m, n, {}),
+                      matmul(qe, we, m, n, k), what + " at the ends");
             std::vector<int64_t> centred = q;
             for (int64_t &v : centred)
                 v += 5;
@@ -132,6 +138,29 @@ void test_int8_linear() {
             out.equal(
                 run_linear<uint16_t>(int8_linear, *packed, dynamic_quant(), x.data(), stride, m, n, tail),
                 halves, what + " bf16");
+        }
+    }
+}
+
+// As many inputs as there may be, all of them at an end: the largest sums of either sign.
+void test_longest_rows() {
+    Group group("int8_linear, longest rows");
+    const int64_t n = 5, k = kMaxK;
+    for (const Isa *isa : kernels()) {
+        group.ran(*isa);
+        for (const int wv : {-128, -127, 127}) {
+            const std::vector<int8_t> w8(static_cast<size_t>(n * k), static_cast<int8_t>(wv));
+            const Packed packed = pack_dense(*isa, PackKind::dense_i8, 1, n, k, 1, w8.data(), {k, 1, 0});
+            for (const int64_t m : {1, 2, 3, 7})
+                for (const int xv : {-128, -127, 127}) {
+                    const std::vector<int8_t> x8(static_cast<size_t>(m * k), static_cast<int8_t>(xv));
+                    const std::vector<float> one = {1.0f};
+                    group.equal(
+                        run_linear<int32_t>(int8_linear, *packed, given_quant(one, 0), x8.data(), k, m, n,
+                                            {}),
+                        std::vector<int32_t>(static_cast<size_t>(m * n), static_cast<int32_t>(k * xv * wv)),
+                        describe("%s m %lld, %d by %d", isa->name, (long long)m, xv, wv));
+                }
         }
     }
 }

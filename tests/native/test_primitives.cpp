@@ -110,7 +110,8 @@ void test_half_precision() {
                     halves.push_back(type == DType::bf16 ? bf16_of(f16_value(h)) : h);
                     row.push_back(type == DType::bf16 ? bf16_value(halves.back()) : f16_value(h));
                 }
-                const void *at = type == DType::f32 ? static_cast<const void *>(row.data()) : halves.data();
+                const Bytes in = type == DType::f32 ? closed(row) : closed(halves);
+                const void *at = in.data;
                 float amax = 0;
                 for (const float v : row)
                     amax = std::fmax(amax, std::fabs(v));

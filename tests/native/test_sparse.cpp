@@ -171,7 +171,8 @@ void test_lowrank() {
             std::vector<int32_t> y(static_cast<size_t>(m * n));
             LowRankLinearArgs a;
             a.m = m;
-            a.x = x.data();
+            const Bytes in = closed(x);
+            a.x = in.data;
             a.x_stride = k;
             a.packed = pd->data;
             a.up = pu->data;
@@ -200,7 +201,8 @@ void test_lowrank() {
             const Packed fd = pack_dense(*isa, PackKind::dense_f32, 1, r, k, 1, df.data(), {k, 1, 0});
             const Packed fu = pack_dense(*isa, PackKind::dense_f32, 1, n, r, 1, uf.data(), {r, 1, 0});
             std::vector<float> yf(static_cast<size_t>(m * n));
-            a.x = xf.data();
+            const Bytes in_floats = closed(xf);
+            a.x = in_floats.data;
             a.quant.mode = ActQuant::none;
             a.packed = fd->data;
             a.up = fu->data;

@@ -1,4 +1,4 @@
-// NEON with dot products (SDOT): Cortex-A55 and A75 and later, Apple A12 and later. Four inputs of an output
+// NEON with dot products (SDOT): Cortex-A55 and A75 and later, Apple A13 and later. Four inputs of an output
 // in each 32-bit lane of the weights, times four inputs of a row by element.
 #define TT_LANES 4
 #define TT_DOT_BYTES 1
