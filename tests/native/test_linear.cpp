@@ -196,6 +196,14 @@ void test_special_rows() {
             const ActQuant quant = is_static ? static_quant(0.5f, 3) : dynamic_quant();
             group.equal(run_linear<float>(int8_linear, *packed, quant, x.data(), k, m, n, tail), y,
                         describe("%s %s", isa->name, is_static ? "static" : "dynamic"));
+            tail.dtype = DType::i8; // NaN becomes the zero point
+            tail.out_scale = 0.9f;
+            tail.out_zero_point = -7;
+            std::vector<int8_t> codes;
+            for (const float v : y)
+                codes.push_back(tail.code(v));
+            group.equal(run_linear<int8_t>(int8_linear, *packed, quant, x.data(), k, m, n, tail), codes,
+                        describe("%s %s int8", isa->name, is_static ? "static" : "dynamic"));
         }
     }
 }

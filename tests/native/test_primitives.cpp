@@ -1,4 +1,4 @@
-// Conversions: every half, and floats around every boundary of the narrower types.
+// Conversions: every half, and floats around every boundary of the narrower types. Activations.
 #include "groups.h"
 #include "layers.h"
 
@@ -65,7 +65,7 @@ std::vector<float> hard_floats() {
 } // namespace
 
 void test_half_precision() {
-    Group group("f16, bf16, amax, quantise");
+    Group group("f16, bf16, amax, activations");
     for (const Isa *isa : kernels()) {
         group.ran(*isa);
         std::vector<uint16_t> all(65536);
@@ -98,6 +98,33 @@ void test_half_precision() {
                     y[i] = 0x7e00;
             group.equal(y, want,
                         std::string(isa->name) + (type == DType::f16 ? " f32 to f16" : " f32 to bf16"));
+        }
+
+        const auto activated = [](Activation a, double v) {
+            const double inner = 0.7978845608028654 * (v + 0.044715 * v * v * v);
+            return a == Activation::relu   ? std::fmax(v, 0.0)
+                   : a == Activation::silu ? v / (1 + std::exp(-v))
+                   : a == Activation::gelu ? 0.5 * v * std::erfc(-v * 0.7071067811865476)
+                                           : v / (1 + std::exp(-2 * inner));
+        };
+        for (const Activation a :
+             {Activation::relu, Activation::silu, Activation::gelu, Activation::gelu_tanh}) {
+            std::vector<float> in, y;
+            for (int i = -1200; i <= 1200; ++i) // nothing left of silu at -12, all of it at 12
+                in.push_back(static_cast<float>(i) * 0.01f);
+            const auto count = static_cast<int>(in.size());
+            y.resize(in.size());
+            Epilogue e;
+            e.acc_float = true;
+            e.activation = a;
+            e.out_dtype = DType::f32;
+            isa->epilogue(e, in.data(), count, 1, count, false, 0, nullptr, y.data(), count);
+            for (size_t i = 0; i < in.size(); ++i) {
+                const double want = activated(a, in[i]);
+                group.check(std::fabs(y[i] - want) <= 1e-6 * (1 + std::fabs(want)),
+                            describe("%s activation %d of %g: %.9g, not %.9g", isa->name, static_cast<int>(a),
+                                     in[i], y[i], want));
+            }
         }
 
         for (const DType type : {DType::f32, DType::f16, DType::bf16})

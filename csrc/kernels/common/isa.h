@@ -45,7 +45,8 @@ struct Isa {
     int32_t (*mr)(int32_t width);
 
     // acc[r][n] = sum over taps t and k of rows[t * ld + r][k] * panel[t][k][n], exact.
-    // rows point at act elements; kq = number of kr-groups per tap; acc is [mr][kTileN].
+    // rows point at act elements, with 12 bytes more that may be read past their kr-groups; kq = number of
+    // kr-groups per tap; acc is [mr][kTileN].
     void (*dot_i8)(const void *const *rows, int64_t ld, int mr, int64_t taps, int64_t kq, const int8_t *panel,
                    int width, int32_t *acc);
     // The same with float rows from element `skip` on; panel is float or (weight_i8) int8, [t][k][width]. k
