@@ -5,6 +5,7 @@
 #include "kernels/common/cells.h"
 #include "kernels/common/grouped.h"
 #include "kernels/common/pairs.h"
+#include "kernels/common/product_w8.h"
 #include "kernels/common/sell.h"
 #include "kernels/common/sparse_f32.h"
 
@@ -49,8 +50,10 @@ int64_t after_colsum(const PackHeader &h) {
 }
 
 // (|w|_1 / |w|_2)^2 of that column of a panel [inputs][width] where it is least: how many of the inputs
-// weigh.
+// weigh. 0 for more inputs than digits are made of, whose squares could be too many for 32 bits.
 float effective_inputs(const int8_t *panel, int64_t inputs, int width) {
+    if (inputs > kMostDigitInputs)
+        return 0.0f;
     int32_t sum[kTileN] = {}, squares[kTileN] = {};
     double least = std::numeric_limits<double>::infinity();
     for (int64_t k = 0; k < inputs; ++k)

@@ -192,7 +192,8 @@ bool digit_row_avx512vnni(const float *x, int64_t k, int significant, int8_t *da
                           DigitRow &row) {
     Spread s = spread_of(x, k, INFINITY);
     // Outside these bounds the powers of two, or the sum, would not be normal numbers.
-    if (!(s.largest == 0.0f || (s.largest > 0x1p-90f && s.largest < 0x1p100f)))
+    const auto normal = [&s] { return s.largest == 0.0f || (s.largest > 0x1p-90f && s.largest < 0x1p100f); };
+    if (!normal())
         return false;
     if (significant < 24) {
         for (int digits = 2; digits <= 3; ++digits) {
@@ -211,6 +212,8 @@ bool digit_row_avx512vnni(const float *x, int64_t k, int significant, int8_t *da
             return false;
         s = spread_of(x, k, most * s.sum);
     }
+    if (!normal()) // beside what stays apart
+        return false;
     Range range = range_of(s.largest, 3);
     range.least = 2.0f / inputs * s.largest;
     if (!digits_of<3>(x, k, range, most_apart(k), data, apart, row))
