@@ -81,7 +81,7 @@ PackHeader dense_header_of(const char *kernel, int32_t kind, int64_t outputs, in
 
 SparseEntries entries_of(const tt_sparse *w) {
     constexpr const char *op = "tt_sparse_pack";
-    require(op, "weight", w);
+    require(op, "weight", w, alignof(tt_sparse));
     if (w->group != 1 && w->group != 4)
         refuse(op, "group", "be 1 or 4", std::to_string(w->group));
     if (!sizes_fit(1, w->outputs, w->inputs, 1) || w->entries < 0)
@@ -238,7 +238,7 @@ tt_status tt_set_thread_pool(tt_parallel_for_fn parallel_for, tt_num_threads_fn 
 tt_status tt_dense_pack_size(const char *kernel, int32_t kind, int64_t outputs, int64_t inputs,
                              size_t *bytes) {
     return guarded([&] {
-        require("tt_dense_pack_size", "bytes", bytes);
+        require("tt_dense_pack_size", "bytes", bytes, alignof(size_t));
         *bytes = static_cast<size_t>(round_up(dense_header_of(kernel, kind, outputs, inputs).total, 64));
     });
 }
@@ -260,7 +260,7 @@ tt_status tt_dense_pack(const char *kernel, int32_t kind, int64_t outputs, int64
 
 tt_status tt_sparse_pack_size(const char *kernel, int32_t kind, const tt_sparse *weight, size_t *bytes) {
     return guarded([&] {
-        require("tt_sparse_pack_size", "bytes", bytes);
+        require("tt_sparse_pack_size", "bytes", bytes, alignof(size_t));
         const SparseEntries e = entries_of(weight);
         *bytes = static_cast<size_t>(round_up(sparse_header_of(kernel, kind, weight, e).total, 64));
     });
@@ -285,7 +285,7 @@ tt_status tt_sparse_pack(const char *kernel, int32_t kind, const tt_sparse *weig
 tt_status tt_linear_plan(const tt_layer *layer, tt_plan *plan) {
     return guarded([&] {
         constexpr const char *op = "tt_linear_plan";
-        require(op, "layer", layer);
+        require(op, "layer", layer, alignof(tt_layer));
         require(op, "plan", plan);
         const tt_layer &l = *layer;
         const uint8_t *packed = static_cast<const uint8_t *>(l.packed);
@@ -300,7 +300,7 @@ tt_status tt_lowrank_plan(const tt_layer *layer, const void *up, size_t up_bytes
                           tt_plan *plan) {
     return guarded([&] {
         constexpr const char *op = "tt_lowrank_plan";
-        require(op, "layer", layer);
+        require(op, "layer", layer, alignof(tt_layer));
         require(op, "plan", plan);
         const tt_layer &l = *layer;
         const Packed down = {static_cast<const uint8_t *>(l.packed), signed_bytes(l.packed_bytes)};
