@@ -12,15 +12,15 @@
 #include <stdarg.h>
 #include <time.h>
 
-enum { MOST_LAYERS = 256, MOST_INPUTS = 1 << 20 };
+enum { MOST_LAYERS = 256, MOST_MODULES = 1024, MOST_INPUTS = 1 << 20, MOST_KEPT = 12 };
 
 typedef enum kind { LINEAR, RELU, GELU, GELU_TANH, SILU, TANH } kind;
 
 typedef struct layer {
     kind kind;
-    tt_plan plan;    /* LINEAR */
-    int64_t outputs; /* LINEAR */
-    void *keep[8];   /* what the plan points to */
+    tt_plan plan;          /* LINEAR */
+    int64_t outputs;       /* LINEAR */
+    void *keep[MOST_KEPT]; /* what the plan points to, and what it was packed from */
     int kept;
 } layer;
 
@@ -28,7 +28,7 @@ typedef struct policy {
     safetensors file;
     const char *kernel;
     layer layers[MOST_LAYERS];
-    int count;
+    int count, modules;
     int64_t inputs, outputs; /* 0: no linear layer yet */
 } policy;
 
@@ -46,6 +46,8 @@ static void fail(const char *format, ...) {
 static void *keep(layer *l, void *data) {
     if (!data)
         fail("out of memory");
+    if (l->kept == MOST_KEPT)
+        fail("a layer of more than %d tensors", MOST_KEPT);
     return l->keep[l->kept++] = data;
 }
 
@@ -180,6 +182,8 @@ static void add_linear(policy *p, layer *l, const char *class, const char *modul
     t.bias = vector(p, l, module, "bias", "F32", n, 0, NULL);
     if (int8 && json_is(j, quant, "static")) {
         t.x_scale = *(float *)vector(p, l, module, "x_scale", "F32", 1, 1, NULL);
+        if (t.x_scale == 0)
+            fail("layer %s: its x_scale is 0", module); /* to tt_linear_plan: none given */
         const int32_t *zero = vector(p, l, module, "x_zero_point", "I32", 1, 0, NULL);
         t.x_zero_point = zero ? *zero : 0;
     }
@@ -222,6 +226,8 @@ static void add_module(policy *p, const char *module, int depth) {
                   config = json_get(j, node, "config");
     if (class < 0 || depth > JSON_DEPTH)
         fail("module '%s' is not in the file, or too deep", module);
+    if (++p->modules > MOST_MODULES) /* names that repeat could make a tree without end */
+        fail("more than %d modules", MOST_MODULES);
     if (json_is(j, class, "torch.nn.Sequential")) {
         const int32_t children = json_get(j, node, "children");
         for (int32_t i = children < 0 ? -1 : j->nodes[children].child; i >= 0; i = j->nodes[i].next) {
@@ -249,8 +255,9 @@ static void add_module(policy *p, const char *module, int depth) {
         }
     for (size_t i = 0; i < sizeof activations / sizeof *activations; ++i)
         if (json_is(j, class, activations[i].class)) {
-            const int approximate = json_is(j, json_get(j, config, "approximate"), "tanh");
-            l->kind = approximate ? GELU_TANH : activations[i].kind;
+            l->kind = activations[i].kind;
+            if (l->kind == GELU && json_is(j, json_get(j, config, "approximate"), "tanh"))
+                l->kind = GELU_TANH;
             return;
         }
     fail("module '%s': this example does not run %.*s", module, (int)j->nodes[class].length,
@@ -333,6 +340,8 @@ int main(int argc, char **argv) {
     const char *problem = safetensors_open(path, &p.file);
     if (problem)
         fail("%s %s", path, problem);
+    if (!json_is(&p.file.document, json_get(&p.file.document, 0, "format"), "1"))
+        fail("%s: of another format than 1", path);
     add_module(&p, "", 0);
     if (p.count == 0 || p.layers[0].kind != LINEAR)
         fail("%s: a policy begins with a linear layer", path);

@@ -92,7 +92,7 @@ static int safetensors_read(const safetensors *f, const char *name, tensor *t) {
     t->count = 1;
     for (int32_t i = j->nodes[shape].child; i >= 0; i = j->nodes[i].next) {
         const int64_t n = json_integer(j, i);
-        if (n < 0 || t->rank == 4 || (n > 0 && t->count > f->size / (size_t)n))
+        if (n < 0 || t->rank == 4 || (n > 0 && t->count > f->size / (uint64_t)n))
             return -1;
         t->shape[t->rank++] = n;
         t->count *= (size_t)n;
@@ -100,7 +100,7 @@ static int safetensors_read(const safetensors *f, const char *name, tensor *t) {
     const int32_t first = j->nodes[offsets].child, second = first < 0 ? -1 : j->nodes[first].next;
     const int64_t begin = json_integer(j, first), end = json_integer(j, second);
     if (begin < 0 || end < begin || (uint64_t)end > f->size - f->data ||
-        (uint64_t)(end - begin) != t->count * size)
+        (uint64_t)(end - begin) != (uint64_t)t->count * size)
         return -1;
     if (t->count == 0)
         return 1;

@@ -67,7 +67,10 @@ def integers() -> nn.Sequential:
             m, quant="static", x_scale=0.02, x_zero_point=-128, activation="relu"
         ),
         "3": lambda m: tt.nn.SparseLinear.from_float(m, pattern="4x1", mask=mask),
-        "5": lambda m: tt.nn.LowRankLinear.from_float(m, rank=4, weight_dtype=torch.int8),
+        # Of all layers the one with the most tensors.
+        "5": lambda m: tt.nn.LowRankLinear.from_float(
+            m, rank=4, weight_dtype=torch.int8, quant="static", x_scale=0.01, x_zero_point=-100
+        ),
     }
     return tt.convert(model, plan)
 
@@ -179,6 +182,9 @@ def test_damaged_files(program: Path, tmp_path: Path) -> None:
     lie(lambda h: h["3.col_indices"].update(data_offsets=h["3.crow_indices"]["data_offsets"]), "damaged")
     document = json.loads(header["__metadata__"]["tautorch"])
 
+    text = json.dumps({**document, "format": 2})
+    lie(lambda h: h["__metadata__"].update(tautorch=text), "of another format than 1")
+
     def structure(change: Callable[[dict[str, Any]], None], message: str) -> None:
         modules = json.loads(json.dumps(document["modules"]))
         change(modules)
@@ -192,6 +198,11 @@ def test_damaged_files(program: Path, tmp_path: Path) -> None:
     structure(lambda m: m["1"].update({"class": "torch.nn.LSTM"}), "does not run torch.nn.LSTM")
     structure(lambda m: m["2"].update(children=["9"]), "is not in the file")
     structure(lambda m: m[""].update(children=[""]), "is not in the file, or too deep")
+    tree = {
+        ".".join("a" * i): {"class": "torch.nn.Sequential", "children": ["a"] * 40 if i < 14 else []}
+        for i in range(15)
+    }
+    structure(lambda m: m.update(tree), "more than 1024 modules")
     structure(lambda m: m["3"]["config"].update(pattern="16x16"), "4x1 and unstructured")
     structure(lambda m: m["5"]["config"].update(rank=7), "expected 448 values of I8")
 
