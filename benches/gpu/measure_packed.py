@@ -67,7 +67,7 @@ def forced(op: str, kernel: str, call: Callable[[], object]) -> Callable[[], obj
 
 
 def two_of_four(m: int, n: int, k: int) -> Case:
-    """int8 rows by 2:4 int8, bf16 out."""
+    """int8 rows by 2:4 int8, bf16 out; bf16 rows by 2:4 bf16."""
     weight = torch.randint(-127, 128, (n, k), device=DEVICE, dtype=torch.int8)
     weight[weight == 0] = 1
     weight *= make_mask(torch.rand(n, k, device=DEVICE), "2:4", 0.5)
@@ -90,6 +90,16 @@ def two_of_four(m: int, n: int, k: int) -> Case:
         "bf16": lambda: F.linear(rows, floats),
     }
     missing: list[str] = []
+    kept = values.bfloat16()
+
+    def our_bf16() -> Callable[[], object]:
+        def call() -> Tensor:
+            return ops.sparse_linear(rows, kept, None, places, None, pattern="2:4", out_features=n)
+
+        error = (call().double() - F.linear(rows, floats).double()).abs().max()
+        if not error <= 0.01 * F.linear(rows, floats).double().abs().max():
+            raise RuntimeError(f"2:4 bf16 {m}x{n}x{k}: {error} away from the dense product")
+        return call
 
     def semi_structured() -> Callable[[], object]:
         compressed = torch.sparse.to_sparse_semi_structured(floats)
@@ -99,6 +109,7 @@ def two_of_four(m: int, n: int, k: int) -> Case:
         compressed = torch._cslt_compress(weight)
         return lambda: torch._cslt_sparse_mm(compressed, x.t(), out_dtype=torch.bfloat16)
 
+    calls["ours bf16"] = our_bf16()
     peer(calls, missing, "semi-structured bf16", semi_structured)
     peer(calls, missing, "cuSPARSELt int8", cusparselt_int8)
     return Case(calls, m * k + n * k * 0.625 + 2 * m * n, 2 * m * n * k, missing)

@@ -22,10 +22,10 @@ struct Op {
     static constexpr const char *kName = "sparse_linear";
     static const Kernel *table(int *rows) { return cuda::sparse_linear_kernels(rows); }
     static const Kernel *choose(const DeviceFacts &f, const cuda::Int8Linear &a) {
-        return cuda::sparse_linear_choose(f.capability, f.multiprocessors, a.m, a.n, a.k);
+        return cuda::sparse_linear_choose(f.capability, f.multiprocessors, a.m, a.n, a.k, a.x_dtype);
     }
     static const char *supports(const Kernel &k, const DeviceFacts &f, const cuda::Int8Linear &a) {
-        return cuda::sparse_linear_supports(k, f.capability, a.m, a.n, a.k);
+        return cuda::sparse_linear_supports(k, f.capability, a.m, a.n, a.k, a.x_dtype);
     }
     static int64_t workspace(const Kernel &, const cuda::Int8Linear &, int) { return 0; }
     static int run(const Kernel &k, const cuda::Int8Linear &a, void *stream) {
@@ -33,16 +33,25 @@ struct Op {
     }
 };
 
-// Where the sums are, and how long a pack is: in the order of wgmma, or in units.
+// A kernel's order, as Python has it: an integer.
+cuda::SparseOrder order_of(int order) {
+    if (order < 0 || order > 2)
+        throw py::value_error("sparse_linear: order must be 0..2, got " + std::to_string(order));
+    return static_cast<cuda::SparseOrder>(order);
+}
+
+// Where the sums are (of float values nothing uses them), and how long a pack is.
 struct SparseLayout {
     int64_t sums_off, total;
 };
-SparseLayout layout_of(int64_t n, int64_t k, bool wgmma) {
-    if (wgmma) {
+SparseLayout layout_of(int64_t n, int64_t k, cuda::SparseOrder order) {
+    if (order == cuda::SparseOrder::wgmma) {
         const cuda::WgmmaLayout l = cuda::wgmma_layout(n, k);
         return {l.sums_off, l.total};
     }
-    const cuda::GemmLayout l = cuda::gemm_layout(n, k, cuda::kSparseUnit);
+    const bool floats = order == cuda::SparseOrder::float_units;
+    const cuda::GemmLayout l = floats ? cuda::gemm_layout(n, 2 * k, cuda::kSparseFloatUnit)
+                                      : cuda::gemm_layout(n, k, cuda::kSparseUnit);
     return {l.sums_off, l.total};
 }
 
@@ -50,50 +59,61 @@ SparseLayout layout_of(int64_t n, int64_t k, bool wgmma) {
 
 void bind_sparse_linear_cuda(py::module_ &m) {
     m.def("sparse_linear_kernels", [] { return names_of(&cuda::sparse_linear_kernels); });
-    m.def("sparse_linear_supports", [](const std::string &kernel, int capability, int64_t rows, int64_t n,
-                                       int64_t k) {
-        const char *why = cuda::sparse_linear_supports(sparse_linear_named(kernel), capability, rows, n, k);
-        return why ? py::object(py::str(why)) : py::none();
-    });
+    m.def("sparse_linear_supports",
+          [](const std::string &kernel, int capability, int64_t rows, int64_t n, int64_t k, int x_dtype) {
+              const char *why = cuda::sparse_linear_supports(sparse_linear_named(kernel), capability, rows, n,
+                                                             k, static_cast<DType>(x_dtype));
+              return why ? py::object(py::str(why)) : py::none();
+          });
     m.def("sparse_linear_choose",
-          [](int capability, int multiprocessors, int64_t rows, int64_t n, int64_t k) {
-              const SparseLinearKernel *best =
-                  cuda::sparse_linear_choose(capability, std::max(multiprocessors, 1), rows, n, k);
+          [](int capability, int multiprocessors, int64_t rows, int64_t n, int64_t k, int x_dtype) {
+              const SparseLinearKernel *best = cuda::sparse_linear_choose(
+                  capability, std::max(multiprocessors, 1), rows, n, k, static_cast<DType>(x_dtype));
               return best ? py::object(py::str(best->name)) : py::none();
           });
-    // Whether a kernel reads packs made for wgmma.
-    m.def("sparse_linear_wgmma", [](const std::string &kernel) { return sparse_linear_named(kernel).wgmma; });
-    m.def("sparse_linear_layout", [](int64_t n, int64_t k, bool wgmma) {
-        const SparseLayout l = layout_of(n, k, wgmma);
+    // In which order a kernel reads weights.
+    m.def("sparse_linear_order",
+          [](const std::string &kernel) { return static_cast<int>(sparse_linear_named(kernel).order); });
+    m.def("sparse_linear_layout", [](int64_t n, int64_t k, int order) {
+        const SparseLayout l = layout_of(n, k, order_of(order));
         py::dict d;
         d["sums_off"] = l.sums_off;
         d["total"] = l.total;
         return d;
     });
     m.def("sparse_linear_pack", [](int64_t values, int64_t places, int64_t n, int64_t kept, int64_t packed,
-                                   bool wgmma, int device, int64_t stream) {
+                                   int order, int device, int64_t stream) {
+        const cuda::SparseOrder wanted = order_of(order);
         const py::gil_scoped_release release;
         const DeviceGuard guard(device);
+        if (wanted == cuda::SparseOrder::float_units) {
+            check("sparse_linear: packing",
+                  cuda::gemm_pack_sparse_float(at<const uint16_t>(values), at<const uint8_t>(places), n, kept,
+                                               at<uint8_t>(packed), at<void>(stream)));
+            return;
+        }
         const auto *from = at<const int8_t>(values);
-        const auto pack = wgmma ? &cuda::wgmma_pack_sparse : &cuda::gemm_pack_sparse;
+        const auto pack =
+            wanted == cuda::SparseOrder::wgmma ? &cuda::wgmma_pack_sparse : &cuda::gemm_pack_sparse;
         check("sparse_linear: packing",
               pack(from, at<const uint8_t>(places), n, kept, at<uint8_t>(packed), at<void>(stream)));
-        const int64_t sums = packed + layout_of(n, 2 * kept, wgmma).sums_off;
+        const int64_t sums = packed + layout_of(n, 2 * kept, wanted).sums_off;
         check("sparse_linear: summing",
               cuda::int8_linear_sums(from, kept, n, kept, at<int32_t>(sums), at<void>(stream)));
     });
-    m.def("sparse_linear_plan", [](int64_t packed, int64_t n, int64_t k, bool wgmma, const py::dict &tail) {
+    m.def("sparse_linear_plan", [](int64_t packed, int64_t n, int64_t k, int order, const py::dict &tail) {
         CudaPlan<cuda::Int8Linear> p{};
         p.args.n = n;
         p.args.k = k;
         p.args.weight = at<const int8_t>(packed);
         // A layout is the same for K and K rounded up as 2:4 rounds it: to whole steps.
-        p.args.sums = at<const int32_t>(packed + layout_of(n, k, wgmma).sums_off);
+        p.args.sums = at<const int32_t>(packed + layout_of(n, k, order_of(order)).sums_off);
         fill_plan(p, tail);
         p.args.x_scale_per_row = tail["x_scales"].cast<int64_t>() > 1;
-        if (p.mode == ActQuant::none)
+        if ((p.mode == ActQuant::none) != (order_of(order) == cuda::SparseOrder::float_units))
             throw py::value_error(
-                "sparse_linear: the CUDA kernels quantise x; weight-only products do not run there");
+                "sparse_linear: the CUDA kernels multiply quantised x by int8 values and float "
+                "x by float values; weight-only products do not run there");
         return as_plan(p);
     });
     bind_linear<Op>(m);

@@ -229,7 +229,7 @@ def _text(reason: object) -> str | None:
     return None if reason is None else str(reason)
 
 
-_BF16 = 1  # DType in csrc/kernels/common/dtype.h; what a weight-only layer is asked about when x is not known
+_F32, _BF16, _INT8 = 0, 1, 3  # DType in csrc/kernels/common/dtype.h; bf16 is asked about where x is not known
 
 
 def _extension(problem: Problem) -> tuple[int, int] | str:
@@ -280,16 +280,21 @@ def _sparse_linear_row(name: str) -> Kernel:
         details = problem.details
         if details.get("pattern") != "2:4":
             return "it is for pattern 2:4"
-        if details.get("weight_dtype") != "int8" or details.get("weight_only"):
-            return "its 2:4 products are of int8 with int8"
+        if details.get("weight_only"):
+            return "its 2:4 products are of int8 with int8 and of float values with floats"
+        floats = details.get("weight_dtype") != "int8"
+        x_dtype = _number(problem, "x_dtype", _BF16) if floats else _INT8
+        if x_dtype == _F32:
+            return "its 2:4 float products are of bfloat16 and float16 x; convert x, or use int8 values"
         gpu = _extension(problem)
         if isinstance(gpu, str):
             return gpu
-        asked = (_number(problem, "rows"), problem.n, problem.k)
+        asked = (_number(problem, "rows"), problem.n, problem.k, x_dtype)
         if name == "cuda":
             if cuda.sparse_linear_choose(*gpu, *asked) is not None:
                 return None
-            name_asked = cuda.sparse_linear_kernels()[-1]  # it serves the most devices
+            # Of the kernels for such values the last serves the most devices.
+            name_asked = [k for k in cuda.sparse_linear_kernels() if floats == ("float" in k)][-1]
         else:
             name_asked = name
         return _text(cuda.sparse_linear_supports(name_asked, gpu[0], *asked))

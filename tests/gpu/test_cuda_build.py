@@ -164,26 +164,46 @@ def test_kernels_of_packed_weights(
         if f.arch == arch and "gemm_kernel" in f.name and units in f.name and rows in f.name
     ]
     names = getattr(cuda_build.module, f"{op}_kernels")()
-    assert len(found) == sum(not name.startswith("sm90a") for name in names)
+    assert len(found) == sum(not name.startswith("sm90a") and "float" not in name for name in names)
     for f in found:
         # Every multiplication is of that kind, its rows come by ldmatrix, its stages by cp.async.
         assert f.count("IMMA") == f.count(instruction) > 0, f.name
         assert f.count("LDSM.16.M88.4") > 0 and f.count("LDGSTS.E.BYPASS") > 0, f.name
 
 
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+def test_kernels_of_two_of_four_floats(cuda_build: CudaBuild, functions: list[Function], arch: str) -> None:
+    found = [f for f in functions if f.arch == arch and "SparseFloatUnits" in f.name]
+    names = [n for n in cuda_build.module.sparse_linear_kernels() if "float" in n]
+    assert names and len(found) == 2 * len(names)
+    for f in found:
+        bf16 = f.count("HMMA.SP.16832.F32.BF16")
+        assert f.count("HMMA") == f.count("HMMA.SP.16832.F32") and bf16 in (0, f.count("HMMA")), f.name
+        assert (bf16 > 0) == ("SparseFloatUnitsILb1E" in f.name) and f.count("HMMA") > 0, f.name
+        assert f.count("LDSM.16.M88.4") > 0 and f.count("LDGSTS.E.BYPASS") > 0, f.name
+
+
 def test_choice_for_packed_weights(cuda_build: CudaBuild) -> None:
     m: Any = cuda_build.module
     for capability in (80, 89, 120):
-        assert m.sparse_linear_choose(capability, 132, 256, 1024, 4096) == "sp24_128x64"
-        assert m.sparse_linear_choose(capability, 132, 4096, 4096, 4096) == "sp24_256x128"
-    assert m.sparse_linear_choose(90, 132, 4096, 4096, 4096) == "sm90a_sp24_256x128x128"
-    assert m.sparse_linear_choose(75, 132, 1, 64, 64) is None
+        assert m.sparse_linear_choose(capability, 132, 256, 1024, 4096, I8) == "sp24_128x64"
+        assert m.sparse_linear_choose(capability, 132, 4096, 4096, 4096, I8) == "sp24_256x128"
+    assert m.sparse_linear_choose(90, 132, 4096, 4096, 4096, I8) == "sm90a_sp24_256x128x128"
+    assert m.sparse_linear_choose(75, 132, 1, 64, 64, I8) is None
     # What is chosen on one device reads one layout of the weight, whatever the rows.
-    for capability, wgmma in ((80, False), (90, True), (100, False)):
-        chosen = {m.sparse_linear_choose(capability, 132, rows, 64, 64) for rows in (0, 1, 64, 9999)}
-        assert {m.sparse_linear_wgmma(name) for name in chosen} == {wgmma}
-    assert m.sparse_linear_supports("sp24_128x64", 80, 1, 64, 64) is None
-    assert "9.0" in m.sparse_linear_supports("sm90a_sp24_256x128x128", 100, 1, 64, 64)
+    for capability, order in ((80, 0), (90, 1), (100, 0)):
+        for x_dtype, wanted in ((I8, order), (BF16, 2), (F16, 2)):
+            chosen = {m.sparse_linear_choose(capability, 132, r, 64, 64, x_dtype) for r in (0, 1, 64, 9999)}
+            assert {m.sparse_linear_order(name) for name in chosen} == {wanted}
+    assert m.sparse_linear_choose(80, 108, 256, 1024, 4096, BF16) == "sp24_float_128x64"
+    assert m.sparse_linear_choose(80, 108, 4096, 4096, 4096, F16) == "sp24_float_256x128"
+    assert m.sparse_linear_choose(90, 132, 1, 64, 64, F32) is None
+    assert m.sparse_linear_choose(103, 132, 1, 64, 99999, BF16) == "sp24_float_128x64"
+    assert "bfloat16 and float16" in m.sparse_linear_supports("sp24_float_128x64", 80, 1, 64, 64, I8)
+    assert "int8 by int8" in m.sparse_linear_supports("sp24_128x64", 80, 1, 64, 64, BF16)
+    assert "2^26" in m.sparse_linear_supports("sp24_float_128x64", 80, 1, 64, 2**26 + 1, BF16)
+    assert m.sparse_linear_supports("sp24_128x64", 80, 1, 64, 64, I8) is None
+    assert "9.0" in m.sparse_linear_supports("sm90a_sp24_256x128x128", 100, 1, 64, 64, I8)
     for reason, problem in {
         "sparse tensor cores": (75, 1, 64, 64),
         "almost no int8": (103, 1, 64, 64),
@@ -192,7 +212,7 @@ def test_choice_for_packed_weights(cuda_build: CudaBuild) -> None:
         "M is outside": (90, -1, 64, 64),
         "2^31 tiles": (90, 2**30, 2**20, 64),
     }.items():
-        assert reason in m.sparse_linear_supports("sp24_128x64", *problem)
+        assert reason in m.sparse_linear_supports("sp24_128x64", *problem, I8)
     assert m.int8_conv2d_choose(132, 32 * 56 * 56, 64) == "conv_64x128"
     assert m.int8_conv2d_choose(132, 32 * 14 * 14, 1024) == "conv_128x128"
     assert m.int8_conv2d_supports(86, 1, 64, 64, 9) is None
@@ -206,19 +226,26 @@ def test_choice_for_packed_weights(cuda_build: CudaBuild) -> None:
     }.items():
         assert reason in m.int8_conv2d_supports(*layer)
     # The sums lie where the layout of 2:4's K, rounded up to 8, says too.
-    for wgmma in (False, True):
-        assert m.sparse_linear_layout(70, 61, wgmma) == m.sparse_linear_layout(70, 64, wgmma)
+    for order in (0, 1, 2):
+        assert m.sparse_linear_layout(70, 61, order) == m.sparse_linear_layout(70, 64, order)
     # values of 32 bytes, rounded to 128; a step of places of 128 rows; 70 sums
-    assert m.sparse_linear_layout(70, 61, True) == {
+    assert m.sparse_linear_layout(70, 61, 1) == {
         "sums_off": 70 * 32 + 64 + 2048,
         "total": 2304 + 2048 + 384,
     }
+    # 2 groups of 64 outputs, 2 steps of 32, 2304 bytes each: 1.125 a weight
+    assert m.sparse_linear_layout(70, 61, 2)["sums_off"] == 4 * 2304
+    with pytest.raises(ValueError, match="order must be"):
+        m.sparse_linear_layout(70, 61, 3)
+    assert isinstance(m.sparse_linear_plan(256, 8, 64, 2, tail(mode=3)), bytes)
+    with pytest.raises(ValueError, match="float x by float values"):
+        m.sparse_linear_plan(256, 8, 64, 2, tail())
     assert m.int8_conv2d_workspace(3, 1024) == 3072 + 128 + 128 + 128  # q, scales, outside, peaks
     with pytest.raises(ValueError, match="geometry must have 9"):
         m.int8_conv2d_plan(256, 8, (1, 2), tail())
     for plan in (
-        lambda *a: m.sparse_linear_plan(*a[:3], False, a[3]),
-        lambda *a: m.sparse_linear_plan(*a[:3], True, a[3]),
+        lambda *a: m.sparse_linear_plan(*a[:3], 0, a[3]),
+        lambda *a: m.sparse_linear_plan(*a[:3], 1, a[3]),
         lambda *a: m.int8_conv2d_plan(*a[:2], (16, 3, 3, 1, 1, 1, 1, 1, 1), a[3]),
     ):
         assert isinstance(plan(256, 8, 64, tail()), bytes)

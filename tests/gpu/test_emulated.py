@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from tautorch.reference.common import apply_activation
-from tautorch.reference.layouts import encode
+from tautorch.reference.layouts import encode, unpack_positions
 from tautorch.reference.quantize_rows import STAGES, stage
 from tautorch.reference.quantizer import quantize_rows, quantize_static
 
@@ -57,7 +57,8 @@ def device(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     )
     assert done.returncode == 0, done.stderr[-4000:]
     lib = ctypes.CDLL(str(library))
-    lib.packed_bytes.restype = lib.units_bytes.restype = lib.wgmma_bytes.restype = ctypes.c_int64
+    for name in ("packed_bytes", "units_bytes", "float_units_bytes", "wgmma_bytes"):
+        getattr(lib, name).restype = ctypes.c_int64
     return lib
 
 
@@ -452,6 +453,67 @@ def test_two_of_four(device: ctypes.CDLL, kernel: str, m: int, n: int, k: int, l
         acc = ((x.long() - 5) @ weight.long().T).float()
         floats = ((acc * case["x_scale"][:, None]) * case["w_scale"] + case["bias"]).relu()
         same(product(device, kernel, x, weight, torch.bfloat16, case, units), floats.bfloat16())
+
+
+def float_units(device: ctypes.CDLL, weight: Tensor) -> Tensor:
+    """A float weight in units, its stored zeros too."""
+    values, _, places = encode(weight, weight != 0, "2:4")
+    assert places is not None
+    units = room_for(device.float_units_bytes(*i64(*weight.shape)))
+    status = device.pack_sparse_float(
+        at(values), at(places), *i64(weight.shape[0], values.shape[1]), at(units)
+    )
+    assert status == 0
+    return units
+
+
+# Around the tiles and groups as above; steps of 32 of K.
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kernel", ["sp24_float_128x64", "sp24_float_256x128"])
+@pytest.mark.parametrize("m,n,k", [(1, 1, 1), (65, 129, 32), (63, 64, 33), (64, 70, 230), (129, 257, 65)])
+def test_two_of_four_floats(
+    device: ctypes.CDLL, kernel: str, dtype: torch.dtype, m: int, n: int, k: int
+) -> None:
+    weight = (sparse_weight(n, k) % 64).to(dtype)
+    units = float_units(device, weight)
+    x = torch.randint(-8, 9, (m, k)).to(dtype)  # sums are exact in any order
+    sums = (x.double() @ weight.double().T).float()
+    for late in (1, 0):
+        device.copies_are_late(late)
+        assert torch.equal(product(device, kernel, x, weight, torch.float32, {}, units), sums.relu())
+    bias = torch.randn(n) * 100
+    x[-1, -1] = float("nan")  # NaN lies behind every row, and reaches none
+    got = product(device, kernel, x, weight, dtype, {"bias": bias}, units)
+    assert torch.equal(got[:-1], (sums[:-1] + bias).relu().to(dtype))
+    # Where the last input is kept, as a 0 too, and nowhere else.
+    places = encode(weight, weight != 0, "2:4")[2]
+    assert places is not None
+    last = -(-k // 4) * 2  # values of the last group that begins before K
+    spoiled = (unpack_positions(places)[:, last - 2 : last] == (k - 1) % 4).any(1)
+    assert torch.equal(got[-1].isnan(), spoiled)
+
+
+def test_float_places_lie_as_torch_puts_them(device: ctypes.CDLL) -> None:
+    """torch reorders the places of 16-bit weights for the same instruction, by CUTLASS's rule."""
+    conversions = pytest.importorskip("torch.sparse._semi_structured_conversions")
+    weight = (sparse_weight(64, 64).abs() % 64).bfloat16()
+    kept = torch.arange(64) % 4 < 2
+    weight = torch.where(weight == 0, 1, weight) * kept[torch.rand(64, 16, 4).argsort(2).reshape(64, 64)]
+    values, _, places = encode(weight, weight != 0, "2:4")
+    assert places is not None
+    units = float_units(device, weight).reshape(2, -1)
+    ours = units[:, 2048:].contiguous().view(torch.int32).reshape(2, 32, 2)  # [step][lane][word]
+    dense, meta = conversions.sparse_semi_structured_from_dense_cutlass(weight)
+    assert torch.equal(dense, values)
+    # [step of 32][32 rows][lane]: columns of 16 lie interleaved by 2
+    theirs = meta.reshape(-1).view(torch.int32).reshape(2, 2, 32)
+    assert torch.equal(ours.permute(0, 2, 1), theirs)
+    lane = torch.arange(32)[:, None]
+    fragments = units[0, :2048].contiguous().view(torch.bfloat16).reshape(4, 32, 4, 2)
+    for tile, register in itertools.product(range(4), range(4)):
+        row = 16 * tile + lane // 4 + register % 2 * 8
+        column = 2 * (lane % 4) + register // 2 * 8 + torch.arange(2)
+        assert torch.equal(fragments[tile, :, register], values[row, column])
 
 
 @pytest.mark.parametrize("n,k", [(1, 1), (64, 128), (65, 130), (70, 460)])

@@ -170,21 +170,29 @@ class Extension:
     # 2:4: the pack is the dense weight and the sums of its rows.
 
     def sparse_linear_kernels(self) -> list[str]:
-        return ["sp_a", "sp_b"]
+        return ["sp_a", "sp_b", "sp_float"]
 
-    def sparse_linear_choose(self, *_: int) -> str:
-        return "sp_b"
+    def sparse_linear_choose(self, *problem: int) -> str:
+        return "sp_b" if problem[-1] == 3 else "sp_float"
 
-    def sparse_linear_wgmma(self, name: str) -> bool:
-        return name == "sp_a"
+    def sparse_linear_order(self, name: str) -> int:
+        return {"sp_a": 1, "sp_b": 0, "sp_float": 2}[name]
 
-    def sparse_linear_layout(self, n: int, k: int, wgmma: bool = False) -> dict[str, int]:
-        return {"sums_off": up(n * k, 128), "total": up(n * k, 128) + 4 * n}
+    def sparse_linear_layout(self, n: int, k: int, order: int = 0) -> dict[str, int]:
+        size = 2 if order == 2 else 1
+        return {"sums_off": up(n * k * size, 128), "total": up(n * k * size, 128) + 4 * n}
 
     def sparse_linear_pack(
-        self, values: int, places: int, n: int, kept: int, packed: int, wgmma: bool, *_: int
+        self, values: int, places: int, n: int, kept: int, packed: int, order: int, *_: int
     ) -> None:
-        self.calls.append("pack for wgmma" if wgmma else "pack")
+        self.calls.append("pack for wgmma" if order == 1 else "pack")
+        if order == 2:  # as it comes: all 16 bits are carried
+            halves = view(values, torch.int16, (n, kept), (kept, 1)).float()
+            dense = decode(
+                halves, None, view(places, torch.uint8, (n, kept // 4), (kept // 4, 1)), "2:4", (n, 2 * kept)
+            )
+            view(packed, torch.int16, (n, 2 * kept), (2 * kept, 1)).copy_(dense)
+            return
         layout = (
             view(values, torch.int8, (n, kept), (kept, 1)),
             view(places, torch.uint8, (n, kept // 4), (kept // 4, 1)),
@@ -194,8 +202,11 @@ class Extension:
         sums = packed + self.sparse_linear_layout(n, 2 * kept)["sums_off"]
         view(sums, torch.int32, (n,), (1,)).copy_(dense.sum(1))
 
-    def sparse_linear_plan(self, packed: int, n: int, k: int, wgmma: bool, tail: dict[str, int]) -> bytes:
+    def sparse_linear_plan(self, packed: int, n: int, k: int, order: int, tail: dict[str, int]) -> bytes:
         padded = up(k, 8)
+        assert (order == 2) == (tail["mode"] == lib.NONE)
+        if order == 2:
+            return pickle.dumps((packed, padded, n, k, tail))
         sums = packed + self.sparse_linear_layout(n, padded)["sums_off"]
         dense = torch.zeros(n * up(k, 16) + 16, dtype=torch.int8)
         dense = dense[-dense.data_ptr() % 16 :][: n * up(k, 16)].view(n, -1)
@@ -204,10 +215,31 @@ class Extension:
         return pickle.dumps((dense.data_ptr(), dense.shape[1], sums, n, k, tail))
 
     def sparse_linear_workspace(self, *arguments: Any) -> int:
+        if len(pickle.loads(arguments[0])) == 5:  # float values: x as it is, or a copy
+            assert arguments[6] == 1 or arguments[1] == 1
+            return 2 * arguments[4] * up(arguments[5], 16) + 256
         return self.int8_linear_workspace(*arguments)
 
     def sparse_linear_run(self, *arguments: Any) -> int:
+        if len(held := pickle.loads(arguments[0])) == 5:
+            return self._float_product(held, *arguments[1:])
         return self.int8_linear_run(*arguments)
+
+    def _float_product(
+        self, held: tuple[Any, ...], kernel: int, x: int, x_code: int, m: int, *rest: int
+    ) -> int:
+        stride_m, stride_k, y_code, device, y, ldy, _, stream = rest
+        packed, padded, n, k, tail = held
+        assert (device, stream) == (-1, 7) and (stride_k == 1 or k == 1) and (m < 2 or stride_m >= k)
+        if m == 0:
+            return 2 if kernel < 0 else kernel
+        rows = view(x, DTYPES[x_code], (m, k), (stride_m, stride_k)).double()
+        weight = view(packed, DTYPES[x_code], (n, k), (padded, 1)).double()
+        out = rows @ weight.T
+        if tail["bias"]:
+            out += view(tail["bias"], torch.float32, (n,), (1,))
+        view(y, DTYPES[y_code], (m, ldy), (ldy, 1))[:, :n] = out.relu() if tail["activation"] == 1 else out
+        return 2 if kernel < 0 else kernel
 
     # The same for pixels: a 1x1 convolution of the dense weight.
 
@@ -551,6 +583,27 @@ def test_two_of_four(tables: Extension, monkeypatch: pytest.MonkeyPatch, n: int,
         sparse.run(x, (values, None, places.clone().zero_()), scale, bias, "2:4", n, lib.Tail())
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("n,k", [(1, 1), (5, 17), (9, 100)])
+def test_two_of_four_floats(tables: Extension, n: int, k: int, dtype: torch.dtype) -> None:
+    weight = torch.randint(1, 9, (n, k)).float()
+    weight.reshape(-1)[torch.arange(n * k) % k % 4 > 1] = 0
+    values, _, places = encode(weight, weight != 0, "2:4")
+    assert places is not None
+    bias = torch.randn(n)
+    for keywords in ({}, {"out_dtype": torch.float32, "activation": "relu"}):
+        tail = lib.Tail(**keywords)  # type: ignore[arg-type]
+        for shape in ((3, k), (2, 1, k), (0, k)):
+            x = torch.randint(-8, 9, shape).to(dtype)  # sums are exact
+            for rows in (x, x.repeat(2, *[1] * (x.dim() - 1))[::2], x.mT.contiguous().mT):
+                got = sparse.run(rows, (values, None, places), None, bias, "2:4", n, tail)
+                want = sparse_reference(
+                    rows, values, None, places, None, bias, pattern="2:4", out_features=n, **keywords
+                )  # type: ignore[arg-type]
+                assert torch.equal(got, want) and got.is_contiguous()
+    assert tables.calls.count("pack") == 1 and dispatch.last_used("sparse_linear") == "sp_float"
+
+
 @pytest.mark.parametrize("mode", ["dynamic", "static", "int8"])
 @pytest.mark.parametrize("outputs", [1, 8, 19])
 def test_convolutions(tables: Extension, mode: str, outputs: int) -> None:
@@ -610,7 +663,7 @@ def test_what_the_packed_kernels_decline(monkeypatch: pytest.MonkeyPatch) -> Non
             driver_version=lambda: 13000,
             sparse_linear_supports=lambda *a: f"asked {a}",
             sparse_linear_choose=lambda *a: None,
-            sparse_linear_kernels=lambda: ["first", "last"],
+            sparse_linear_kernels=lambda: ["first", "last", "float"],
             int8_conv2d_supports=lambda *a: f"asked {a}",
             sparse_conv2d_supports=lambda *a: f"asked {a}",
         ),
@@ -621,10 +674,14 @@ def test_what_the_packed_kernels_decline(monkeypatch: pytest.MonkeyPatch) -> Non
         return kernel.supports(Problem(op, "cuda", 24, 288, FACTS | details))
 
     assert why("sparse_linear", pattern="32x32", weight_dtype="int8") == "it is for pattern 2:4"
-    assert "int8 with int8" in str(why("sparse_linear", pattern="2:4", weight_dtype="float32"))
+    floats = {"pattern": "2:4", "weight_dtype": "float32"}
+    assert "float16 x; convert x" in str(why("sparse_linear", x_dtype=0, **floats))
+    assert why("sparse_linear", x_dtype=2, **floats) == "asked ('float', 90, 1, 24, 288, 2)"
+    assert why("sparse_linear", **floats) == "asked ('float', 90, 1, 24, 288, 1)"
     assert "int8 with int8" in str(why("sparse_linear", pattern="2:4", weight_dtype="int8", weight_only=True))
     assert (
-        why("sparse_linear", pattern="2:4", weight_dtype="int8", rows=7) == "asked ('last', 90, 7, 24, 288)"
+        why("sparse_linear", pattern="2:4", weight_dtype="int8", rows=7)
+        == "asked ('last', 90, 7, 24, 288, 3)"
     )
     assert "16x16 convolutions have no GPU kernel" in str(why("sparse_conv2d", pattern="16x16", int8=True))
     assert "int8 with int8" in str(why("sparse_conv2d", pattern="2:4", int8=False))

@@ -66,13 +66,33 @@ def agree(case: Case, kernel: str, device: str = "cuda") -> None:
 @pytest.mark.parametrize("m,n,k", SIZES)
 @pytest.mark.parametrize("kernel", rows("sparse_linear"))
 def test_two_of_four(kernel: str, m: int, n: int, k: int, mode: str) -> None:
+    if "float" in kernel:
+        pytest.skip("a kernel of float values")
     agree(linear_case("sparse_linear", m, n, k, mode=mode, pattern="2:4"), kernel)
+
+
+@pytest.mark.parametrize("x_dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("m,n,k", SIZES)
+@pytest.mark.parametrize("kernel", rows("sparse_linear"))
+def test_two_of_four_floats(kernel: str, m: int, n: int, k: int, x_dtype: torch.dtype) -> None:
+    if kernel != "cuda" and "float" not in kernel:
+        pytest.skip("a kernel of int8 values")
+    case = linear_case("sparse_linear", m, n, k, mode="float", pattern="2:4", x_dtype=x_dtype)
+    values = case.args[1].to(x_dtype)  # the kernels round them so
+    case = replace(case, args=(case.args[0], values, *case.args[2:]))
+    there = replace(case, args=tuple(a.cuda() if isinstance(a, Tensor) else a for a in case.args))
+    with dispatch.force("sparse_linear", kernel):
+        actual = there(ops.sparse_linear)
+        assert "float" in str(dispatch.last_used("sparse_linear"))
+    assert_close(actual.cpu(), case(sparse_reference), magnitude=case.magnitude(sparse_reference))
 
 
 @pytest.mark.parametrize("x", ["lowest", "highest", "extremes"])
 @pytest.mark.parametrize("w", ["lowest", "highest", "extremes"])
 @pytest.mark.parametrize("kernel", rows("sparse_linear"))
 def test_two_of_four_extreme_integers(kernel: str, w: str, x: str) -> None:
+    if "float" in kernel:
+        pytest.skip("a kernel of float values")
     agree(linear_case("sparse_linear", 33, 65, 2048, mode="int8", x=x, w=w, pattern="2:4"), kernel)
 
 

@@ -1,10 +1,12 @@
-// Integer products of packed weights with rows of int8, by mma.sync and mma.sp.sync: one main loop for dense
-// and 2:4 weights, and for rows that are a matrix's and rows that are the windows of an image.
+// Products of packed weights with rows of int8, and of 2:4 weights with rows of bf16 and fp16, by mma.sync
+// and mma.sp.sync: one main loop for dense and 2:4 weights, and for rows that are a matrix's and rows that
+// are the windows of an image.
 //
 // The weights are the A operand, as mma.sp wants of a sparse one. They are packed in the order in which they
 // are used: units of 64 outputs by 64 elements of K, in which every lane finds its fragments 16 bytes at a
-// time. Rows go through shared memory in lines of 64 bytes, whose 16-byte pieces are swizzled so that
-// ldmatrix meets every bank once. A ring of stages is filled by cp.async; one barrier a stage.
+// time (of 16-bit elements 64 by 32, which are the same bytes, and only the places differ). Rows go through
+// shared memory in lines of 64 bytes, whose 16-byte pieces are swizzled so that ldmatrix meets every bank
+// once. A ring of stages is filled by cp.async; one barrier a stage.
 #pragma once
 
 #include "kernels/common/cuda_launch.cuh"
@@ -21,6 +23,7 @@ struct alignas(16) GemmPiece {
 // ---- weights ----
 
 struct DenseUnits {
+    using Sum = int32_t;
     static constexpr int kPieces = kDenseUnit / 16;
     GemmPiece a[4][2];
     __device__ __forceinline__ void load(const GemmPiece *unit, int lane) {
@@ -37,6 +40,7 @@ struct DenseUnits {
 };
 
 struct SparseUnits {
+    using Sum = int32_t;
     static constexpr int kPieces = kSparseUnit / 16;
     GemmPiece a[4], places;
     __device__ __forceinline__ void load(const GemmPiece *unit, int lane) {
@@ -47,6 +51,29 @@ struct SparseUnits {
     }
     __device__ __forceinline__ void multiply(int32_t (&d)[4], int o, const uint32_t (&b)[4]) const {
         mma_sp_m16n8k64(d, a[o].w, b, places.w[o]);
+    }
+};
+
+// bf16 or fp16.
+template <bool kBf16> struct SparseFloatUnits {
+    using Sum = float;
+    static constexpr int kPieces = kSparseFloatUnit / 16;
+    struct alignas(8) Places {
+        uint32_t w[2]; // of two tiles each
+    };
+    GemmPiece a[4];
+    Places places;
+    __device__ __forceinline__ void load(const GemmPiece *unit, int lane) {
+#pragma unroll
+        for (int o = 0; o < 4; ++o)
+            a[o] = unit[o * 32 + lane];
+        places = reinterpret_cast<const Places *>(unit + 4 * 32)[lane];
+    }
+    __device__ __forceinline__ void multiply(float (&d)[4], int o, const uint32_t (&b)[4]) const {
+        if (o % 2 == 0)
+            mma_sp_m16n8k32<kBf16, 0>(d, a[o].w, b, places.w[o / 2]);
+        else
+            mma_sp_m16n8k32<kBf16, 1>(d, a[o].w, b, places.w[o / 2]);
     }
 };
 
@@ -72,6 +99,15 @@ struct MatrixRows {
     // 16 elements of K, or null for zeros.
     __device__ __forceinline__ const int8_t *piece(const Cursor &c, const Walk &w) const {
         return c.row != nullptr && w.k < k ? c.row + w.k : nullptr;
+    }
+    // How many bytes of a piece are read; the rest is 0.
+    __device__ __forceinline__ int bytes(const Walk &) const { return 16; }
+};
+
+// Rows of 16-bit floats, in bytes. What follows K is not read: it may be NaN, which no weight of 0 undoes.
+struct FloatRows : MatrixRows {
+    __device__ __forceinline__ int bytes(const Walk &w) const {
+        return k - w.k < 16 ? static_cast<int>(k - w.k) : 16;
     }
 };
 
@@ -127,6 +163,7 @@ struct ImageRows {
             return outside;
         return c.sample + (int64_t{row} * width + column) * channels + w.channel;
     }
+    __device__ __forceinline__ int bytes(const Walk &) const { return 16; }
 };
 
 // ---- the product ----
@@ -205,12 +242,13 @@ __global__ void __launch_bounds__(S::kThreads, 1)
             const int line = threadIdx.x / 4 + i * (S::kThreads / 4);
             const int8_t *from = rows.piece(cursors[i], walk);
             cp_async(to + line * 4 + (quarter ^ line / 2 % 4), from != nullptr ? from : rows.x,
-                     from != nullptr ? 16 : 0);
+                     from != nullptr ? rows.bytes(walk) : 0);
         }
         rows.advance(walk);
     };
 
-    int32_t sum[4][S::kTiles][4] = {};
+    using Sum = typename Units::Sum;
+    Sum sum[4][S::kTiles][4] = {};
 #pragma unroll
     for (int s = 0; s < S::kStages - 1; ++s) {
         if (s < weights.steps)
@@ -243,7 +281,7 @@ __global__ void __launch_bounds__(S::kThreads, 1)
     }
     cp_async_wait<0>();
 
-    int32_t *parts = reinterpret_cast<int32_t *>(dynamic_shared());
+    Sum *parts = reinterpret_cast<Sum *>(dynamic_shared());
     const int g = lane / 4, t = lane % 4;
 #pragma unroll
     for (int half = 0; half < S::kTiles / 2; ++half) {
@@ -259,7 +297,7 @@ __global__ void __launch_bounds__(S::kThreads, 1)
             }
         }
         __syncthreads();
-        store_tile<int32_t, S::kPartRows, S::kOutputs, S::kPitch, 1, S::kThreads>(
+        store_tile<Sum, S::kPartRows, S::kOutputs, S::kPitch, 1, S::kThreads>(
             store, parts, [&](int r) { return m0 + r / 16 * (8 * S::kTiles) + 16 * half + r % 16; }, n0);
     }
 }

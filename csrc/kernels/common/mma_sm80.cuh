@@ -78,6 +78,28 @@ __device__ __forceinline__ void mma_sp_m16n8k64(int32_t (&d)[4], const uint32_t 
                    "r"(e));
 }
 
+// The same of 16-bit elements, step K = 32, of bf16 or fp16. e: of lanes t < 2 (kSelector 0) or t >= 2 (1);
+// with t mod 2 the half of K, row g in the lower 16 bits and row g + 8 in the upper.
+#define TAUTORCH_MMA_SP_16(type, selector)                                                                   \
+    asm volatile("mma.sp::ordered_metadata.sync.aligned.m16n8k32.row.col.f32." type "." type                 \
+                 ".f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9,%10,%11}, {%0,%1,%2,%3}, %12, " selector ";"     \
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                            \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(b[2]), "r"(b[3]),   \
+                   "r"(e))
+template <bool kBf16, int kSelector>
+__device__ __forceinline__ void mma_sp_m16n8k32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[4],
+                                                uint32_t e) {
+    if constexpr (kBf16 && kSelector == 0)
+        TAUTORCH_MMA_SP_16("bf16", "0x0");
+    else if constexpr (kBf16)
+        TAUTORCH_MMA_SP_16("bf16", "0x1");
+    else if constexpr (kSelector == 0)
+        TAUTORCH_MMA_SP_16("f16", "0x0");
+    else
+        TAUTORCH_MMA_SP_16("f16", "0x1");
+}
+#undef TAUTORCH_MMA_SP_16
+
 // Bytes of the two words by number (low word 0-3, high word 4-7), lowest first.
 __device__ __forceinline__ uint32_t byte_perm(uint32_t low, uint32_t high, uint32_t which) {
     return __byte_perm(low, high, which);

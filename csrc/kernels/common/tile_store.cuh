@@ -12,7 +12,7 @@ struct TileStore {
     int64_t m, n;
     const float *x_scale;   // null: 1
     int64_t rows_per_scale; // 0: one scale for all
-    const float *w_scale;
+    const float *w_scale;   // null: 1
     const int32_t *sums;
     const float *bias;
     FinishArguments finish;
@@ -53,7 +53,7 @@ __device__ __forceinline__ void store_tile_as(const TileStore &s, const Sum *par
             for (int j = 0; j < 4; ++j)
                 sum[j] += more[j];
         }
-        const Four<float> w_scale = column_values(s.w_scale, column, s.n, 0.f);
+        const Four<float> w_scale = column_values(s.w_scale, column, s.n, 1.f);
         const Four<float> bias = column_values(s.bias, column, s.n, 0.f);
         Four<Out> out;
         if constexpr (Sum(0.5f) == Sum(0)) { // int32_t

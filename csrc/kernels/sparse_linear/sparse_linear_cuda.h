@@ -1,5 +1,6 @@
-// sparse_linear on CUDA, pattern 2:4 with int8 values: y as in int8_linear_cuda.h, by mma.sp.sync or, on
-// compute capability 9.0, wgmma.sp.
+// sparse_linear on CUDA, pattern 2:4. int8 values: y as in int8_linear_cuda.h, by mma.sp.sync or, on compute
+// capability 9.0, wgmma.sp. bf16 and fp16 values by rows of the same type: y = activation(sum x w + bias),
+// summed in fp32 by mma.sp.sync.
 #pragma once
 
 #include "kernels/common/gemm_pack_cuda.h"
@@ -11,6 +12,10 @@ namespace tautorch::cuda {
 #define TAUTORCH_SPARSE_LINEAR_24(X)                                                                         \
     X(sp24_128x64, 2, 2, 4, 5)                                                                               \
     X(sp24_256x128, 4, 2, 8, 5)
+// Of bf16 and fp16, an instance each.
+#define TAUTORCH_SPARSE_LINEAR_24_FLOAT(X)                                                                   \
+    X(sp24_float_128x64, 2, 2, 4, 5)                                                                         \
+    X(sp24_float_256x128, 4, 2, 8, 5)
 
 // CUTLASS's for 9.0, each for outputs of 1, 2 and 4 bytes. B, here the rows of x, goes through shared memory
 // once for 64 outputs: 256 rows a tile keep that at the rate of the tensor cores. X(name, tile m, n, k,
@@ -38,26 +43,30 @@ inline WgmmaLayout wgmma_layout(int64_t n, int64_t k) {
 int wgmma_pack_sparse(const int8_t *values, const uint8_t *places, int64_t n, int64_t kept, uint8_t *packed,
                       void *stream);
 
+// What a kernel reads: units of gemm_pack_sparse(), wgmma_pack_sparse()'s, units of gemm_pack_sparse_float().
+enum class SparseOrder { units, wgmma, float_units };
+
 struct SparseLinearKernel {
     const char *name;
     int min_capability, max_capability; // major * 10 + minor, inclusive
     int tile_n, tile_m;
-    bool wgmma; // weights in wgmma_layout(), not in units
+    SparseOrder order;
     int (*run)(const Int8Linear &, void *stream);
 };
 
 // The table, in order of preference. *count is set to its length.
 const SparseLinearKernel *sparse_linear_kernels(int *count);
 const SparseLinearKernel *sparse_linear_find(const char *name);
-// Null when the kernel can run the problem on a device of this capability, else the reason (static).
+// Null when the kernel can run the problem on a device of this capability, else the reason (static). x_dtype:
+// i8 for int8 values, whatever is quantised to meet them.
 const char *sparse_linear_supports(const SparseLinearKernel &kernel, int capability, int64_t m, int64_t n,
-                                   int64_t k);
-// Null when none should run it. All that are chosen on one device read the same layout.
+                                   int64_t k, DType x_dtype);
+// Null when none should run it. All that are chosen for one type on one device read the same layout.
 const SparseLinearKernel *sparse_linear_choose(int capability, int multiprocessors, int64_t m, int64_t n,
-                                               int64_t k);
+                                               int64_t k, DType x_dtype);
 
-// a.weight: the units of gemm_pack_sparse(), or wgmma_pack_sparse()'s; a.ldw unused; a.k: twice the kept
-// values of a row, or up to 7 less.
+// a.weight: in the kernel's order; a.ldw unused, of float values also sums and scales; a.k: twice the kept
+// values of a row, or up to 7 less. What lies behind a row of floats is not read.
 int sparse_linear_run(const SparseLinearKernel &kernel, const Int8Linear &a, void *stream);
 
 } // namespace tautorch::cuda

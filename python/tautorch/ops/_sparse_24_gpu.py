@@ -21,12 +21,16 @@ def run(
     x: Tensor,
     values: Tensor,
     places: Tensor,
-    weight_scale: Tensor,
+    weight_scale: Tensor | None,
     bias: Tensor | None,
     out_features: int,
     tail: lib.Tail,
 ) -> Tensor:
-    """The operator by ``kernel`` of the extension's table; x and the layout are on a CUDA device."""
+    """The operator by ``kernel`` of the extension's table; x and the layout are on a CUDA device.
+
+    Without ``weight_scale`` x is multiplied as it comes, bf16 or fp16, by values of its type:
+    others are rounded to it when they are packed.
+    """
     _gpu.check_devices(
         OP,
         x,
@@ -36,27 +40,39 @@ def run(
         out_zero_point=tail.out_zero_point,
     )
     ext, index, k = dispatch.cuda, x.get_device(), x.shape[-1]
-    codes, keep = tail.codes(x, weight_scale, bias, False)
+    floats = weight_scale is None
+    dtype = x.dtype if floats else torch.int8
+    codes, keep = tail.codes(x, weight_scale, bias, floats)
     stream = torch.cuda.current_stream(index).cuda_stream
     _gpu.check_lowest(OP, "values", values, k)
     kernels, rows = ext.sparse_linear_kernels(), lib.row_count(x)
     shape = (out_features, k)
-    wgmma = ext.sparse_linear_wgmma(
-        ext.sparse_linear_choose(*_gpu.facts(index), rows, *shape) if kernel == "cuda" else kernel
-    )
-    packed = packed_places(OP, values, places, shape, wgmma, index, stream)
-    plan = ext.sparse_linear_plan(packed.data_ptr(), *shape, wgmma, codes)
+    if kernel == "cuda":
+        best = ext.sparse_linear_choose(*_gpu.facts(index), rows, *shape, lib.DTYPE_CODE[dtype])
+        order = ext.sparse_linear_order(best)
+    else:
+        order = ext.sparse_linear_order(kernel)
+    packed = packed_places(OP, values, places, shape, order, index, stream, dtype)
+    plan = ext.sparse_linear_plan(packed.data_ptr(), *shape, order, codes)
     chosen = -1 if kernel == "cuda" else kernels.index(kernel)
-    y = product(OP, kernels, chosen, plan, x, out_features, tail.dtype(x), False, stream)
+    y = product(OP, kernels, chosen, plan, x, out_features, tail.dtype(x), floats, stream)
     del keep
     return y
 
 
 def packed_places(
-    op: str, values: Tensor, places: Tensor, shape: tuple[int, int], wgmma: bool, index: int, stream: int
+    op: str,
+    values: Tensor,
+    places: Tensor,
+    shape: tuple[int, int],
+    order: int,
+    index: int,
+    stream: int,
+    dtype: torch.dtype = torch.int8,
 ) -> Tensor:
-    """The weight in the order in which the kernels read it; its places are checked when it is made."""
-    if torch.cuda.is_current_stream_capturing() and _packs.peek(values, (shape, wgmma), (places,)) is None:
+    """The weight in the ``order`` in which the kernels read it; its places are checked when it is made."""
+    key = (shape, order, dtype)
+    if torch.cuda.is_current_stream_capturing() and _packs.peek(values, key, (places,)) is None:
         raise ValueError(
             f"{op}: col_indices are checked at the first call with them, which a graph cannot capture; "
             "call the layer once before capturing (tautorch.warmup)"
@@ -65,12 +81,12 @@ def packed_places(
     def make() -> Tensor:
         check_layout(values, None, places, "2:4", shape, op=op)
         n, kept = values.shape
-        total = dispatch.cuda.sparse_linear_layout(n, 2 * kept, wgmma)["total"]
+        total = dispatch.cuda.sparse_linear_layout(n, 2 * kept, order)["total"]
         packed = torch.empty(total, dtype=torch.uint8, device=values.device)
-        held = values.detach().contiguous(), places.detach().contiguous()
+        held = values.detach().to(dtype).contiguous(), places.detach().contiguous()
         dispatch.cuda.sparse_linear_pack(
-            held[0].data_ptr(), held[1].data_ptr(), n, kept, packed.data_ptr(), wgmma, index, stream
+            held[0].data_ptr(), held[1].data_ptr(), n, kept, packed.data_ptr(), order, index, stream
         )
         return packed
 
-    return _gpu.once(_packs, values, make, (shape, wgmma), (places,))
+    return _gpu.once(_packs, values, make, key, (places,))

@@ -66,7 +66,7 @@ def run(
     _gpu.check_lowest(OP, "values", values, geometry.k)
 
     def packed(stream: int) -> Tensor:
-        return packed_places(OP, values, places, shape, False, x.get_device(), stream)
+        return packed_places(OP, values, places, shape, 0, x.get_device(), stream)
 
     with torch.cuda.device(x.device):
         return extension(OP, kernel, x, packed, weight_scale, bias, geometry, tail)

@@ -41,10 +41,11 @@ def run(
         pattern=pattern,
         weight_dtype="float32" if weight_scale is None else "int8",
         weight_only=tail.weight_only,
+        x_dtype=lib.DTYPE_CODE[x.dtype],
     )
     kernel = dispatch.choose(Problem(OP, "cuda", *shape, details))
     if kernel not in ("reference", "triton"):
-        assert col is not None and weight_scale is not None  # by the operator's checks and the kernel's row
+        assert col is not None  # by the operator's checks
         return two_of_four.run(kernel, x, values, col, weight_scale, bias, out_features, tail)
     dispatch.note_used(OP, kernel)
     if kernel == "reference":

@@ -3,9 +3,9 @@
 
 #include "emulate_mma.h"
 #include "kernels/common/quantize_rows_cuda.h"
+#include "kernels/int8_conv2d/int8_conv2d_cuda.h"
 #include "kernels/int8_linear/int8_linear_epilogue.cuh"
 #include "kernels/int8_linear/int8_linear_instances.h"
-#include "kernels/int8_conv2d/int8_conv2d_cuda.h"
 #include "kernels/sparse_conv2d/sparse_conv2d_cuda.h"
 #include "kernels/sparse_linear/sparse_linear_cuda.h"
 
@@ -23,14 +23,14 @@ extern "C" int quantize_rows(const void *x, int dtype, int64_t stride_m, int64_t
 extern "C" int quantize_rows_in_parts(const void *x, int dtype, int64_t m, int64_t k, const float *x_scale,
                                       const int32_t *zero_point, int8_t *q, int64_t ldq, float *scale,
                                       uint32_t *peaks) {
-    const cuda::QuantizeRows a{x,          static_cast<DType>(dtype), k, 1, m, k, x_scale, zero_point, q, ldq,
-                               scale, peaks};
+    const cuda::QuantizeRows a{
+        x, static_cast<DType>(dtype), k, 1, m, k, x_scale, zero_point, q, ldq, scale, peaks};
     const int status = cuda::quantize_rows(a, nullptr);
     return status != 0 ? status : cuda::quantize_in_parts(a);
 }
 
-extern "C" int quantize_rows_after(const void *x, int dtype, int64_t stride_m, int64_t m, int64_t k, int stage,
-                                   const float *weight, const float *bias, const void *gate,
+extern "C" int quantize_rows_after(const void *x, int dtype, int64_t stride_m, int64_t m, int64_t k,
+                                   int stage, const float *weight, const float *bias, const void *gate,
                                    int64_t gate_stride_m, float eps, const float *x_scale,
                                    const int32_t *zero_point, int8_t *q, int64_t ldq, float *scale) {
     return cuda::quantize_rows_after(
@@ -144,6 +144,13 @@ extern "C" int pack_dense(const int8_t *weight, int64_t ld, int64_t n, int64_t k
 extern "C" int pack_sparse(const int8_t *values, const uint8_t *places, int64_t n, int64_t kept,
                            uint8_t *units) {
     return cuda::gemm_pack_sparse(values, places, n, kept, units, nullptr);
+}
+extern "C" int64_t float_units_bytes(int64_t n, int64_t k) {
+    return cuda::gemm_layout(n, 2 * k, cuda::kSparseFloatUnit).sums_off;
+}
+extern "C" int pack_sparse_float(const uint16_t *values, const uint8_t *places, int64_t n, int64_t kept,
+                                 uint8_t *units) {
+    return cuda::gemm_pack_sparse_float(values, places, n, kept, units, nullptr);
 }
 
 extern "C" int64_t wgmma_bytes(int64_t n, int64_t k) { return cuda::wgmma_layout(n, k).total; }

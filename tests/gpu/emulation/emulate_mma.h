@@ -135,6 +135,32 @@ inline void mma_sp_m16n8k64(int32_t (&d)[4], const uint32_t (&a)[4], const uint3
     });
 }
 
+// As its comment in mma_sm80.cuh says, and the reordering of torch's semi-structured tensors (a test
+// compares).
+template <bool kBf16, int kSelector>
+void mma_sp_m16n8k32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[4], uint32_t e) {
+    const uint32_t mine[9] = {a[0], a[1], a[2], a[3], b[0], b[1], b[2], b[3], e};
+    const auto as_float = kBf16 ? bf16_to_float : f16_to_float;
+    together(mine, [&](auto &all, int lane) {
+        for (int i = 0; i < 4; ++i) {
+            const int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
+            float sum = d[i];
+            for (int c = 0; c < 16; ++c) { // of the 16 elements that are kept
+                const uint32_t places =
+                    all[4 * (row % 8) + 2 * kSelector + c / 8][8] >> 16 * (row / 8) & 0xffff;
+                const uint32_t place = places >> 2 * (c % 8) & 3;
+                if (c % 2 == 1 && place <= (places >> 2 * (c % 8 - 1) & 3))
+                    abort(); // the order that ordered_metadata asks for
+                const int k = c / 2 * 4 + static_cast<int>(place);
+                const uint32_t w = all[4 * (row % 8) + c % 8 / 2][2 * (c / 8) + row / 8] >> 16 * (c % 2);
+                const uint32_t x = all[4 * column + k % 8 / 2][4 + k / 8] >> 16 * (k % 2);
+                sum += as_float(static_cast<uint16_t>(w)) * as_float(static_cast<uint16_t>(x));
+            }
+            d[i] = sum;
+        }
+    });
+}
+
 inline uint32_t byte_perm(uint32_t low, uint32_t high, uint32_t which) {
     const uint64_t both = uint64_t{high} << 32 | low;
     uint32_t d = 0;
