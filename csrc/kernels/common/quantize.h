@@ -79,10 +79,11 @@ struct OutS16 {
 template <class Out> inline void store_q(void *out, int64_t i, vi q, int32_t add, int64_t n) {
     using V = typename Out::vec;
     V v;
+    const vi sum = (vi)((vu)q + static_cast<uint32_t>(add)); // of NaN, q is the least int32
     if constexpr (Out::bytes == 1)
-        v = (V)low_bytes(q + add);
+        v = (V)low_bytes(sum);
     else
-        v = __builtin_convertvector(q + add, V);
+        v = __builtin_convertvector(sum, V);
     char *p = static_cast<char *>(out) + i * Out::bytes;
     if (n >= L)
         store(p, v);
