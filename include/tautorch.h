@@ -19,13 +19,13 @@
  *     tt_run(&plan, x, rows, y);                                   // float [rows][inputs] -> [rows][outputs]
  *
  * Every function that can fail returns a tt_status, and then tt_last_error() says what was expected and got.
- * A bad size, code, scale, list, pack or plan is an error and nothing else; buffers must be as large as they
- * are said to be.
+ * A bad size, code, scale, list or pack, and a plan that is not as it was made, is an error and nothing else;
+ * buffers must be as large as they are said to be.
  *
  * Memory. Nothing is allocated but (a) a thread-local workspace of each thread that runs plans, which grows
  * to what the largest call needed and is freed when the thread ends, (b) messages, (c) the threads of
  * tt_set_threads and (d) lists while tt_sparse_pack runs. Plans hold addresses: packed weights, scales and
- * biases must stay where they are for as long as a plan is run.
+ * biases must stay where and as they are for as long as a plan is run; no call looks at them again.
  *
  * Threads. Everything runs on the calling thread until tt_set_threads or tt_set_thread_pool. Any number of
  * threads may pack, plan and run at once, the same plan too; while one runs on the pool, others run on

@@ -106,10 +106,11 @@ PackHeader sparse_header_of(const char *kernel, int32_t kind, const tt_sparse *w
 
 // ---- plans ----
 
-constexpr uint64_t kPlanMagic = 0x31304e414c505454; // "TTPLAN01"
+constexpr uint64_t kPlanMagic = 0x32304e414c505454; // "TTPLAN02"
 
 struct Plan {
     uint64_t magic;
+    uint64_t sum; // of all words behind it
     void (*run)(const LowRankLinearArgs &);
     const char *kernel;
     LowRankLinearArgs args; // of all drivers: the others' is its base
@@ -117,6 +118,25 @@ struct Plan {
 };
 static_assert(sizeof(Plan) <= sizeof(tt_plan));
 static_assert(std::is_trivially_copyable_v<Plan>);
+static_assert(sizeof(Plan) % sizeof(uint64_t) == 0);
+
+// Odd factors: a word that changed always shows. Costs a call of tt_run 10 ns.
+constexpr size_t kSumWord = 1;
+uint64_t sum_of(const tt_plan &plan) {
+    constexpr uint64_t kOdd = 0x9e3779b97f4a7c15;
+    uint64_t sum = 0;
+    for (size_t i = kSumWord + 1; i < sizeof(Plan) / sizeof(uint64_t); ++i)
+        sum += plan.opaque[i] * (kOdd + 2 * i);
+    return sum;
+}
+
+// Whether a plan is as it was made.
+bool read_plan(const tt_plan *from, Plan &p) {
+    tt_plan copy; // `from` may lie anywhere
+    std::memcpy(&copy, from, sizeof p);
+    std::memcpy(static_cast<void *>(&p), &copy, sizeof p);
+    return p.magic == kPlanMagic && p.sum == sum_of(copy);
+}
 
 void run_dense(const LowRankLinearArgs &a) { int8_linear(a); }
 void run_sparse(const LowRankLinearArgs &a) { sparse_linear(a); }
@@ -187,7 +207,10 @@ void finish(const char *op, const tt_layer &l, Plan &p, void (*run)(const LowRan
     p.magic = kPlanMagic;
     p.run = run;
     p.kernel = find_isa(header_of(p.args.packed).isa)->name;
-    std::memcpy(out, &p, sizeof p);
+    tt_plan made = {};
+    std::memcpy(&made, &p, sizeof p);
+    made.opaque[kSumWord] = sum_of(made);
+    std::memcpy(out, &made, sizeof made);
 }
 
 int64_t signed_bytes(size_t n) { return n > INT64_MAX ? INT64_MAX : static_cast<int64_t>(n); }
@@ -195,9 +218,8 @@ int64_t signed_bytes(size_t n) { return n > INT64_MAX ? INT64_MAX : static_cast<
 Plan plan_of(const char *op, const tt_plan *plan) {
     require(op, "plan", plan);
     Plan p;
-    std::memcpy(static_cast<void *>(&p), plan, sizeof p);
-    if (p.magic != kPlanMagic)
-        refuse(op, "plan", "be made by tt_linear_plan or tt_lowrank_plan", "something else");
+    if (!read_plan(plan, p))
+        refuse(op, "plan", "be as tt_linear_plan or tt_lowrank_plan made it", "something else");
     return p;
 }
 
@@ -318,9 +340,7 @@ tt_status tt_lowrank_plan(const tt_layer *layer, const void *up, size_t up_bytes
 
 const char *tt_plan_kernel(const tt_plan *plan) {
     Plan p;
-    if (plan)
-        std::memcpy(static_cast<void *>(&p), plan, sizeof p);
-    return plan && p.magic == kPlanMagic ? p.kernel : nullptr;
+    return plan && read_plan(plan, p) ? p.kernel : nullptr;
 }
 
 tt_status tt_run(const tt_plan *plan, const void *x, int64_t rows, void *y) {

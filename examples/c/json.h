@@ -1,5 +1,6 @@
 /* A reader of JSON for files that may be hostile: bounded depth, no recursion on input beyond it, no number
- * arithmetic but integers. Values are slices of the text, which must outlive them. */
+ * arithmetic but integers. Values are slices of the text, which must outlive them; escapes are replaced in
+ * place by what they stand for, so the text is the reader's own. */
 #ifndef EXAMPLE_JSON_H
 #define EXAMPLE_JSON_H
 
@@ -12,7 +13,7 @@ enum { JSON_DEPTH = 16 };
 /* '{' object, '[' array, '"' string, 'v' number or word. Nodes of an object come after their key. */
 typedef struct json_node {
     char type;
-    const char *text; /* without the quotes of a string, escapes as they are */
+    char *text; /* a string without quotes and escapes, in UTF-8; no character of it is 0 */
     size_t length;
     const char *key;
     size_t key_length;
@@ -22,7 +23,7 @@ typedef struct json_node {
 typedef struct json {
     json_node *nodes;
     int32_t count, capacity;
-    const char *at, *end;
+    char *at, *end;
 } json;
 
 static int32_t json_add(json *j, char type) {
@@ -52,15 +53,71 @@ static int json_take(json *j, char c) {
     return 1;
 }
 
-/* A string's characters; at is behind its opening quote. */
-static int json_string(json *j, const char **text, size_t *length) {
-    *text = j->at;
-    for (; j->at < j->end && *j->at != '"'; ++j->at)
-        if (*j->at == '\\' && ++j->at == j->end)
+/* The four digits of \uXXXX, or -1. */
+static int32_t json_hex(json *j) {
+    int32_t code = 0;
+    for (int i = 0; i < 4; ++i) {
+        const char c = j->at < j->end ? *j->at++ : '"';
+        const int32_t digit = c >= '0' && c <= '9'   ? c - '0'
+                              : c >= 'a' && c <= 'f' ? c - 'a' + 10
+                              : c >= 'A' && c <= 'F' ? c - 'A' + 10
+                                                     : -1;
+        if (digit < 0)
+            return -1;
+        code = 16 * code + digit;
+    }
+    return code;
+}
+
+/* Writes what \uXXXX stands for (two of them, for a pair of surrogates) as UTF-8, which is shorter; at is
+ * behind the u. Returns how many bytes, 0 for half a pair and for U+0000, which would end names in C. */
+static size_t json_unicode(json *j, char *out) {
+    int32_t code = json_hex(j);
+    if (code >= 0xd800 && code < 0xdc00) {
+        if (j->end - j->at < 6 || j->at[0] != '\\' || j->at[1] != 'u')
             return 0;
-    if (j->at >= j->end)
+        j->at += 2;
+        const int32_t low = json_hex(j);
+        if (low < 0xdc00 || low > 0xdfff)
+            return 0;
+        code = 0x10000 + (code - 0xd800) * 0x400 + (low - 0xdc00);
+    } else if (code <= 0 || (code >= 0xdc00 && code < 0xe000)) {
         return 0;
-    *length = (size_t)(j->at++ - *text);
+    }
+    const int more = code < 0x80 ? 0 : code < 0x800 ? 1 : code < 0x10000 ? 2 : 3;
+    static const int first[] = {0, 0xc0, 0xe0, 0xf0};
+    out[0] = (char)(first[more] | code >> 6 * more);
+    for (int i = 1; i <= more; ++i)
+        out[i] = (char)(0x80 | (code >> 6 * (more - i) & 0x3f));
+    return (size_t)more + 1;
+}
+
+/* A string's characters; at is behind its opening quote. */
+static int json_string(json *j, char **text, size_t *length) {
+    static const char from[] = "\"\\/bfnrt", to[] = "\"\\/\b\f\n\r\t";
+    char *out = j->at;
+    *text = out;
+    while (j->at < j->end && *j->at != '"') {
+        const char c = *j->at++;
+        if ((unsigned char)c < ' ')
+            return 0;
+        if (c != '\\') {
+            *out++ = c;
+            continue;
+        }
+        const char escape = j->at < j->end ? *j->at++ : 0;
+        const char *which = memchr(from, escape, sizeof from - 1);
+        const size_t written = escape == 'u' ? json_unicode(j, out) : which != NULL;
+        if (written == 0)
+            return 0;
+        if (which)
+            *out = to[which - from];
+        out += written;
+    }
+    if (j->at == j->end)
+        return 0;
+    ++j->at;
+    *length = (size_t)(out - *text);
     return 1;
 }
 
@@ -94,7 +151,7 @@ static int32_t json_value(json *j, int depth) {
     if (json_take(j, close))
         return node;
     do {
-        const char *key = NULL;
+        char *key = NULL;
         size_t key_length = 0;
         if (c == '{' && !(json_take(j, '"') && json_string(j, &key, &key_length) && json_take(j, ':')))
             return -1;
@@ -111,7 +168,7 @@ static int32_t json_value(json *j, int depth) {
 
 /* The root is node 0. Returns 0 for what is not one JSON value of at most JSON_DEPTH levels. json_free it
  * either way. */
-static int json_parse(json *j, const char *text, size_t length) {
+static int json_parse(json *j, char *text, size_t length) {
     json fresh = {NULL, 0, 0, text, text + length};
     *j = fresh;
     if (json_value(j, 0) != 0)
@@ -126,14 +183,17 @@ static void json_free(json *j) {
 }
 
 /* The member of an object, or -1; of node -1 too. */
-static int32_t json_get(const json *j, int32_t object, const char *key) {
+static int32_t json_find(const json *j, int32_t object, const char *key, size_t length) {
     if (object < 0 || j->nodes[object].type != '{')
         return -1;
-    const size_t length = strlen(key);
     for (int32_t i = j->nodes[object].child; i >= 0; i = j->nodes[i].next)
         if (j->nodes[i].key_length == length && memcmp(j->nodes[i].key, key, length) == 0)
             return i;
     return -1;
+}
+
+static int32_t json_get(const json *j, int32_t object, const char *key) {
+    return json_find(j, object, key, strlen(key));
 }
 
 /* Whether node i is this string or word. */
@@ -154,24 +214,6 @@ static int64_t json_integer(const json *j, int32_t i) {
         n = 10 * n + (j->nodes[i].text[c] - '0');
     }
     return n <= (int64_t)1 << 53 ? n : -1;
-}
-
-/* A string without its escapes, in `out` of at least its length; returns the length, or -1 for \u escapes. */
-static int64_t json_unescape(const json *j, int32_t i, char *out) {
-    const json_node *s = &j->nodes[i];
-    int64_t n = 0;
-    for (size_t c = 0; c < s->length; ++c) {
-        char x = s->text[c];
-        if (x == '\\') {
-            static const char from[] = "\"\\/bfnrt", to[] = "\"\\/\b\f\n\r\t";
-            const char *which = memchr(from, s->text[++c], sizeof from - 1);
-            if (!which)
-                return -1;
-            x = to[which - from];
-        }
-        out[n++] = x;
-    }
-    return n;
 }
 
 #endif

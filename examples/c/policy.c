@@ -212,6 +212,11 @@ static void add_linear(policy *p, layer *l, const char *class, const char *modul
         p->inputs = k;
 }
 
+/* A node's length for printf, enough to fill any name here. */
+static int printed(const json *j, int32_t i) {
+    return (int)(j->nodes[i].length < 256 ? j->nodes[i].length : 256);
+}
+
 static void add_module(policy *p, const char *module, int depth) {
     static const struct {
         const char *class;
@@ -223,18 +228,24 @@ static void add_module(policy *p, const char *module, int depth) {
     static const char *const nothing[] = {"torch.nn.Identity", "torch.nn.Dropout"};
     const json *j = &p->file.document;
     const int32_t node = json_get(j, json_get(j, 0, "modules"), module), class = json_get(j, node, "class"),
-                  config = json_get(j, node, "config");
-    if (class < 0 || depth > JSON_DEPTH)
+                  config = json_get(j, node, "config"), same = json_get(j, node, "same_as");
+    if ((class < 0 && same < 0) || depth > JSON_DEPTH)
         fail("module '%s' is not in the file, or too deep", module);
     if (++p->modules > MOST_MODULES) /* names that repeat could make a tree without end */
         fail("more than %d modules", MOST_MODULES);
+    if (same >= 0) { /* a module that is there twice: described where it came first */
+        char first[256];
+        if (snprintf(first, sizeof first, "%.*s", printed(j, same), j->nodes[same].text) >= (int)sizeof first)
+            fail("module '%s': a name is too long", module);
+        add_module(p, first, depth + 1);
+        return;
+    }
     if (json_is(j, class, "torch.nn.Sequential")) {
         const int32_t children = json_get(j, node, "children");
         for (int32_t i = children < 0 ? -1 : j->nodes[children].child; i >= 0; i = j->nodes[i].next) {
             char name[256];
-            const int length =
-                snprintf(name, sizeof name, "%s%s%.*s", module, *module ? "." : "",
-                         (int)(j->nodes[i].length < 200 ? j->nodes[i].length : 200), j->nodes[i].text);
+            const int length = snprintf(name, sizeof name, "%s%s%.*s", module, *module ? "." : "",
+                                        printed(j, i), j->nodes[i].text);
             if (length >= (int)sizeof name)
                 fail("module '%s': a name is too long", module);
             add_module(p, name, depth + 1);
@@ -260,8 +271,7 @@ static void add_module(policy *p, const char *module, int depth) {
                 l->kind = GELU_TANH;
             return;
         }
-    fail("module '%s': this example does not run %.*s", module, (int)j->nodes[class].length,
-         j->nodes[class].text);
+    fail("module '%s': this example does not run %.*s", module, printed(j, class), j->nodes[class].text);
 }
 
 static float activate(kind kind, float x) {

@@ -12,9 +12,7 @@ typedef struct safetensors {
     char *bytes;
     size_t size;
     size_t data; /* where tensors begin */
-    json header;
-    char *text; /* of the document */
-    json document;
+    json header, document;
 } safetensors;
 
 typedef struct tensor {
@@ -29,7 +27,6 @@ static void safetensors_close(safetensors *f) {
     json_free(&f->header);
     json_free(&f->document);
     free(f->bytes);
-    free(f->text);
     memset(f, 0, sizeof *f);
 }
 
@@ -59,14 +56,13 @@ static const char *safetensors_open(const char *path, safetensors *f) {
     const int32_t text = json_get(&f->header, json_get(&f->header, 0, "__metadata__"), "tautorch");
     if (text < 0 || f->header.nodes[text].type != '"')
         return "was not written by tautorch.save";
-    f->text = malloc(f->header.nodes[text].length + 1);
-    const int64_t n = f->text ? json_unescape(&f->header, text, f->text) : -1;
-    if (n < 0 || !json_parse(&f->document, f->text, (size_t)n))
+    if (!json_parse(&f->document, f->header.nodes[text].text, f->header.nodes[text].length))
         return "has a damaged structure document";
     return NULL;
 }
 
-/* 1: found. 0: there is none of that name. -1: it is damaged, or memory is short. Free t->data. */
+/* 1: found, by its own name or, where two layers share it, by the one it was saved under. 0: there is none of
+ * that name. -1: it is damaged, or memory is short. Free t->data. */
 static int safetensors_read(const safetensors *f, const char *name, tensor *t) {
     static const struct {
         const char *name;
@@ -74,9 +70,12 @@ static int safetensors_read(const safetensors *f, const char *name, tensor *t) {
     } dtypes[] = {{"F32", 4}, {"I32", 4}, {"I16", 2},  {"I8", 1},
                   {"U8", 1},  {"F16", 2}, {"BF16", 2}, {"I64", 8}};
     memset(t, 0, sizeof *t);
-    const json *j = &f->header;
-    const int32_t entry = json_get(j, 0, name), dtype = json_get(j, entry, "dtype"),
-                  shape = json_get(j, entry, "shape"), offsets = json_get(j, entry, "data_offsets");
+    const json *j = &f->header, *d = &f->document;
+    const int32_t shared = json_get(d, json_get(d, 0, "aliases"), name);
+    const int32_t entry = shared < 0 ? json_get(j, 0, name)
+                                     : json_find(j, 0, d->nodes[shared].text, d->nodes[shared].length),
+                  dtype = json_get(j, entry, "dtype"), shape = json_get(j, entry, "shape"),
+                  offsets = json_get(j, entry, "data_offsets");
     if (entry < 0)
         return 0;
     if (dtype < 0 || shape < 0 || offsets < 0 || j->nodes[shape].type != '[' || j->nodes[offsets].type != '[')

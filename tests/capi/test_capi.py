@@ -197,9 +197,33 @@ def test_plans_may_be_copied(lib: Library) -> None:
     c.memset(c.byref(plan), 0, c.sizeof(plan))
     y = lib.run(copy, p.x8, p.out())
     assert np.array_equal(y, (p.x8.astype(np.int64) @ p.w.astype(np.int64).T * 0.25).astype(np.float32))
-    with pytest.raises(Refused, match="plan must be made by tt_linear_plan"):
+    with pytest.raises(Refused, match="plan must be as tt_linear_plan or tt_lowrank_plan made it"):
         lib.run(plan, p.x8, p.out())
     assert lib.c.tt_plan_kernel(c.byref(plan)) is None and lib.c.tt_plan_kernel(None) is None
+
+
+def test_damaged_plans(lib: Library) -> None:
+    """A plan of which any byte changed is refused; behind what a plan takes of its 512, none matters."""
+    p = Problem(2, 8, 6)
+    packed = lib.pack(None, t.INT8, p.w)
+    plan = lib.plan(p.layer(packed))
+    expected, raw = lib.run(plan, p.x, p.out()), (c.c_uint8 * c.sizeof(plan)).from_buffer(plan)
+    refused = []
+    for place in range(len(raw)):
+        raw[place] ^= 0x41
+        try:
+            assert np.array_equal(lib.run(plan, p.x, p.out()), expected)
+            assert lib.c.tt_plan_kernel(c.byref(plan)) is not None
+        except Refused:
+            assert lib.c.tt_plan_kernel(c.byref(plan)) is None
+            refused.append(place)
+        raw[place] ^= 0x41
+    assert refused == list(range(len(refused))) and len(refused) > 200
+    swapped = t.Plan()  # words that were exchanged
+    c.memmove(c.byref(swapped), c.byref(plan), c.sizeof(plan))
+    swapped.opaque[2], swapped.opaque[3] = plan.opaque[3], plan.opaque[2]
+    with pytest.raises(Refused, match="plan must be"):
+        lib.run(swapped, p.x, p.out())
 
 
 # ---- refusals ----

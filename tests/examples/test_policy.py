@@ -95,6 +95,21 @@ def floats() -> nn.Sequential:
     return tt.convert(model, plan)
 
 
+def names() -> nn.Sequential:
+    """Names that JSON escapes, a module that is there twice, and one weight in two layers."""
+    torch.manual_seed(2)
+    square, relu = nn.Linear(17, 17), nn.ReLU()
+    twin = nn.Linear(17, 17)
+    model = nn.Sequential()
+    for name, module in (
+        ('a "b" \\ /\t', nn.Linear(17, 17)), ("é", relu), ("策略", square), ("relu", relu), ("🤖", square),
+        ("\x7f", relu), ("twin", twin), ("end", nn.Linear(17, 6)),
+    ):  # fmt: skip
+        model.add_module(name, module)
+    twin.weight = square.weight
+    return model.eval()
+
+
 def actions(kernel: str, *command: str | Path) -> np.ndarray:
     """What the program prints for X; `kernel` is what must run."""
     text = "\n".join(" ".join(f"{v:.9g}" for v in row) for row in X.tolist())
@@ -122,7 +137,7 @@ def agree(
         np.testing.assert_array_equal(got, y)
 
 
-@pytest.mark.parametrize("policy", [integers, floats])
+@pytest.mark.parametrize("policy", [integers, floats, names])
 def test_here(program: Path, policy: Callable[[], nn.Module], tmp_path: Path) -> None:
     model = policy()
     kernels = [name for name, runs in tt._C.isas().items() if runs]
@@ -168,7 +183,12 @@ def test_damaged_files(program: Path, tmp_path: Path) -> None:
     for n in (len(whole) - 7, 2**63, 2**64 - 1):
         bad.write_bytes(struct.pack("<Q", n) + whole[8:])
         assert "longer than the file" in refused(program, bad)
-    for junk in (b"[" * 4000, b"{}" * 3, b'{"a":1,}', b'{"a":"' + b"\\", b"\0" * 50, b'"x"'):
+    strings = (
+        *(b"\\x", b"\\u12", b"\\u12g4", b"\\u0000", b"\\ud800", b"\\ud800\\u0041", b"\\ud800a\\u0041"),
+        *(b"\\udc00", b"\n"),
+    )
+    quoted = [b'{"a' + string + b'":1}' for string in strings] + [b'{"\\', b'{"\\u', b'{"\\ud8ff\\u']
+    for junk in (b"[" * 4000, b"{}" * 3, b'{"a":1,}', b"\0" * 50, b'"x"', *quoted):
         bad.write_bytes(struct.pack("<Q", len(junk)) + junk)
         assert "no JSON object" in refused(program, bad)
     lie(lambda h: h.pop("__metadata__"), "not written by tautorch.save")
@@ -198,6 +218,9 @@ def test_damaged_files(program: Path, tmp_path: Path) -> None:
     structure(lambda m: m["1"].update({"class": "torch.nn.LSTM"}), "does not run torch.nn.LSTM")
     structure(lambda m: m["2"].update(children=["9"]), "is not in the file")
     structure(lambda m: m[""].update(children=[""]), "is not in the file, or too deep")
+    structure(lambda m: m.update({"1": {"same_as": "1"}}), "is not in the file, or too deep")
+    structure(lambda m: m.update({"1": {"same_as": "x" * 300}}), "a name is too long")
+    structure(lambda m: m["2"].update(children=["x" * 300]), "a name is too long")
     tree = {
         ".".join("a" * i): {"class": "torch.nn.Sequential", "children": ["a"] * 40 if i < 14 else []}
         for i in range(15)
