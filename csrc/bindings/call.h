@@ -102,6 +102,7 @@ int op_slot(const char *op);
 void note_used(int slot, const char *kernel);
 
 void bind_recall(py::module_ &m);
+void bind_eager(py::module_ &m);
 void bind_pack(py::module_ &m);
 void bind_int8_linear(py::module_ &m);
 void bind_sparse_linear(py::module_ &m);

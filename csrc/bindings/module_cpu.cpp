@@ -97,6 +97,7 @@ PYBIND11_MODULE(_C, m) {
         return k ? pybind11::object(pybind11::str(k)) : pybind11::none();
     });
     b::bind_recall(m);
+    b::bind_eager(m);
     b::bind_pack(m);
     b::bind_int8_linear(m);
     b::bind_sparse_linear(m);

@@ -1,31 +1,9 @@
 // Whether what was made earlier still holds: plans kept by modules and by the torch operators. Asked at every
 // call, so in C: the same questions in Python take several times as long.
-#include "bindings/call.h"
+#include "bindings/objects.h"
 
 namespace tautorch::bindings {
 namespace {
-
-using Ref = py::object;
-
-PyObject *name_of(const char *name) { return PyUnicode_InternFromString(name); }
-
-struct Names {
-    PyObject *data_ptr = name_of("data_ptr"), *version = name_of("_version"), *dtype = name_of("dtype"),
-             *shape = name_of("shape"), *stride = name_of("stride");
-};
-
-const Names &names() {
-    static const Names n;
-    return n;
-}
-
-Ref steal(PyObject *p) {
-    if (!p)
-        throw py::error_already_set();
-    return py::reinterpret_steal<Ref>(p);
-}
-
-PyObject *item(PyObject *tuple, Py_ssize_t i) { return PyTuple_GET_ITEM(tuple, i); }
 
 bool equal(PyObject *a, PyObject *b) {
     const int same = PyObject_RichCompareBool(a, b, Py_EQ);
@@ -68,35 +46,6 @@ bool holds(PyObject *tensor, PyObject *stamp) {
     const void *at = PyLong_AsVoidPtr(address.ptr());
     return PyBytes_Check(content) && at &&
            std::memcmp(at, PyBytes_AS_STRING(content), static_cast<size_t>(PyBytes_GET_SIZE(content))) == 0;
-}
-
-// unchanged([(dict, key, value), ...], [(tensor, stamp), ...]): whether each dict still holds that very
-// object under the key, and each stamp still holds.
-PyObject *unchanged(PyObject *, PyObject *const *args, Py_ssize_t n) {
-    return guarded([&]() -> PyObject * {
-        if (n != 2 || !PyList_Check(args[0]) || !PyList_Check(args[1]))
-            throw py::type_error("unchanged: arguments must be two lists");
-        // The lists may be replaced by another thread while attributes are read: they are held until the end.
-        const Ref seen = py::reinterpret_borrow<Ref>(args[0]), stamps = py::reinterpret_borrow<Ref>(args[1]);
-        for (Py_ssize_t i = 0; i < PyList_GET_SIZE(seen.ptr()); ++i) {
-            PyObject *t = PyList_GET_ITEM(seen.ptr(), i);
-            check_tuple(t, 3);
-            if (!PyDict_Check(item(t, 0)))
-                throw py::type_error("unchanged: every entry must be (dict, key, value)");
-            if (PyDict_GetItemWithError(item(t, 0), item(t, 1)) != item(t, 2)) {
-                if (PyErr_Occurred())
-                    throw py::error_already_set();
-                Py_RETURN_FALSE;
-            }
-        }
-        for (Py_ssize_t i = 0; i < PyList_GET_SIZE(stamps.ptr()); ++i) {
-            PyObject *t = PyList_GET_ITEM(stamps.ptr(), i);
-            check_tuple(t, 2);
-            if (!holds(item(t, 0), item(t, 1)))
-                Py_RETURN_FALSE;
-        }
-        Py_RETURN_TRUE;
-    });
 }
 
 Ref referent(PyObject *weak) {
@@ -153,12 +102,9 @@ PyObject *recall(PyObject *, PyObject *const *args, Py_ssize_t n) {
         if (n != 5 || !PyDict_Check(args[0]) || !PyTuple_Check(args[4]) || PyTuple_GET_SIZE(args[4]) < 1)
             throw py::type_error("recall: arguments must be a dict, 3 values and a tuple");
         const Ref key = steal(PyLong_FromVoidPtr(item(args[4], 0)));
-        PyObject *const found = PyDict_GetItemWithError(args[0], key.ptr());
-        if (!found) {
-            if (PyErr_Occurred())
-                throw py::error_already_set();
+        PyObject *const found = value_of(args[0], key.ptr());
+        if (!found)
             Py_RETURN_NONE;
-        }
         // Attributes of tensors may run anything, which may drop the entries.
         const Ref list = py::reinterpret_borrow<Ref>(found);
         if (!PyList_Check(found))
@@ -175,11 +121,42 @@ PyObject *recall(PyObject *, PyObject *const *args, Py_ssize_t n) {
     });
 }
 
+PyObject *unchanged(PyObject *, PyObject *const *args, Py_ssize_t n) {
+    return guarded([&]() -> PyObject * {
+        if (n != 2)
+            throw py::type_error("unchanged: arguments must be two lists");
+        return py::bool_(is_unchanged(args[0], args[1])).release().ptr();
+    });
+}
+
 PyMethodDef kUnchanged = {"unchanged", as_function(unchanged), METH_FASTCALL, "unchanged(seen, stamps)"};
 PyMethodDef kRecall = {"recall", as_function(recall), METH_FASTCALL,
                        "recall(entries, epoch, dtype, width, arguments)"};
 
 } // namespace
+
+bool is_unchanged(PyObject *seen_list, PyObject *stamps_list) {
+    if (!PyList_Check(seen_list) || !PyList_Check(stamps_list))
+        throw py::type_error("unchanged: arguments must be two lists");
+    // The lists may be replaced by another thread while attributes are read: they are held until the end.
+    const Ref seen = py::reinterpret_borrow<Ref>(seen_list),
+              stamps = py::reinterpret_borrow<Ref>(stamps_list);
+    for (Py_ssize_t i = 0; i < PyList_GET_SIZE(seen.ptr()); ++i) {
+        PyObject *t = PyList_GET_ITEM(seen.ptr(), i);
+        check_tuple(t, 3);
+        if (!PyDict_Check(item(t, 0)))
+            throw py::type_error("unchanged: every entry must be (dict, key, value)");
+        if (value_of(item(t, 0), item(t, 1)) != item(t, 2))
+            return false;
+    }
+    for (Py_ssize_t i = 0; i < PyList_GET_SIZE(stamps.ptr()); ++i) {
+        PyObject *t = PyList_GET_ITEM(stamps.ptr(), i);
+        check_tuple(t, 2);
+        if (!holds(item(t, 0), item(t, 1)))
+            return false;
+    }
+    return true;
+}
 
 void bind_recall(py::module_ &m) {
     for (PyMethodDef *def : {&kUnchanged, &kRecall})

@@ -258,8 +258,9 @@ void gemm_block_taps(const Isa &isa, const uint8_t *packed, int64_t group, const
 
 int64_t threads_for(int64_t macs, int64_t weight_bytes) {
     // A fork-join costs 0.7 us on an idle machine and a time slice on a busy one: below about 4 us of work
-    // (500 multiply-accumulates or 100 bytes of weight a nanosecond) one thread is as good.
-    return macs < 2'000'000 && weight_bytes < 384 * 1024 ? 1 : max_threads();
+    // (230 multiply-accumulates on Zen 4, 500 on Zen 5, or 100 bytes of weight a nanosecond) one thread is as
+    // good.
+    return macs < 1'000'000 && weight_bytes < 384 * 1024 ? 1 : max_threads();
 }
 
 Split split_gemm(int64_t m, int64_t n_panels, int64_t macs, int64_t weight_bytes) {

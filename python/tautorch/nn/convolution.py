@@ -8,11 +8,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from tautorch import _C
 from tautorch.ops import geometry as conv
 from tautorch.ops.geometry import Geometry, Pair
 
-from .eager import autocast_input, plain
+from .eager import STATE, autocast_input, is_compiling
 from .layer import LayerModule
+
+_eager_call = _C.eager_call
 
 Padding = str | Pair
 
@@ -151,13 +154,9 @@ class ConvModule(LayerModule):
         return conv.conv_call(plan, self.geometry, x_dtype, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        d = self.__dict__
-        if plain(x, d["_parameters"]["bias"]):
-            if not self.ready():
-                self.prepare()
-            plans = d["_plans"]  # held to the end: it keeps alive what the plan points to
-            call = plans.get(x.dtype)
-            if call is not None and d["_epoch"] >= 0:
+        if not is_compiling():
+            call = _eager_call(STATE, self.__dict__, x) or self._fresh_call(x)
+            if call is not None:
                 out = conv.run_conv(self.run, call, x)
                 if out is not None:
                     return out

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from tautorch.ops import library as lib
 
+from .eager import plain
 from .packed import PackedModule
 from .tail import check_activation
 
@@ -132,6 +133,15 @@ class LayerModule(PackedModule):
     def _through_op(self, x: Tensor) -> Tensor:
         """The torch operator on x."""
         raise NotImplementedError
+
+    def _fresh_call(self, x: Tensor) -> tuple[Any, ...] | None:
+        """What ``_C.eager_call`` gives once the plans are made; None where x goes through the operator."""
+        if not plain(x, self._parameters["bias"]):
+            return None
+        if not self.ready():
+            self.prepare()
+        plans = self._plans
+        return plans.get(x.dtype) if self._epoch >= 0 else None
 
     def _kernel_of_pack(self) -> str:
         packed = self._buffers["packed"]

@@ -8,10 +8,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from tautorch import _C
 from tautorch.ops import library as lib
 
-from .eager import plain
+from .eager import STATE, is_compiling
 from .layer import LayerModule
+
+_eager_call, _run_rows = _C.eager_call, _C.run_rows
 
 
 class LinearModule(LayerModule):
@@ -80,14 +83,12 @@ class LinearModule(LayerModule):
         return lib.linear_call(plan, self.in_features, self.out_features, x_dtype, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        d = self.__dict__
-        if plain(x, d["_parameters"]["bias"]):
-            if not self.ready():
-                self.prepare()
-            plans = d["_plans"]  # held to the end: it keeps alive what the plan points to
-            call = plans.get(x.dtype)
-            if call is not None and d["_epoch"] >= 0:
-                out = lib.run_linear(self.run, call, x)
+        if not is_compiling():
+            call = _eager_call(STATE, self.__dict__, x) or self._fresh_call(x)
+            if call is not None:
+                out: Tensor | None = _run_rows(self.run, call, x)
+                if out is None:
+                    out = lib.run_linear(self.run, call, x)
                 if out is not None:
                     return out
         # graphs, gradients, the reference backend, and every error

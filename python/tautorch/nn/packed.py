@@ -98,7 +98,7 @@ class PackedModule(nn.Module):
         d["_seen"] = []  # (store, name, tensor) of every tensor the plans were made from
         d["_stamps"] = []  # (tensor, stamp) of each of these
         d["_handed"] = {}  # canonical tensors given out: name -> (weak reference, version)
-        d["_plans"] = {}
+        d["_plans"] = {}  # what forward runs, by x's dtype
 
     def ready(self) -> bool:
         """Whether the plans made earlier still hold."""
@@ -160,8 +160,8 @@ class PackedModule(nn.Module):
         for name in self.fp32_names:
             self._check_finite(name)
         self._make_plans(packed)
-        # Whoever holds the plans holds what they point to, even while another thread unpacks.
-        self._plans["keep"] = self._keep
+        # Whoever holds a plan holds what it points to, even while another thread unpacks.
+        self._plans = {dtype: (*call, self._keep) for dtype, call in self._plans.items()}
         self._watch()
         self._epoch = dispatch.epoch
 

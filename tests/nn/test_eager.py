@@ -1,0 +1,128 @@
+"""What a layer asks before its kernel is called at once, and the call."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tautorch import _C, dispatch
+from tautorch.nn import Int8Linear
+from tautorch.nn.eager import STATE, plain
+
+X = torch.randn(3, 16)
+
+
+class Sub(Tensor):
+    pass
+
+
+def vmapped(question: Callable[[Tensor], bool]) -> bool:
+    answers: list[bool] = []
+
+    def ask(x: Tensor) -> Tensor:
+        answers.append(question(x))
+        return x
+
+    torch.func.vmap(ask)(X)
+    return answers[0]
+
+
+@pytest.mark.parametrize(
+    ("x", "context", "want"),
+    [
+        (X, contextlib.nullcontext, True),
+        (X, torch.no_grad, True),
+        (X, torch.inference_mode, True),
+        (X.clone().requires_grad_(), torch.no_grad, True),
+        (X.clone().requires_grad_(), contextlib.nullcontext, False),
+        (X.to("meta"), torch.no_grad, False),
+        (X.as_subclass(Sub), torch.no_grad, False),
+        (nn.Parameter(X), torch.no_grad, False),
+        (X, lambda: torch.autocast("cpu"), False),
+        (X, TorchDispatchMode, False),
+        (X, TorchFunctionMode, False),
+        (X, torch.autograd.forward_ad.dual_level, False),
+    ],
+)
+def test_plain(x: Tensor, context: Callable[[], AbstractContextManager[Any]], want: bool) -> None:
+    with context():
+        assert plain(x, None) is want
+
+
+def test_plain_asks_the_bias_and_transforms() -> None:
+    bias = nn.Parameter(torch.zeros(3))
+    assert not plain(X, bias)
+    with torch.no_grad():
+        assert plain(X, bias)
+    assert not vmapped(lambda x: plain(x, None))
+    seen: list[bool] = []
+    torch.jit.trace(lambda x: (seen.append(plain(x, None)), x + 1)[1], X, check_trace=False)
+    assert seen == [False]
+
+
+def ready_layer() -> Int8Linear:
+    layer = Int8Linear.from_float(nn.Linear(16, 5)).requires_grad_(False)
+    layer(X)
+    layer(X)  # sees that nobody holds the weight that the first call packed
+    return layer
+
+
+def test_call_of_a_layer() -> None:
+    layer = ready_layer()
+    ask = lambda x: _C.eager_call(STATE, vars(layer), x)  # noqa: E731
+    call = ask(X)
+    assert call is not None and call is layer._plans[torch.float32]
+    assert ask(X.double()) is None  # no plan
+    assert torch.equal(_C.run_rows(layer.run, call, X), layer(X))
+    with dispatch.force("int8_linear", "scalar"):
+        assert ask(X) is None
+    assert ask(X) is None
+    layer(X)
+    assert ask(X) is not None
+    layer.bias = nn.Parameter(torch.ones(5), requires_grad=False)
+    assert ask(X) is None
+    layer(X)
+    weight = layer.weight
+    layer(X)
+    assert ask(X) is None  # whoever holds the weight may edit it
+    del weight
+
+
+def test_rows() -> None:
+    layer = ready_layer()
+    call = _C.eager_call(STATE, vars(layer), X)
+    assert call is not None
+    want = layer(X)
+    run = lambda x: _C.run_rows(layer.run, call, x)  # noqa: E731
+    assert torch.equal(run(X[0]), want[0])
+    assert torch.equal(run(X.reshape(1, 3, 1, 16)), want.reshape(1, 3, 1, 5))
+    assert run(X[:0]).shape == (0, 5) and run(X.new_empty(0, 4, 16)).shape == (0, 4, 5)
+    for other in (torch.randn(16, 3).t(), X[:, :8], torch.tensor(1.0), torch.randn(3, 17)):
+        assert run(other) is None
+    assert torch.equal(layer(X.t().contiguous().t()), want)  # the way round
+
+
+def test_wrong_arguments() -> None:
+    layer = ready_layer()
+    for state in ((), STATE[:4], [*STATE], (*STATE[:1], None, *STATE[2:]), (*STATE[:3], 1, STATE[4])):
+        with pytest.raises(TypeError, match="eager_call: "):
+            _C.eager_call(state, vars(layer), X)  # type: ignore[arg-type]
+    with pytest.raises(KeyError, match="_parameters"):
+        _C.eager_call(STATE, {}, X)
+    with pytest.raises(KeyError, match="bias"):
+        _C.is_plain(STATE, {}, X)
+    with pytest.raises(TypeError, match="eager_call: no dict"):
+        _C.eager_call(STATE, 1, X)  # type: ignore[arg-type]
+    for call in ([], (b"", 16, 5, 0, torch.float32), None):
+        with pytest.raises(TypeError, match="run_rows: "):
+            _C.run_rows(layer.run, call, X)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="no plan"):
+        _C.run_rows(layer.run, (b"", 16, 5, 0, torch.float32, 0), X)
