@@ -115,7 +115,7 @@ PyObject *run_rows(PyObject *, PyObject *const *args, Py_ssize_t count) {
         }
         sizes[dims] = item(call, 2);
         sizes[dims + 1] = item(call, 4);
-        static PyObject *const dtype_name = PyTuple_Pack(1, names().dtype);
+        static PyObject *const dtype_name = PyTuple_Pack(1, n.dtype);
         const bool same = integer(item(call, 3)) == integer(item(call, 5));
         const Ref out = steal(PyObject_VectorcallMethod(n.new_empty, sizes, static_cast<size_t>(dims) + 1,
                                                         same ? nullptr : dtype_name));
@@ -130,15 +130,67 @@ PyObject *run_rows(PyObject *, PyObject *const *args, Py_ssize_t count) {
     });
 }
 
+// run_images((torch.empty, torch.channels_last), run, call, x): the output of a convolution's call as
+// ops/geometry.py makes it, on x [b, channels, h, w] of that dtype, in x's memory format; None where x has
+// other channels, is too small, or lies in neither format.
+PyObject *run_images(PyObject *, PyObject *const *args, Py_ssize_t count) {
+    return guarded([&]() -> PyObject * {
+        if (count != 4 || !PyTuple_Check(args[0]) || PyTuple_GET_SIZE(args[0]) != 2 ||
+            !PyTuple_Check(args[2]) || PyTuple_GET_SIZE(args[2]) < 10)
+            throw py::type_error(
+                "run_images: arguments must be a pair, a function, a tuple of 10 or more and x");
+        const Names &n = names();
+        PyObject *const call = args[2], *const x = args[3], *const channels_last = item(args[0], 1);
+        const Ref shape = steal(PyObject_GetAttr(x, n.shape));
+        if (!PyTuple_Check(shape.ptr()) || PyTuple_GET_SIZE(shape.ptr()) != 4 ||
+            integer(item(shape.ptr(), 1)) != integer(item(call, 1)))
+            Py_RETURN_NONE;
+        const auto outputs = [&](Py_ssize_t size, Py_ssize_t extent, Py_ssize_t stride) {
+            const int64_t room = integer(item(shape.ptr(), size)) - integer(item(call, extent));
+            return room < 0 ? 0 : room / integer(item(call, stride)) + 1;
+        };
+        const int64_t height = outputs(2, 3, 5), width = outputs(3, 4, 6);
+        if (height < 1 || width < 1)
+            Py_RETURN_NONE;
+        static PyObject *const format_name = PyTuple_Pack(1, n.memory_format),
+                               *const dtype_name = PyTuple_Pack(1, n.dtype),
+                               *const both_names = PyTuple_Pack(2, n.dtype, n.memory_format);
+        PyObject *self[2] = {x, channels_last};
+        const bool last = !is_true(steal(PyObject_VectorcallMethod(n.is_contiguous, self, 1, nullptr)));
+        if (last && !is_true(steal(PyObject_VectorcallMethod(n.is_contiguous, self, 1, format_name))))
+            Py_RETURN_NONE;
+        const Ref oh = steal(PyLong_FromLongLong(height)), ow = steal(PyLong_FromLongLong(width));
+        PyObject *sizes[7] = {x,        item(shape.ptr(), 0), item(call, 2), oh.ptr(),
+                              ow.ptr(), item(call, 8),        channels_last};
+        const bool same = integer(item(call, 7)) == integer(item(call, 9));
+        const Ref out = steal(!last && same ? PyObject_VectorcallMethod(n.new_empty, sizes, 5, nullptr)
+                                            : PyObject_Vectorcall(item(args[0], 0), sizes + 1, 4,
+                                                                  last ? both_names : dtype_name));
+        if (integer(item(shape.ptr(), 0)) == 0)
+            return py::object(out).release().ptr();
+        PyObject *to[1] = {out.ptr()};
+        const Ref from = steal(PyObject_VectorcallMethod(n.data_ptr, self, 1, nullptr)),
+                  into = steal(PyObject_VectorcallMethod(n.data_ptr, to, 1, nullptr));
+        PyObject *const order = last ? Py_True : Py_False;
+        PyObject *const all[10] = {
+            item(call, 0),        from.ptr(), item(call, 7), item(shape.ptr(), 0), item(shape.ptr(), 2),
+            item(shape.ptr(), 3), order,      into.ptr(),    item(call, 9),        order};
+        steal(PyObject_Vectorcall(args[1], all, 10, nullptr));
+        return py::object(out).release().ptr();
+    });
+}
+
 PyMethodDef kIsPlain = {"is_plain", as_function(is_plain), METH_FASTCALL, "is_plain(state, parameters, x)"};
 PyMethodDef kEagerCall = {"eager_call", as_function(eager_call), METH_FASTCALL,
                           "eager_call(state, module, x)"};
 PyMethodDef kRunRows = {"run_rows", as_function(run_rows), METH_FASTCALL, "run_rows(run, call, x)"};
+PyMethodDef kRunImages = {"run_images", as_function(run_images), METH_FASTCALL,
+                          "run_images(makers, run, call, x)"};
 
 } // namespace
 
 void bind_eager(py::module_ &m) {
-    for (PyMethodDef *def : {&kIsPlain, &kEagerCall, &kRunRows})
+    for (PyMethodDef *def : {&kIsPlain, &kEagerCall, &kRunRows, &kRunImages})
         PyModule_AddObject(m.ptr(), def->ml_name, PyCFunction_New(def, nullptr));
 }
 

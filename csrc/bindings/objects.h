@@ -29,7 +29,7 @@ struct Names {
     PyObject *data_ptr = of("data_ptr"), *version = of("_version"), *dtype = of("dtype"),
              *shape = of("shape"), *stride = of("stride"), *is_cpu = of("is_cpu"),
              *requires_grad = of("requires_grad"), *is_contiguous = of("is_contiguous"),
-             *new_empty = of("new_empty");
+             *new_empty = of("new_empty"), *memory_format = of("memory_format");
     // of modules and of packages
     PyObject *parameters = of("_parameters"), *bias = of("bias"), *seen = of("_seen"),
              *stamps = of("_stamps"), *handed = of("_handed"), *plans = of("_plans"),

@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tautorch import _C, dispatch
-from tautorch.nn import Int8Linear
+from tautorch.nn import Int8Conv2d, Int8Linear
 from tautorch.nn.eager import STATE, plain
 
 X = torch.randn(3, 16)
@@ -108,6 +108,32 @@ def test_rows() -> None:
     for other in (torch.randn(16, 3).t(), X[:, :8], torch.tensor(1.0), torch.randn(3, 17)):
         assert run(other) is None
     assert torch.equal(layer(X.t().contiguous().t()), want)  # the way round
+
+
+def test_images() -> None:
+    layer = Int8Conv2d.from_float(nn.Conv2d(4, 6, (3, 2), stride=(2, 1), padding=(1, 0))).requires_grad_(
+        False
+    )
+    makers = (torch.empty, torch.channels_last)
+    x = torch.randn(2, 4, 7, 5)
+    want = layer(x)
+    assert want.shape == (2, 6, 4, 4)
+    layer(x)
+    call = _C.eager_call(STATE, vars(layer), x)
+    assert call is not None
+    run = lambda x: _C.run_images(makers, layer.run, call, x)  # noqa: E731
+    assert torch.equal(run(x), want) and run(x).is_contiguous()
+    last = x.contiguous(memory_format=torch.channels_last)
+    assert torch.equal(run(last), want) and run(last).is_contiguous(memory_format=torch.channels_last)
+    assert run(x[:0]).shape == (0, 6, 4, 4)
+    turned = x.transpose(2, 3).contiguous().transpose(2, 3)  # neither format
+    for other in (x[0], x[:, :3], x[:, :, :, :1], turned, torch.tensor(1.0)):
+        assert run(other) is None
+    assert torch.equal(layer(turned), want) and torch.equal(layer(x[0]), want[0])
+    with pytest.raises(TypeError, match="run_images: "):
+        _C.run_images(makers[:1], layer.run, call, x)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="run_images: "):
+        _C.run_images(makers, layer.run, call[:9], x)
 
 
 def test_wrong_arguments() -> None:

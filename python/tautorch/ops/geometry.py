@@ -23,6 +23,8 @@ CONV_SCHEMA = (
 )
 Pair = int | Sequence[int]
 
+_run_images, _MAKERS = _C.run_images, (torch.empty, torch.channels_last)
+
 
 class Geometry(NamedTuple):
     """A convolution without its numbers; pairs are (height, width)."""
@@ -203,30 +205,12 @@ def run_conv(run: Callable[..., None], call: tuple[Any, ...], x: Tensor) -> Tens
 
     Memory that is neither NCHW nor channels-last is copied first.
     """
-    plan, channels, outputs, eh, ew, sh, sw, code, dtype, out_code = call[:10]
-    if x.dim() == 3:
+    out: Tensor | None = _run_images(_MAKERS, run, call, x)
+    if out is None and x.dim() == 3:
         out = run_conv(run, call, x.unsqueeze(0))
         return None if out is None else out.squeeze(0)
-    shape = x.shape
-    if len(shape) != 4 or shape[1] != channels:
-        return None
-    batch, _, height, width = shape
-    oh, ow = (height - eh) // sh + 1, (width - ew) // sw + 1
-    if oh < 1 or ow < 1:
-        return None
-    last = False
-    if not x.is_contiguous():
-        last = x.is_contiguous(memory_format=torch.channels_last)
-        if not last:
-            x = x.contiguous()
-    if last:
-        out = torch.empty((batch, outputs, oh, ow), dtype=dtype, memory_format=torch.channels_last)
-    elif code == out_code:
-        out = x.new_empty(batch, outputs, oh, ow)
-    else:
-        out = torch.empty(batch, outputs, oh, ow, dtype=dtype)
-    if batch:
-        run(plan, x.data_ptr(), code, batch, height, width, last, out.data_ptr(), out_code, last)
+    if out is None and x.dim() == 4:
+        out = _run_images(_MAKERS, run, call, x.contiguous())
     return out
 
 
