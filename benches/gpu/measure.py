@@ -77,6 +77,7 @@ class Results:
 def graph_of(fn: Callable[[], object]) -> Callable[[], None]:
     """One call of ``fn`` as a graph's replay."""
     side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for _ in range(3):  # Triton compiles, weights are packed, cuBLAS takes its workspace
             fn()
@@ -170,12 +171,21 @@ def case_int8(m: int, n: int, k: int, mode: str) -> tuple[dict[str, Callable[[],
     return calls, str(dispatch.last_used(OP))
 
 
+def failure(name: str, error: Exception) -> str:
+    """One line about a case that failed; raises where the device is lost, so that no other can run."""
+    torch.cuda.synchronize()
+    text = f"{name}: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
+    print(f"  {text}", flush=True)
+    return text
+
+
 def run_cases(
     cases: Iterator[tuple[str, Callable[[], Case]]],
     results: Results,
     flush: Tensor,
     deadline: float,
     only: str,
+    failed: list[str],
 ) -> int:
     """Time what is not there yet, tiles measured first as ``tautorch.warmup`` does: how many are left."""
     todo = [(name, make) for name, make in cases if only in name and not results.has(name)]
@@ -183,30 +193,61 @@ def run_cases(
     for i, (name, make) in enumerate(todo):
         if time.monotonic() > deadline - 40:  # measuring tiles compiles several
             return len(todo) - i
-        op = name.split()[0]
-        with torch.no_grad(), tuning.measuring():
-            case = make()
-            case.calls["ours"]()
-        kernel = dispatch.last_used(op) if op in dispatch.OPS else op
-        with torch.no_grad():
-            times = time_in_turn({who: graph_of(fn) for who, fn in case.calls.items()}, flush)
-        ours = median(times["ours"])
-        figures: dict[str, Any] = {"us": round(ours, 2)}
-        if case.operations:
-            figures["tops"] = round(case.operations / ours / 1e6, 1)
-        figures["copy_share"] = round(case.moved / ours / 1e6 / copy, 3)
-        figures |= {f"vs {who}": round(median(t) / ours, 2) for who, t in times.items() if who != "ours"}
-        if case.missing:
-            figures["not here"] = list(case.missing)
-        results.add(name, **figures, kernel=kernel)
+        try:
+            time_case(name, make, results, flush, copy)
+        except Exception as error:
+            failed.append(failure(name, error))
     return 0
 
 
-def run(folder: Path, sources: str, deadline: float, only: str) -> str:
-    """All cases, until the deadline; what is left is said."""
+def time_case(name: str, make: Callable[[], Case], results: Results, flush: Tensor, copy: float) -> None:
+    """One case, into the results."""
+    op = name.split()[0]
+    with torch.no_grad(), tuning.measuring():
+        case = make()
+        case.calls["ours"]()
+    kernel = dispatch.last_used(op) if op in dispatch.OPS else op
+    with torch.no_grad():
+        times = time_in_turn({who: graph_of(fn) for who, fn in case.calls.items()}, flush)
+    ours = median(times["ours"])
+    figures: dict[str, Any] = {"us": round(ours, 2)}
+    if case.operations:
+        figures["tops"] = round(case.operations / ours / 1e6, 1)
+    figures["copy_share"] = round(case.moved / ours / 1e6 / copy, 3)
+    figures |= {f"vs {who}": round(median(t) / ours, 2) for who, t in times.items() if who != "ours"}
+    if case.missing:
+        figures["not here"] = list(case.missing)
+    results.add(name, **figures, kernel=kernel)
+
+
+def time_linear(
+    name: str, case: tuple[str, int, int, int], results: Results, flush: Tensor, copy: float
+) -> None:
+    """One shape of int8_linear, into the results."""
+    mode, m, n, k = case
+    with torch.no_grad():
+        with tuning.measuring():  # which of the kernels, as a layer that was warmed up knows
+            calls, kernel = case_int8(m, n, k, mode)
+        times = time_in_turn({name: graph_of(fn) for name, fn in calls.items()}, flush)
+        host = {name: host_microseconds(calls[name]) for name in ("ours", "bf16")} if m == 1 else {}
+    ours = median(times["ours"])
+    low, high = sorted(times["ours"])[SAMPLES // 10], sorted(times["ours"])[-SAMPLES // 10]
+    moved = n * k + m * k * (1 if mode == "int8" else 2) + 2 * m * n
+    figures: dict[str, Any] = {"us": round(ours, 2), "spread": f"{low:.2f}..{high:.2f}"}
+    figures["tops"] = round(2 * m * n * k / ours / 1e6, 1)
+    figures["copy_share"] = round(moved / ours / 1e6 / copy, 3)
+    for peer, samples in times.items():
+        if peer != "ours":
+            figures[f"vs {peer}"] = round(median(samples) / ours, 2)
+    figures |= {f"host us {who}": round(us, 1) for who, us in host.items()}
+    results.add(name, **figures, kernel=kernel)
+
+
+def run(folder: Path, sources: str, deadline: float, only: str) -> tuple[str, list[str]]:
+    """All cases, until the deadline: what was done or is left, and the cases that failed."""
     from benches.gpu import measure_packed, measure_triton  # they need this module
 
-    results = Results(folder, sources)
+    results, failed = Results(folder, sources), list[str]()
     torch.manual_seed(0)
     l2 = int(getattr(torch.cuda.get_device_properties(0), "L2_cache_size", 1 << 26))
     flush = torch.empty(max(4 * l2, 1 << 28), dtype=torch.uint8, device="cuda")
@@ -220,34 +261,24 @@ def run(folder: Path, sources: str, deadline: float, only: str) -> str:
         if results.has(name):
             continue
         if time.monotonic() > deadline - 20:
-            return f"stopped at the limit with {len(cases) - i} cases left; run the stage again"
-        with torch.no_grad():
-            with tuning.measuring():  # which of the kernels, as a layer that was warmed up knows
-                calls, kernel = case_int8(m, n, k, mode)
-            times = time_in_turn({name: graph_of(fn) for name, fn in calls.items()}, flush)
-            host = {name: host_microseconds(calls[name]) for name in ("ours", "bf16")} if m == 1 else {}
-        ours = median(times["ours"])
-        low, high = sorted(times["ours"])[SAMPLES // 10], sorted(times["ours"])[-SAMPLES // 10]
-        moved = n * k + m * k * (1 if mode == "int8" else 2) + 2 * m * n
-        figures: dict[str, Any] = {"us": round(ours, 2), "spread": f"{low:.2f}..{high:.2f}"}
-        figures["tops"] = round(2 * m * n * k / ours / 1e6, 1)
-        figures["copy_share"] = round(moved / ours / 1e6 / copy, 3)
-        for peer, samples in times.items():
-            if peer != "ours":
-                figures[f"vs {peer}"] = round(median(samples) / ours, 2)
-        figures |= {f"host us {who}": round(us, 1) for who, us in host.items()}
-        results.add(name, **figures, kernel=kernel)
+            return f"stopped at the limit with {len(cases) - i} cases left; run the stage again", failed
+        try:
+            time_linear(name, (mode, m, n, k), results, flush, copy)
+        except Exception as error:
+            failed.append(failure(name, error))
     for module in (measure_packed, measure_triton):
-        left = run_cases(module.cases(), results, flush, deadline, only)
+        left = run_cases(module.cases(), results, flush, deadline, only, failed)
         if left:
             name = module.__name__.rpartition(".")[2]
-            return f"stopped at the limit with {left} cases of {name} left; run the stage again"
+            return f"stopped at the limit with {left} cases of {name} left; run the stage again", failed
     ratios = [
         r["vs bf16"] for name, r in results.data["rows"].items() if name.startswith(OP) and "vs bf16" in r
     ]
+    if not ratios:
+        return f"no point of {OP} in {results.path}", failed
     geometric = torch.tensor(ratios).log().mean().exp().item()
     wins = sum(r > 1 for r in ratios) / len(ratios)
     results.add(
         "summary", points=len(ratios), geomean_vs_bf16=round(geometric, 3), faster_share=round(wins, 3)
     )
-    return f"{len(ratios)} points in {results.path}"
+    return f"{len(ratios)} points in {results.path}", failed

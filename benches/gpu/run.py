@@ -15,6 +15,7 @@ import hashlib
 import importlib.util
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -22,9 +23,12 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]
+sys.path.append(str(ROOT))
+from benches.gpu.tested import LOST, Recorder, watch  # noqa: E402
+
 BUILD = ROOT / "build" / "gpu"
 PACKAGE = ROOT / "python"
 SANITIZER_TOOLS = ("memcheck", "racecheck")
@@ -34,6 +38,7 @@ SANITIZED = f"(test_sizes and {SMALL}) or test_any_strides or off_16_bytes"
 SANITIZED_PACKED = "1-1-1 or 7-17-33 or 65-65-129 or pixel or strided or padded"
 SANITIZED_WEIGHT_ONLY = "test_weight_only and (1-1-1 or 7-17-33 or 16-63-127 or 17-65-129)"
 IDLE = "no test of it ran"
+TOGETHER = 4
 TRITON_OPS = "lowrank-and-sparse"
 SANITIZED_TRITON = (
     "(test_lowrank_sizes and rule or test_sparse_sizes) and (1-1-1 or 17-65-129) or test_lowrank_residual"
@@ -142,131 +147,147 @@ def build(state: State, deadline: float, only: str) -> str:
     return f"built in {time.monotonic() - begin:.0f} s"
 
 
-class Recorder:
-    """A pytest plugin: leaves out what has passed already, writes each outcome, stops at the deadline."""
-
-    def __init__(self, state: State, deadline: float) -> None:
-        self.state, self.deadline, self.left = state, deadline, 0
-        self.outcomes = state.done("test")
-
-    def pytest_collection_modifyitems(self, config: Any, items: list[Any]) -> None:
-        todo = [i for i in items if self.outcomes.get(i.nodeid) not in ("passed", "skipped")]
-        config.hook.pytest_deselected(items=[i for i in items if i not in todo])
-        items[:] = todo
-        self.left = len(todo)
-
-    def pytest_runtest_logreport(self, report: Any) -> None:
-        if report.when == "call" or report.outcome != "passed":
-            self.outcomes[report.nodeid] = report.outcome
-            self.state.save()
-
-    def pytest_sessionstart(self, session: Any) -> None:
-        self.session = session
-
-    def pytest_runtest_logfinish(self, nodeid: str) -> None:
-        self.left -= 1
-        if time.monotonic() > self.deadline:
-            self.session.shouldstop = "the stage's limit"
-
-
 def test(state: State, deadline: float, only: str) -> str:
-    """The GPU tests and the Triton tests, one process."""
+    """The GPU tests and the Triton tests; what failed before is tried again, after the rest."""
     need_gpu("test")
     need_extension("test")
-    sys.path[:0] = [str(PACKAGE), str(ROOT)]
-    import pytest
-
-    recorder = Recorder(state, deadline - 15)
-    select = ["-k", only] if only else []
-    files = [str(ROOT / "tests" / "gpu"), str(ROOT / "tests" / "triton_kernels")]
-    code = pytest.main(["-q", "-p", "no:cacheprovider", "--rootdir", str(ROOT), *select, *files], [recorder])
-    counts = {o: list(recorder.outcomes.values()).count(o) for o in ("passed", "failed", "skipped")}
+    outcomes = state.done("test")
+    outcomes.update({name: "again" for name, outcome in outcomes.items() if outcome == "failed"})
+    state.save()
+    code: int | None = LOST
+    while code is None or code == LOST or code < 0:
+        left = deadline - 15 - time.monotonic()
+        if left < 15:
+            break
+        command = [sys.executable, str(Path(__file__).resolve()), "--stage", "test-part"]
+        command += ["--limit", f"{left:.0f}", "--only", only]
+        code, name = watch(command, environment(), deadline, BUILD / "running")
+        state = State()
+        outcomes = state.done("test")
+        crashed = code is not None and code < 0
+        if crashed or name:
+            how = f"ended by signal {-code}" if code else "hung and was ended"
+            print(f"  {name or 'the tests'}: {how}", flush=True)
+            if not name:
+                break
+            outcomes[name] = "failed"
+            state.save()
+    counts = {o: list(outcomes.values()).count(o) for o in ("passed", "failed", "skipped")}
     text = ", ".join(f"{n} {o}" for o, n in counts.items() if n)
-    if recorder.left > 0:
-        return f"{text}; stopped at the limit with {recorder.left} left; run the stage again"
-    if counts["failed"] or int(code) not in (0, 5):
+    if state.data.get("left", 0) > 0 or code is None:
+        return f"{text}; stopped at the limit with {state.data.get('left', 0)} left; run the stage again"
+    if counts["failed"] or code not in (0, 5):
         raise Cannot(f"test: {text}")
     return text
 
 
+def test_part(state: State, deadline: float, only: str) -> int:
+    """What one process does of the test stage: its exit status."""
+    sys.path[:0] = [str(PACKAGE), str(ROOT)]
+    import pytest
+
+    def save(left: int) -> None:
+        state.data["left"] = left
+        state.save()
+
+    recorder = Recorder(state.done("test"), save, deadline, BUILD / "running")
+    select = ["-k", only] if only else []
+    files = [str(ROOT / "tests" / "gpu"), str(ROOT / "tests" / "triton_kernels")]
+    code = pytest.main(["-q", "-p", "no:cacheprovider", "--rootdir", str(ROOT), *select, *files], [recorder])
+    return LOST if recorder.lost else int(code)
+
+
 def sanitize(state: State, deadline: float, only: str) -> str:
-    """compute-sanitizer over small shapes: out-of-bounds accesses, then races in shared memory."""
+    """compute-sanitizer over small shapes: out-of-bounds accesses, then races in shared memory.
+
+    Several rows a process, since starting one takes longer than its tests; one by one where that finds
+    something. What was found is said at the end; ``only`` looks at it again.
+    """
     need_gpu("sanitize")
     need_extension("sanitize")
     program = shutil.which("compute-sanitizer")
     if program is None:
         raise Cannot("sanitize: compute-sanitizer is not on PATH; it comes with the CUDA toolkit")
+    done = state.done("sanitize")
+    for check in SANITIZER_TOOLS:
+        for group in sanitized_groups():
+            todo = [r for r in group.rows if only in r and (only or f"{check} {r}" not in done)]
+            queue = [todo[i : i + TOGETHER] for i in range(0, len(todo), TOGETHER)]
+            while queue:
+                rows = queue.pop(0)
+                left = deadline - time.monotonic()
+                if left < 30:
+                    return f"stopped at the limit before {check} {rows[0]}; run the stage again"
+                log = BUILD / f"sanitize-{check}-{rows[0]}{f'-and-{len(rows) - 1}' if rows[1:] else ''}.log"
+                command = [program, "--tool", check, "--error-exitcode", "86", *group.pytest(rows)]
+                # With torch's own allocator, an access past a tensor would still be inside its pool.
+                env = {**environment(), "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+                code = run_within(left, command, env, log)
+                if code is None:
+                    return f"stopped at the limit in {check} {', '.join(rows)}; run the stage again"
+                if code not in (0, 5) and rows[1:]:
+                    queue[:0] = [[row] for row in rows]
+                    continue
+                for row in rows:
+                    done[f"{check} {row}"] = verdict(code, log.read_text(), "" if row == TRITON_OPS else row)
+                    print(f"  {check} {row}: {done[f'{check} {row}']}", flush=True)
+                state.save()
+    found = sorted(f"{key}: {outcome}" for key, outcome in done.items() if outcome.startswith("exit"))
+    if found:
+        raise Cannot(f"sanitize: {'; '.join(found)}; see {BUILD}/sanitize-*.log")
+    idle = sorted(key for key, outcome in done.items() if outcome == IDLE)
+    return f"{len(done) - len(idle)} runs clean" + "".join(f"; {key}: {IDLE}" for key in idle)
+
+
+class Group(NamedTuple):
+    """Rows of the table that one file tests, and which of its tests; ``{}`` stands for the rows."""
+
+    file: str
+    select: str
+    rows: list[str]
+
+    def pytest(self, rows: list[str]) -> list[str]:
+        select = self.select.format(" or ".join(rows))
+        command = [sys.executable, "-m", "pytest", "-q", "-rp", "-p", "no:cacheprovider", "-k", select]
+        return [*command, str(ROOT / "tests" / "gpu" / self.file)]
+
+
+def sanitized_groups() -> list[Group]:
+    """Every row of the table on CUDA."""
     sys.path.insert(0, str(PACKAGE))
     from tautorch import dispatch
 
-    rows = [k.name for k in dispatch.kernels("int8_linear") if k.device == "cuda"]
+    def rows(op: str, but: tuple[str, ...]) -> list[str]:
+        return [k.name for k in dispatch.kernels(op) if k.device == "cuda" and k.name not in but]
+
+    linear = rows("int8_linear", ("reference", "cuda"))
+    floats = [row for row in linear if row.startswith("weight_only")]
     packed = [
-        k.name
+        row
         for op in ("sparse_linear", "int8_conv2d", "sparse_conv2d")
-        for k in dispatch.kernels(op)
-        if k.device == "cuda" and k.name not in ("reference", "triton", "cuda")
+        for row in rows(op, ("reference", "triton", "cuda"))
     ]
-    rows += [*packed, TRITON_OPS]
-    done = state.done("sanitize")
-    for check in SANITIZER_TOOLS:
-        for row in [r for r in rows if r not in ("reference", "cuda") and only in r]:
-            key = f"{check} {row}"
-            if done.get(key) == "clean":
-                continue
-            chosen = SANITIZED_WEIGHT_ONLY if row.startswith("weight_only") else SANITIZED
-            file, select = "test_int8_linear_gpu.py", f"(({chosen}) and {row}) or test_pack_block"
-            if row in packed:
-                file, select = "test_packed_gpu.py", f"({SANITIZED_PACKED}) and {row}"
-            if row == TRITON_OPS:
-                file, select = "test_triton_ops_gpu.py", SANITIZED_TRITON
-            command = [
-                program,
-                "--tool",
-                check,
-                "--error-exitcode",
-                "86",
-                sys.executable,
-                "-m",
-                "pytest",
-                "-q",
-                "-x",
-                "-rp",
-            ]
-            command += [
-                "-p",
-                "no:cacheprovider",
-                "-k",
-                select,
-                str(ROOT / "tests/gpu" / file),
-            ]
-            # With torch's own allocator, an access past a tensor would still be inside its pool.
-            env = {**environment(), "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-            left = deadline - time.monotonic()
-            if left < 20:
-                return f"stopped at the limit before {key}; run the stage again"
-            try:
-                run = subprocess.run(
-                    command, env=env, capture_output=True, text=True, timeout=left, check=False
-                )
-            except subprocess.TimeoutExpired:
-                return f"stopped at the limit in {key}; run the stage again"
-            log = BUILD / f"sanitize-{check}-{row}.log"
-            log.write_text(run.stdout + run.stderr)
-            done[key] = verdict(run.returncode, run.stdout, "" if row == TRITON_OPS else row)
-            state.save()
-            print(f"  {key}: {done[key]}")
-            if done[key].startswith("exit"):
-                raise Cannot(f"sanitize: {key} found something; see {log}")
-    idle = sorted(key for key, outcome in done.items() if outcome == IDLE)
-    return f"{len(done) - len(idle)} runs clean" + "".join(f"; {key}: {IDLE}" for key in idle)
+    return [
+        Group(
+            "test_int8_linear_gpu.py",
+            f"(({SANITIZED}) and ({{}})) or test_pack_block",
+            [row for row in linear if row not in floats],
+        ),
+        Group("test_int8_linear_gpu.py", f"({SANITIZED_WEIGHT_ONLY}) and ({{}})", floats),
+        Group("test_packed_gpu.py", f"({SANITIZED_PACKED}) and ({{}})", packed),
+        Group("test_triton_ops_gpu.py", SANITIZED_TRITON, [TRITON_OPS]),
+    ]
 
 
 def verdict(code: int, output: str, row: str) -> str:
     """What a sanitized run of pytest (``-rp``) showed; clean: a test that names ``row`` passed."""
     if code not in (0, 5):
         return f"exit {code}"
+    whole = re.compile(rf"(?<!\w){re.escape(row)}(?!\w)")
     ran = [
-        line for line in output.splitlines() if line.startswith("PASSED") and row in line.partition("::")[2]
+        line
+        for line in output.splitlines()
+        if line.startswith("PASSED") and (not row or whole.search(line.partition("::")[2]))
     ]
     return "clean" if ran else IDLE
 
@@ -278,7 +299,10 @@ def bench(state: State, deadline: float, only: str) -> str:
     sys.path[:0] = [str(PACKAGE), str(ROOT)]
     from benches.gpu import measure
 
-    return measure.run(ROOT / "benches" / "results", state.data["sources"], deadline, only)
+    text, failed = measure.run(ROOT / "benches" / "results", state.data["sources"], deadline, only)
+    if failed:
+        raise Cannot(f"bench: {text}; {len(failed)} cases failed: {'; '.join(failed)}")
+    return text
 
 
 STAGES: dict[str, Callable[[State, float, str], str]] = {
@@ -291,10 +315,12 @@ STAGES: dict[str, Callable[[State, float, str], str]] = {
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Build, test, sanitize and bench the GPU kernels.")
-    parser.add_argument("--stage", choices=[*STAGES, "all"], default="all")
+    parser.add_argument("--stage", choices=[*STAGES, "all", "test-part"], default="all")
     parser.add_argument("--limit", type=float, default=540, help="seconds a stage may take")
     parser.add_argument("--only", default="", help="tests, kernels or cases whose name holds this word")
     given = parser.parse_args()
+    if given.stage == "test-part":
+        return test_part(State(), time.monotonic() + given.limit, given.only)
     failed = False
     for name in STAGES if given.stage == "all" else (given.stage,):
         try:

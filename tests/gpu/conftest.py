@@ -1,7 +1,8 @@
-"""The CUDA extension that `make cuda` built, for the tests that read it."""
+"""The CUDA extension that `make cuda` built, and our own CUDA code as a library of the CPU."""
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 import shutil
 import subprocess
@@ -13,6 +14,14 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build" / "cuda"
+HERE = Path(__file__).parent / "emulation"
+GEMM = (
+    "common/gemm_pack",
+    "sparse_linear/sparse_linear_24",
+    "sparse_linear/sparse_linear_24_pack",
+    "int8_conv2d/int8_conv2d_gemm",
+    "sparse_conv2d/sparse_conv2d_24",
+)
 
 
 @dataclass(frozen=True)
@@ -58,3 +67,31 @@ def cuda_build() -> CudaBuild:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return CudaBuild(found[-1], module)
+
+
+@pytest.fixture(scope="session")
+def device(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    """The kernels' sources compiled by the host compiler; see emulation/emulate.h."""
+    nvcc, compiler = shutil.which("nvcc"), shutil.which("g++")
+    if nvcc is None or compiler is None:
+        pytest.skip("nvcc (for CUDA's headers) and g++ are needed: install CUDA 13 and g++")
+    dry = subprocess.run(
+        [nvcc, "--dryrun", "-c", "-x", "cu", "/dev/null"], capture_output=True, text=True, check=True
+    )
+    tops = [line.partition("TOP=")[2] for line in dry.stderr.splitlines() if "TOP=" in line]
+    library = tmp_path_factory.mktemp("emulated") / "device.so"
+    sources = [ROOT / f"csrc/kernels/common/quantize_rows{part}.cu" for part in ("", "_after", "_parts")]
+    sources.append(HERE / "emulate.cpp")
+    sources += [ROOT / f"csrc/kernels/int8_linear/int8_linear_{name}.cu" for name in ("pack", "stream")]
+    sources += [ROOT / f"csrc/kernels/{name}.cu" for name in GEMM]
+    command = [compiler, "-std=c++20", "-O1", "-ffp-contract=off", "-shared", "-fPIC", "-pthread", "-w"]
+    command += ["-isystem", f"{tops[0]}/include", "-I", str(HERE), "-I", str(ROOT / "csrc")]
+    command += ['-DTAUTORCH_EMULATED_LAUNCH="emulate.h"', "-include", "emulate.h", "-x", "c++"]
+    done = subprocess.run(
+        [*command, *map(str, sources), "-o", str(library)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    lib = ctypes.CDLL(str(library))
+    for name in ("packed_bytes", "units_bytes", "float_units_bytes", "wgmma_bytes"):
+        getattr(lib, name).restype = ctypes.c_int64
+    return lib

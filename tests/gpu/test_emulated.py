@@ -9,9 +9,6 @@ from __future__ import annotations
 
 import ctypes
 import itertools
-import shutil
-import subprocess
-from pathlib import Path
 
 import pytest
 import torch
@@ -22,44 +19,8 @@ from tautorch.reference.layouts import encode, unpack_positions
 from tautorch.reference.quantize_rows import STAGES, stage
 from tautorch.reference.quantizer import quantize_rows, quantize_static
 
-ROOT = Path(__file__).resolve().parents[2]
-HERE = Path(__file__).parent / "emulation"
-GEMM = (
-    "common/gemm_pack",
-    "sparse_linear/sparse_linear_24",
-    "sparse_linear/sparse_linear_24_pack",
-    "int8_conv2d/int8_conv2d_gemm",
-)
-GEMM += ("sparse_conv2d/sparse_conv2d_24",)
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3, torch.int32: 4}
 ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh", "silu")
-
-
-@pytest.fixture(scope="module")
-def device(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    nvcc, compiler = shutil.which("nvcc"), shutil.which("g++")
-    if nvcc is None or compiler is None:
-        pytest.skip("nvcc (for CUDA's headers) and g++ are needed: install CUDA 13 and g++")
-    dry = subprocess.run(
-        [nvcc, "--dryrun", "-c", "-x", "cu", "/dev/null"], capture_output=True, text=True, check=True
-    )
-    tops = [line.partition("TOP=")[2] for line in dry.stderr.splitlines() if "TOP=" in line]
-    library = tmp_path_factory.mktemp("emulated") / "device.so"
-    sources = [ROOT / f"csrc/kernels/common/quantize_rows{part}.cu" for part in ("", "_after", "_parts")]
-    sources.append(HERE / "emulate.cpp")
-    sources += [ROOT / f"csrc/kernels/int8_linear/int8_linear_{name}.cu" for name in ("pack", "stream")]
-    sources += [ROOT / f"csrc/kernels/{name}.cu" for name in GEMM]
-    command = [compiler, "-std=c++20", "-O1", "-ffp-contract=off", "-shared", "-fPIC", "-pthread", "-w"]
-    command += ["-isystem", f"{tops[0]}/include", "-I", str(HERE), "-I", str(ROOT / "csrc")]
-    command += ['-DTAUTORCH_EMULATED_LAUNCH="emulate.h"', "-include", "emulate.h", "-x", "c++"]
-    done = subprocess.run(
-        [*command, *map(str, sources), "-o", str(library)], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    lib = ctypes.CDLL(str(library))
-    for name in ("packed_bytes", "units_bytes", "float_units_bytes", "wgmma_bytes"):
-        getattr(lib, name).restype = ctypes.c_int64
-    return lib
 
 
 def at(t: Tensor | None) -> ctypes.c_void_p:
@@ -513,6 +474,30 @@ def test_float_places_lie_as_torch_puts_them(device: ctypes.CDLL) -> None:
     for tile, register in itertools.product(range(4), range(4)):
         row = 16 * tile + lane // 4 + register % 2 * 8
         column = 2 * (lane % 4) + register // 2 * 8 + torch.arange(2)
+        assert torch.equal(fragments[tile, :, register], values[row, column])
+
+
+def test_places_lie_as_torch_puts_them(device: ctypes.CDLL) -> None:
+    """The same of int8, whose places one instruction takes from all lanes."""
+    conversions = pytest.importorskip("torch.sparse._semi_structured_conversions")
+    weight = torch.randint(1, 128, (64, 128), dtype=torch.int8)
+    weight *= (torch.arange(4) < 2)[torch.rand(64, 32, 4).argsort(2).reshape(64, 128)]
+    values, _, places = encode(weight, weight != 0, "2:4")
+    assert places is not None
+    units = room_for(device.units_bytes(*i64(64, 128), 1))
+    assert device.pack_sparse(at(values), at(places), *i64(64, 64), at(units)) == 0
+    ours = (
+        units.reshape(2, -1)[:, 2048:].contiguous().view(torch.int32).reshape(2, 32, 4)
+    )  # [step][lane][tile]
+    dense, meta = conversions.sparse_semi_structured_from_dense_cutlass(weight)
+    assert torch.equal(dense, values)
+    # [step of 64][16 rows][lane]: columns of 32 lie interleaved by 2
+    assert torch.equal(ours.permute(0, 2, 1), meta.reshape(-1).reshape(2, 4, 32))
+    lane = torch.arange(32)[:, None]
+    fragments = units[:2048].contiguous().view(torch.int8).reshape(4, 32, 4, 4)
+    for tile, register in itertools.product(range(4), range(4)):
+        row = 16 * tile + lane // 4 + register % 2 * 8
+        column = 4 * (lane % 4) + register // 2 * 16 + torch.arange(4)
         assert torch.equal(fragments[tile, :, register], values[row, column])
 
 

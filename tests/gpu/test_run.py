@@ -6,8 +6,9 @@ import importlib.util
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -71,10 +72,11 @@ def test_a_row_is_clean_only_if_a_test_of_it_passed(run: ModuleType) -> None:
     passed = "PASSED tests/gpu/test_int8_linear_gpu.py::test_pack_block\n"
     assert run.verdict(0, passed, "weight_only_8") == run.IDLE
     assert run.verdict(5, "", "weight_only_8") == run.IDLE
-    assert (
-        run.verdict(0, passed + "PASSED t.py::test_weight_only[weight_only_8-1-1-1-dtype0]", "weight_only_8")
-        == "clean"
-    )
+    ours = passed + "PASSED t.py::test_weight_only[weight_only_8-1-1-1-dtype0]"
+    assert run.verdict(0, ours, "weight_only_8") == "clean"
+    other = "PASSED t.py::test_two_of_four[sm90a_sp24_256x128x128-1-1-1-int8]"
+    assert run.verdict(0, other, "sp24_256x128") == run.IDLE
+    assert run.verdict(0, other.replace("sm90a_sp24_256x128x128", "sp24_256x128"), "sp24_256x128") == "clean"
     assert run.verdict(86, passed, "") == "exit 86" and run.verdict(0, passed, "") == "clean"
 
 
@@ -114,6 +116,146 @@ def test_a_command_past_its_limit_is_ended_with_its_children(run: ModuleType, tm
     assert run.run_within(30.0, [sys.executable, "-c", "raise SystemExit(7)"], {}, tmp_path / "log") == 7
 
 
+@pytest.fixture
+def tested(run: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
+    """The test stage over the tests of a file, its processes as they are: what it says."""
+    program = (
+        "import importlib.util, pathlib, sys, pytest\n"
+        f"spec = importlib.util.spec_from_file_location('gpu_run', {str(SCRIPT)!r})\n"
+        "run = importlib.util.module_from_spec(spec)\n"
+        "spec.loader.exec_module(run)\n"
+        f"run.BUILD = pathlib.Path({str(tmp_path)!r})\n"
+        f"sys.path.insert(0, {str(tmp_path)!r})\n"
+        "plain = pytest.main\n"
+        f"files = ['-q', '-p', 'no:cacheprovider', '-c', '/dev/null', {str(tmp_path)!r}]\n"
+        "pytest.main = lambda _, plugins: plain(files, plugins)\n"
+        "sys.exit(run.main())\n"
+    )
+    (tmp_path / "stage.py").write_text(program)
+    watch = run.watch
+
+    def watched(command: list[str], env: dict[str, str], deadline: float, running: Path) -> object:
+        command[1] = str(tmp_path / "stage.py")
+        return watch(command, env, deadline, running, patience=5.0)
+
+    monkeypatch.setattr(run, "watch", watched)
+    monkeypatch.setattr(run, "need_gpu", lambda stage: None)
+    monkeypatch.setattr(run, "need_extension", lambda stage: None)
+
+    def stage(source: str, seconds: float = 60) -> str:
+        head = "import os, pathlib, signal, time\n"
+        head += "def note(name):\n    pathlib.Path(__file__).with_name('ran').open('a').write(name + ' ')\n"
+        (tmp_path / "test_it.py").write_text(head + source)
+        (tmp_path / "ran").unlink(missing_ok=True)
+        try:
+            return str(run.test(run.State(), time.monotonic() + 15 + seconds, ""))
+        except run.Cannot as why:
+            return f"cannot: {why}"
+
+    return stage
+
+
+def test_a_test_that_hangs_or_crashes_costs_itself_alone(tested: Callable[..., str], tmp_path: Path) -> None:
+    tests = (
+        "def test_hangs():\n    note('hangs')\n    time.sleep(60)\n"
+        "def test_crashes():\n    note('crashes')\n    os.kill(os.getpid(), signal.SIGSEGV)\n"
+        "def test_good():\n    note('good')\n"
+    )
+    assert tested(tests) == "cannot: test: 1 passed, 2 failed"
+    assert (tmp_path / "ran").read_text() == "hangs crashes good "
+    mended = tests.replace("time.sleep(60)", "pass").replace("os.kill(os.getpid(), signal.SIGSEGV)", "pass")
+    assert tested(mended) == "3 passed"
+    assert (tmp_path / "ran").read_text() == "hangs crashes "
+
+
+def test_a_lost_device_ends_the_process_and_not_the_stage(tested: Callable[..., str], tmp_path: Path) -> None:
+    """What failed is tried again in the next run, after the rest; tests of the device come first."""
+    tests = (
+        "import pytest, benches.gpu.tested as stage\n"
+        "def test_host():\n    note('host')\n"
+        "@pytest.mark.gpu\n"
+        "def test_illegal():\n    note('illegal')\n    stage.device_is_lost = lambda: True\n"
+        "    assert False\n"
+        "@pytest.mark.gpu\n"
+        "def test_next():\n    note(stage.device_is_lost.__name__)\n"
+    )
+    assert tested(tests) == "cannot: test: 2 passed, 1 failed"
+    assert (tmp_path / "ran").read_text() == "illegal device_is_lost host "
+    tests += "def test_late():\n    note('late')\n"
+    assert tested(tests.replace("assert False", "pass")) == "4 passed"
+    assert (tmp_path / "ran").read_text() == "late illegal "
+
+
+def test_sanitizing_takes_rows_together_and_goes_on(
+    run: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Rows that fail together are looked at one by one; what is found does not stop the others."""
+    asked: list[tuple[str, list[str]]] = []
+
+    def run_within(seconds: float, command: list[str], env: dict[str, str], log: Path) -> int | None:
+        select = command[command.index("-k") + 1]
+        rows = [r for r in ("a", "b", "c", "d", "e") if f"<{r}>" in select]
+        asked.append((command[2], rows))
+        log.write_text("".join(f"PASSED t.py::test_it[<{r}>-1]\n" for r in rows if r != "e"))
+        return 86 if "b" in rows else 0
+
+    monkeypatch.setattr(run, "need_gpu", lambda stage: None)
+    monkeypatch.setattr(run, "need_extension", lambda stage: None)
+    monkeypatch.setattr(run.shutil, "which", lambda name: "/compute-sanitizer")
+    monkeypatch.setattr(run, "run_within", run_within)
+    names = [f"<{r}>" for r in "abcde"]
+    monkeypatch.setattr(run, "sanitized_groups", lambda: [run.Group("t.py", "x and ({})", names)])
+
+    def verdict(code: int, text: str, row: str) -> str:
+        return f"exit {code}" if code else "clean" if row in text else str(run.IDLE)
+
+    monkeypatch.setattr(run, "verdict", verdict)
+    state = run.State()
+    with pytest.raises(run.Cannot, match="memcheck <b>: exit 86; racecheck <b>: exit 86; see"):
+        run.sanitize(state, time.monotonic() + 600, "")
+    once = [["a", "b", "c", "d"], ["a"], ["b"], ["c"], ["d"], ["e"]]
+    assert asked == [(check, rows) for check in ("memcheck", "racecheck") for rows in once]
+    assert state.done("sanitize")["memcheck <e>"] == run.IDLE
+    assert "memcheck <a>: clean" in capsys.readouterr().out
+    asked.clear()
+    with pytest.raises(run.Cannot):
+        run.sanitize(state, time.monotonic() + 600, "")
+    assert not asked, "what was found is said again, not looked for again"
+    with pytest.raises(run.Cannot):
+        run.sanitize(state, time.monotonic() + 600, "<b>")
+    assert asked == [("memcheck", ["b"]), ("racecheck", ["b"])]
+    del state.data["sanitize"]
+    assert run.sanitize(state, time.monotonic() + 20, "").startswith("stopped at the limit before")
+
+
+def test_sanitized_rows_are_those_of_the_table(run: ModuleType) -> None:
+    groups = run.sanitized_groups()
+    assert {g.file for g in groups} == {p.name for p in (ROOT / "tests/gpu").glob("test_*_gpu.py")}
+    assert all("triton" in groups[0].rows and row not in groups[0].rows for row in ("cuda", "reference"))
+    command = groups[0].pytest(["triton"])
+    assert command[command.index("-k") + 1].endswith(" and (triton)) or test_pack_block")
+
+
+def test_a_case_that_fails_does_not_end_the_bench(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT))
+    from benches.gpu import measure
+
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    timed: list[str] = []
+
+    def time_case(name: str, make: object, *rest: object) -> None:
+        if name == "bad":
+            raise RuntimeError("accumulators differ\nand more")
+        timed.append(name)
+
+    monkeypatch.setattr(measure, "time_case", time_case)
+    results = SimpleNamespace(data={"rows": {"ceilings": {"copy_tb_s": 3}}}, has=lambda name: name == "known")
+    failed: list[str] = []
+    cases = [(name, lambda: None) for name in ("known", "bad", "good")]
+    left = measure.run_cases(iter(cases), results, torch.zeros(1), time.monotonic() + 99, "", failed)
+    assert (left, timed, failed) == (0, ["good"], ["bad: accumulators differ"])
+
+
 def test_tests_that_passed_are_left_out_the_next_time(run: ModuleType, tmp_path: Path) -> None:
     (tmp_path / "test_it.py").write_text(
         "import pathlib\n"
@@ -129,7 +271,9 @@ def test_tests_that_passed_are_left_out_the_next_time(run: ModuleType, tmp_path:
         "run = importlib.util.module_from_spec(spec)\n"
         "spec.loader.exec_module(run)\n"
         f"run.BUILD = pathlib.Path({str(tmp_path)!r})\n"
-        "recorder = run.Recorder(run.State(), time.monotonic() + float(sys.argv[1]))\n"
+        "state = run.State()\n"
+        "args = state.done('test'), lambda left: state.save(), time.monotonic() + float(sys.argv[1])\n"
+        "recorder = run.Recorder(*args, run.BUILD / 'running')\n"
         f"pytest.main(['-q', '-p', 'no:cacheprovider', '-c', '/dev/null', {str(tmp_path)!r}], [recorder])\n"
         "print('LEFT', recorder.left)\n"
     )
@@ -144,4 +288,4 @@ def test_tests_that_passed_are_left_out_the_next_time(run: ModuleType, tmp_path:
     assert "LEFT 0" in once(60)
     assert (tmp_path / "ran").read_text() == "good bad last "
     assert "LEFT 0" in once(60)
-    assert (tmp_path / "ran").read_text() == "good bad last bad "
+    assert (tmp_path / "ran").read_text() == "good bad last ", "what failed is not tried twice in one run"

@@ -3,6 +3,7 @@
 #include <cstring>
 #include <string_view>
 
+#include "kernels/common/tile_schedule.h"
 #include "kernels/int8_linear/int8_linear_cuda.h"
 #include "kernels/int8_linear/int8_linear_instances.h"
 
@@ -28,23 +29,26 @@ constexpr bool splits(const char *name) {
     return n.find("_split") != n.npos || n.find("_swapped") != n.npos;
 }
 
-#define TAUTORCH_SM90A(name, swapped, tm, tn, tk, ...)                                                       \
+#define TAUTORCH_SM90A(name, swapped, tm, tn, tk, cm, cn, ...)                                               \
     {#name,                                                                                                  \
      90,                                                                                                     \
      90,                                                                                                     \
      tm,                                                                                                     \
      tn,                                                                                                     \
      tk,                                                                                                     \
+     swapped ? cn : cm,                                                                                      \
+     swapped ? cm : cn,                                                                                      \
      Kind::tile,                                                                                             \
      splits(#name),                                                                                          \
      int8_linear_##name,                                                                                     \
      splits(#name) ? int8_linear_workspace_##name : nullptr},
 #define TAUTORCH_STREAM(name, rows, outs, ...)                                                               \
-    {#name, 80, kAnyLater, 8 * rows, 16 * outs, 64, Kind::stream, false, int8_linear_##name, nullptr},
+    {#name, 80, kAnyLater, 8 * rows, 16 * outs, 64, 1, 1, Kind::stream, false, int8_linear_##name, nullptr},
 #define TAUTORCH_WEIGHT_ONLY(name, rows, outs, ...)                                                          \
-    {#name, 80, kAnyLater, 8 * rows, 16 * outs, 64, Kind::weight_only, false, int8_linear_##name, nullptr},
+    {#name, 80, kAnyLater,         8 * rows, 16 * outs,          64,                                         \
+     1,     1,  Kind::weight_only, false,    int8_linear_##name, nullptr},
 #define TAUTORCH_SM80(name, tm, tn, tk, ...)                                                                 \
-    {#name, 80, kAnyLater, tm, tn, tk, Kind::tile, false, int8_linear_##name, nullptr},
+    {#name, 80, kAnyLater, tm, tn, tk, 1, 1, Kind::tile, false, int8_linear_##name, nullptr},
 constexpr Int8LinearKernel kTable[] = {
     TAUTORCH_INT8_LINEAR_SM90A(TAUTORCH_SM90A) TAUTORCH_INT8_LINEAR_STREAM(TAUTORCH_STREAM)
         TAUTORCH_INT8_LINEAR_WEIGHT_ONLY(TAUTORCH_WEIGHT_ONLY) TAUTORCH_INT8_LINEAR_SM80(TAUTORCH_SM80)};
@@ -66,15 +70,18 @@ constexpr int64_t kFewRows = 32;
 // from memory, 20 bytes a cycle and multiprocessor. What splits K balances the load, and pays a clearing of
 // counters and an exchange of sums, about 2 microseconds.
 double cost(const Int8LinearKernel &kernel, int multiprocessors, int64_t m, int64_t n, int64_t k) {
-    const int64_t tiles = div_up(m, kernel.tile_m) * div_up(n, kernel.tile_n);
+    const int64_t tiles =
+        TileGrid{div_up(m, kernel.tile_m), div_up(n, kernel.tile_n), kernel.cluster_m, kernel.cluster_n}
+            .tiles();
     const double multiplying = kernel.tile_m * kernel.tile_n / (kernel.min_capability == 90 ? 4096. : 2048.);
     const double arriving = (kernel.tile_m + kernel.tile_n) / 48.;
     const double tile = std::max(multiplying, arriving) * static_cast<double>(k);
-    const double rounds = kernel.splits_k ? static_cast<double>(tiles) / multiprocessors
-                                          : static_cast<double>(div_up(tiles, multiprocessors));
+    const auto [rounds, split] = kernel.splits_k
+                                     ? shared_rounds(tiles, div_up(k, kernel.tile_k), multiprocessors)
+                                     : whole_rounds(tiles, multiprocessors);
     const double memory = static_cast<double>(m + n) * static_cast<double>(k) / (20. * multiprocessors);
     // Of those that memory holds back, the one with the least to do.
-    return std::max(rounds * tile, memory) + rounds * tile / 16 + (kernel.splits_k ? 3500 : 0);
+    return std::max(rounds * tile, memory) + rounds * tile / 16 + (split ? 3500 : 0);
 }
 
 } // namespace

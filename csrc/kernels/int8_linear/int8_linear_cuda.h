@@ -82,6 +82,7 @@ struct Int8LinearKernel {
     const char *name;
     int min_capability, max_capability; // major * 10 + minor, inclusive
     int tile_m, tile_n, tile_k;
+    int cluster_m, cluster_n; // tiles that are made together, along rows and outputs
     Int8LinearKind kind;
     bool splits_k; // several blocks may make one tile, adding their sums in the workspace
     int (*run)(const Int8Linear &, void *stream);

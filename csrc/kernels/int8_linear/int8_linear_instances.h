@@ -10,7 +10,8 @@
     X(sm90a_64x64x256, false, 64, 64, 256, 1, 1, KernelTmaWarpSpecialized, TmaWarpSpecialized,               \
       PersistentScheduler)                                                                                   \
     X(sm90a_128x128x128_pingpong, false, 128, 128, 128, 2, 1, KernelTmaWarpSpecializedPingpong,              \
-      TmaWarpSpecialized, PersistentScheduler)                                                               \
+      TmaWarpSpecialized, PersistentScheduler)
+#define TAUTORCH_INT8_LINEAR_SM90A_COOPERATIVE(X)                                                            \
     X(sm90a_128x256x128_cooperative, false, 128, 256, 128, 2, 1, KernelTmaWarpSpecializedCooperative,        \
       TmaWarpSpecializedCooperative, PersistentScheduler)                                                    \
     X(sm90a_256x128x128_cooperative, false, 256, 128, 128, 1, 2, KernelTmaWarpSpecializedCooperative,        \
@@ -23,6 +24,7 @@
       TmaWarpSpecializedCooperative, StreamKScheduler)
 #define TAUTORCH_INT8_LINEAR_SM90A(X)                                                                        \
     TAUTORCH_INT8_LINEAR_SM90A_TILE(X)                                                                       \
+    TAUTORCH_INT8_LINEAR_SM90A_COOPERATIVE(X)                                                                \
     TAUTORCH_INT8_LINEAR_SM90A_SPLIT(X)                                                                      \
     TAUTORCH_INT8_LINEAR_SM90A_SWAPPED(X)
 

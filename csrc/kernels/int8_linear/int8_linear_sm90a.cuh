@@ -18,6 +18,7 @@
 #include "cutlass/gemm/device/gemm_universal_adapter.h"
 #include "cutlass/gemm/kernel/gemm_universal.hpp"
 #include "cutlass/kernel_hardware_info.hpp"
+#include "kernels/common/tile_schedule.h"
 #include "kernels/int8_linear/int8_linear_epilogue.cuh"
 #include "kernels/int8_linear/int8_linear_instances.h"
 
@@ -158,7 +159,11 @@ typename Device::Arguments device_arguments(int m, int n, int k,
     args.problem_shape = {m, n, k, 1};
     args.hw_info = hardware;
     // Neighbouring tiles share rows of w and x in L2.
-    args.scheduler.max_swizzle_size = 8;
+    using Kernel = typename Device::GemmKernel;
+    using Cluster = typename Kernel::DispatchPolicy::ClusterShape;
+    args.scheduler.max_swizzle_size = swizzle_of({div_up(m, cute::size<0>(typename Kernel::TileShape{})),
+                                                  div_up(n, cute::size<1>(typename Kernel::TileShape{})),
+                                                  cute::size<0>(Cluster{}), cute::size<1>(Cluster{})});
     return args;
 }
 
