@@ -250,10 +250,10 @@ def test_the_shipped_table_holds_the_rules_choices() -> None:
     pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
     from benches.gpu import tiles
 
-    from tautorch.triton_kernels import lowrank_linear, sparse_linear
+    from tautorch.triton_kernels import _lowrank_tiles, sparse_linear
 
     data = json.loads(tuning.shipped_file("NVIDIA H200").read_text())
-    parse = {"lowrank_linear": lowrank_linear.parse}
+    parse = {"lowrank_linear": _lowrank_tiles.parse}
     for key, tile in data["choices"].items():
         op = key.split("|")[1]
         parse.get(op, lambda v: tuning.tile(sparse_linear.Config, v))(tile)  # type: ignore[arg-type]

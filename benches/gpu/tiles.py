@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from tautorch import tuning
-from tautorch.triton_kernels import lowrank_linear as lowrank
+from tautorch.triton_kernels import _lowrank_tiles as lowrank
 from tautorch.triton_kernels import sparse_linear as sparse
 
 ROWS = (16, 64, 256, 1024, 4096)

@@ -333,10 +333,6 @@ def _sparse_conv2d_row(name: str) -> Kernel:
     return Kernel("sparse_conv2d", name, "cuda", supports)
 
 
-def _refuse_lowrank_conv2d(problem: Problem) -> str | None:
-    return "no GPU kernel fuses the two convolutions; keep the factors as two layers"
-
-
 def _triton_supports(problem: Problem) -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed; pip install triton"
@@ -346,7 +342,8 @@ def _triton_supports(problem: Problem) -> str | None:
     if gpu[0] < 80:
         return f"it needs compute capability 8.0, this device has {gpu[0] // 10}.{gpu[0] % 10}"
     d = problem.details
-    floating = d.get("weight_only") or (d.get("weight_dtype") == "float32" and "residual" not in d)
+    float_values = d.get("weight_dtype") == "float32" or d.get("int8") is False
+    floating = d.get("weight_only") or (float_values and "residual" not in d)
     if gpu[0] == 103 and not floating:
         return "compute capability 10.3 has almost no int8 throughput; keep the layer in bf16"
     return None
@@ -360,13 +357,13 @@ def _refuse_lowrank(problem: Problem) -> str | None:
     residual = problem.details.get("residual")
     if residual not in (None, "int8"):
         return f"a {residual} residual has no GPU kernel; use residual='int8' or none"
-    return None
+    return _refuse_rows(problem)
 
 
 def _refuse_sparse(problem: Problem) -> str | None:
     pattern = problem.details.get("pattern")
     if pattern in ("16x16", "32x32", "64x64"):
-        return None
+        return _refuse_rows(problem)
     if pattern == "2:4":
         return "Triton has no instruction for 2:4"
     return f"{pattern} weights have no GPU kernel; prune in blocks of 16x16, 32x32 or 64x64"
@@ -377,6 +374,12 @@ def _refuse_conv(problem: Problem) -> str | None:
         return "it quantises its input, which a weight-only layer must not"
     if problem.details.get("groups", 1) != 1:
         return "groups have no GPU kernel yet; keep the float layer"
+    return _refuse_rows(problem)
+
+
+def _refuse_lowrank_conv(problem: Problem) -> str | None:
+    if problem.details.get("groups", 1) != 1:
+        return "groups have no GPU kernel yet; keep the factors as two layers"
     return _refuse_rows(problem)
 
 
@@ -396,11 +399,11 @@ register(_int8_linear_row("cuda"))
 register(_sparse_linear_row("cuda"))
 register(_int8_conv2d_row("cuda"))
 register(_sparse_conv2d_row("cuda"))
-register(Kernel("lowrank_conv2d", "triton", "cuda", _refuse_lowrank_conv2d))
 register(_triton_row("int8_linear", _refuse_rows))
 register(_triton_row("lowrank_linear", _refuse_lowrank))
 register(_triton_row("sparse_linear", _refuse_sparse))
 register(_triton_row("int8_conv2d", _refuse_conv))
+register(_triton_row("lowrank_conv2d", _refuse_lowrank_conv))
 if cuda is not None:
     for _row, _names in (
         (_int8_linear_row, cuda.int8_linear_kernels()),

@@ -754,10 +754,3 @@ def test_triton_declines_what_it_cannot_do(monkeypatch: pytest.MonkeyPatch) -> N
     assert "at most 2147483392 rows" in refusal("triton", problem(90, rows=2**31 - 255))
     monkeypatch.setattr(dispatch.importlib.util, "find_spec", lambda name: None)
     assert "pip install triton" in refusal("triton", problem(90))
-
-
-def test_an_operator_without_gpu_kernels_says_so() -> None:
-    with pytest.raises(
-        ValueError, match=r"lowrank_conv2d: no kernel for cuda: .* keep the factors as two layers"
-    ):
-        dispatch.choose(Problem("lowrank_conv2d", "cuda", 64, 64))

@@ -252,7 +252,7 @@ def test_quantisers_are_exact(dtype: torch.dtype, backend: str) -> None:
 
 def _quantise(x: Tensor, backend: str) -> tuple[Tensor, Tensor]:
     if backend == "triton":
-        kernels = pytest.importorskip("tautorch.triton_kernels.int8_linear")
+        kernels = pytest.importorskip("tautorch.triton_kernels._quantize_rows")
         return kernels.quantize_rows(x)  # type: ignore[no-any-return]
     if dispatch.cuda is None:
         pytest.skip("tautorch._cuda is not built")

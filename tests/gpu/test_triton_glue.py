@@ -15,12 +15,14 @@ from tautorch import dispatch
 from tautorch.dispatch import Problem
 from tautorch.ops import _gpu
 from tautorch.ops import _int8_conv2d_gpu as conv
+from tautorch.ops import _lowrank_conv2d_gpu as lowrank_conv
 from tautorch.ops import _lowrank_linear_gpu as lowrank
 from tautorch.ops import _sparse_linear_gpu as sparse
 from tautorch.ops import library as lib
 from tautorch.ops.geometry import geometry_of
 from tautorch.reference.int8_conv2d import int8_conv2d as conv_reference
 from tautorch.reference.layouts import decode
+from tautorch.reference.lowrank_conv2d import lowrank_conv2d as lowrank_conv_reference
 from tautorch.reference.lowrank_linear import lowrank_linear as lowrank_reference
 from tautorch.reference.quantizer import quantize_weight
 from tautorch.reference.sparse_linear import sparse_linear as sparse_reference
@@ -50,7 +52,7 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[Device]:
     monkeypatch.setattr(torch.Tensor, "record_stream", lambda self, s: None)
     monkeypatch.setattr(_gpu, "facts", lambda index: (90, 132))
     yield d
-    for op in ("lowrank_linear", "sparse_linear", "int8_conv2d"):
+    for op in ("lowrank_linear", "sparse_linear", "int8_conv2d", "lowrank_conv2d"):
         dispatch._last_python.pop(op, None)
 
 
@@ -273,15 +275,106 @@ def test_conv_refusals(by_reference: None) -> None:
         run_conv(case.with_x(case.x.expand(2**28, 3, 7, 5)))
 
 
-@pytest.mark.parametrize("op", ["lowrank", "block", "conv"])
+# ---- lowrank_conv2d ---------------------------------------------------------------------------------------
+
+
+def run_lowrank_conv(case: Case) -> Tensor:
+    x, down, up, bias = case.args
+    rest = dict(case.kwargs)
+    scales = rest.pop("down_scale", None), rest.pop("up_scale", None)
+    where = [rest.pop(name, default) for name, default in (("stride", 1), ("padding", 0), ("dilation", 1))]
+    geometry = geometry_of("lowrank_conv2d", (up.shape[0], *down.shape[1:]), *where, rest.pop("groups"))
+    return lowrank_conv.run(x, down, up, bias, scales, geometry, lib.Tail(**rest))
+
+
+@pytest.fixture
+def factors(device: Device, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """The reference in the kernels' place, and the factors it was given."""
+    from tautorch.triton_kernels import lowrank_conv2d as kernels
+
+    kept: dict[str, Any] = {}
+
+    def stand_in(x: Tensor, down: Tensor, up: Tensor, *rest: Any, **options: Any) -> Tensor:
+        kept.update(down=down, up=up)
+        assert x.dim() == 4 and down.is_contiguous() and up.is_contiguous() and up.dim() == 2
+        assert down.dtype == up.dtype == (torch.int8 if options["down_scale"] is not None else x.dtype)
+        sums = options.pop("down_sums")
+        assert sums is None or torch.equal(sums, down.sum((1, 2, 3), dtype=torch.int32))
+        assert (sums is None) == (options["x_zero_point"] is None)
+        y = lowrank_conv_reference(x, down.permute(0, 3, 1, 2), up[:, :, None, None], *rest, **options)
+        return y.contiguous(memory_format=torch.channels_last)
+
+    monkeypatch.setattr(kernels, "lowrank_conv2d", stand_in)
+    return kept
+
+
+@pytest.mark.parametrize("mode", ["float", "dynamic", "static", "int8"])
+@pytest.mark.parametrize("shape", [(2, 3, 7, 5), (3, 7, 5)])
+def test_lowrank_conv_arguments(factors: dict[str, Any], mode: str, shape: tuple[int, ...]) -> None:
+    case = conv_case("lowrank_conv2d", shape, (5, 3, 3, 3), mode=mode, stride=(2, 1), padding=1)
+    y = run_lowrank_conv(case)
+    assert torch.equal(y, case(lowrank_conv_reference)) and y.is_contiguous()
+    assert dispatch.last_used("lowrank_conv2d") == "triton"
+    if len(shape) == 4:
+        x = case.x.contiguous(memory_format=torch.channels_last)
+        assert run_lowrank_conv(case.with_x(x)).is_contiguous(memory_format=torch.channels_last)
+
+
+def test_lowrank_conv_factors_take_the_dtype_of_x_once(factors: dict[str, Any], device: Device) -> None:
+    case = conv_case("lowrank_conv2d", (2, 3, 7, 5), (5, 3, 3, 3), mode="float", x_dtype=torch.bfloat16)
+    run_lowrank_conv(case)
+    first = factors["down"]
+    assert first.dtype == torch.bfloat16 and device.waits == 2
+    run_lowrank_conv(case)
+    assert factors["down"] is first and device.waits == 2
+    case.args[2].mul_(2)
+    run_lowrank_conv(case)
+    assert factors["down"] is first and device.waits == 3
+
+
+def test_lowrank_conv_refusals(factors: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="triton: groups have no GPU kernel yet; keep the factors as two"):
+        run_lowrank_conv(conv_case("lowrank_conv2d", (2, 4, 7, 5), (6, 2, 3, 3), groups=2))
+    case = conv_case("lowrank_conv2d", (1, 3, 7, 5), (6, 3, 3, 3))
+    with pytest.raises(ValueError, match="at most 2147483392 rows"):
+        run_lowrank_conv(case.with_x(case.x.expand(2**28, 3, 7, 5)))
+    packed = torch.zeros(9, dtype=torch.uint8)
+    geometry = geometry_of("lowrank_conv2d", (6, 3, 3, 3), 1, 0, 1, 1)
+    with pytest.raises(ValueError, match="down must be canonical on CUDA, got a pack"):
+        lowrank_conv.run(case.x, packed, case.args[2], None, (None, None), geometry, lib.Tail())
+
+
+def test_lowrank_conv_row() -> None:
+    row = next(k for k in dispatch.kernels("lowrank_conv2d") if k.name == "triton")
+    facts = {"capability": 103, "multiprocessors": 132}
+    assert row.supports(Problem("lowrank_conv2d", "cuda", 8, 8, {**facts, "int8": False})) is None
+    refused = row.supports(Problem("lowrank_conv2d", "cuda", 8, 8, {**facts, "int8": True}))
+    assert "almost no int8" in str(refused)
+
+
+@pytest.mark.parametrize("op", ["lowrank_linear", "sparse_linear", "lowrank_conv2d"])
+def test_more_rows_than_32_bits_count_are_refused(op: str) -> None:
+    row = next(k for k in dispatch.kernels(op) if k.name == "triton")
+    details = {"capability": 90, "multiprocessors": 132, "rows": 2**31 - 255, "pattern": "32x32"}
+    assert "at most 2147483392 rows" in str(row.supports(Problem(op, "cuda", 8, 8, details)))
+    assert row.supports(Problem(op, "cuda", 8, 8, {**details, "rows": 2**31 - 256})) is None
+
+
+@pytest.mark.parametrize("op", ["lowrank", "block", "conv", "lowrank_conv"])
 def test_the_lowest_weight_is_refused_where_sums_could_overflow(
-    seen: dict[str, Any], given: dict[str, Any], by_reference: None, monkeypatch: pytest.MonkeyPatch, op: str
+    seen: dict[str, Any],
+    given: dict[str, Any],
+    by_reference: None,
+    factors: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    op: str,
 ) -> None:
     monkeypatch.setattr(_gpu, "MAX_K_LOWEST", 20)
     case, run, name = {
         "lowrank": (linear_case("lowrank_linear", 5, 17, 33, rank=7), run_lowrank, "down"),
         "block": (linear_case("sparse_linear", 5, 70, 131, pattern="32x32"), run_sparse, "values"),
         "conv": (conv_case("int8_conv2d", (2, 3, 7, 5), (6, 3, 3, 3)), run_conv, "weight"),
+        "lowrank_conv": (conv_case("lowrank_conv2d", (2, 3, 7, 5), (6, 3, 3, 3)), run_lowrank_conv, "down"),
     }[op]
     run(case)
     case.args[1].view(-1)[3] = -128

@@ -1,4 +1,4 @@
-"""lowrank_linear, block-sparse sparse_linear and int8_conv2d on a GPU, by Triton, against the reference."""
+"""The operators that Triton runs, on a GPU, against the reference."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from torch import Tensor
 
 import tautorch
 from tautorch import dispatch, ops, tuning
-from tautorch.nn import LowRankLinear, SparseLinear
+from tautorch.nn import LowRankConv2d, LowRankLinear, SparseLinear
 from tautorch.reference.int8_conv2d import int8_conv2d as conv_reference
+from tautorch.reference.lowrank_conv2d import lowrank_conv2d as lowrank_conv_reference
 from tautorch.reference.lowrank_linear import lowrank_linear as lowrank_reference
 from tautorch.reference.quantizer import quantize_weight
 from tautorch.reference.sparse_linear import sparse_linear as sparse_reference
@@ -62,6 +63,7 @@ def agree(case: Case) -> None:
 @pytest.fixture(params=["rule", "one launch", "measured"])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> Iterator[str]:
     """How lowrank_linear gets its tiles."""
+    from tautorch.triton_kernels import _lowrank_tiles as tiles
     from tautorch.triton_kernels import lowrank_linear as kernels
 
     monkeypatch.setenv("TAUTORCH_CACHE", str(tmp_path))
@@ -69,9 +71,9 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_pat
     if request.param == "one launch":
 
         def one(m: int, n: int, k: int, r: int, size: int, residual: bool, processors: int) -> Any:
-            if residual or not kernels.fits_one_tile(r, size):
+            if residual or not tiles.fits_one_tile(r, size):
                 pytest.skip("takes two launches")
-            return kernels.one_launch(m, n, k, r, size, processors)
+            return tiles.one_launch(m, n, k, r, size, processors)
 
         monkeypatch.setattr(kernels, "choose", one)
     if request.param == "measured":
@@ -142,6 +144,52 @@ def test_conv(mode: str, x: Any, w: Any, stride: int, padding: int, dilation: in
             assert_close(actual, expected, magnitude=here.magnitude(conv_reference))
             assert torch.equal(on_gpu(here.raw())(ops.int8_conv2d).cpu(), here.raw()(conv_reference))
             assert actual.is_contiguous(memory_format=memory)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    "x,w,rank,stride,padding,dilation",
+    [
+        ((1, 1, 1, 1), (1, 1, 1, 1), 1, 1, 0, 1),
+        ((2, 3, 33, 31), (64, 3, 7, 7), 17, 2, 3, 1),
+        ((3, 65, 14, 15), (130, 65, 3, 3), 64, 1, 1, 1),
+        ((2, 128, 9, 8), (64, 128, 1, 1), 300, 2, 0, 1),
+        ((1, 512, 7, 7), (512, 512, 3, 3), 128, 1, 1, 1),
+        ((1, 40, 20, 17), (33, 40, 3, 2), 9, 1, 2, 2),
+    ],
+)
+def test_lowrank_conv(mode: str, x: Any, w: Any, rank: int, stride: int, padding: int, dilation: int) -> None:
+    where = {"stride": stride, "padding": padding, "dilation": dilation}
+    case = conv_case("lowrank_conv2d", x, w, mode=mode, rank=rank, **where)
+    for memory in (torch.contiguous_format, torch.channels_last):
+        here = case.with_x(case.x.contiguous(memory_format=memory))
+        actual, expected = on_gpu(here)(ops.lowrank_conv2d).cpu(), here(lowrank_conv_reference)
+        assert dispatch.last_used("lowrank_conv2d") == "triton"
+        kind, size = ("integer" if case.exact else "float"), here.magnitude(lowrank_conv_reference)
+        assert_close(actual, expected, magnitude=size, kind=kind, k=case.k + rank)
+        assert actual.is_contiguous(memory_format=memory)
+        if case.exact:
+            raw = here.raw()
+            assert torch.equal(on_gpu(raw)(ops.lowrank_conv2d).cpu(), raw(lowrank_conv_reference))
+
+
+def test_lowrank_conv_in_a_graph_and_compiled() -> None:
+    conv = torch.nn.Conv2d(40, 70, 3, padding=1)
+    layer = LowRankConv2d.from_float(conv, rank=20, weight_dtype=torch.int8).cuda().eval()
+    x = torch.randn(2, 40, 9, 8, device="cuda").to(memory_format=torch.channels_last)
+    with torch.no_grad():
+        first = layer(x)
+        assert torch.equal(torch.compile(layer, fullgraph=True)(x), first)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = layer(x)
+        x.mul_(2)
+        graph.replay()
+        torch.cuda.synchronize()
+        assert torch.equal(y, layer(x)) and not torch.equal(y, first)
+    here = x.detach().clone().requires_grad_()
+    layer(here).square().sum().backward()
+    assert here.grad is not None and torch.isfinite(here.grad).all()
 
 
 @pytest.mark.parametrize("activation", ["none", "relu", "gelu", "gelu_tanh", "silu"])

@@ -12,7 +12,8 @@ from tautorch.reference.int8_conv2d import int8_conv2d as reference
 from tautorch.testing.cases import Case, conv_case
 from tautorch.testing.tolerances import assert_close
 from tautorch.triton_kernels import int8_conv2d as tk
-from tautorch.triton_kernels.int8_linear import ACTIVATIONS, Config
+from tautorch.triton_kernels._device import ACTIVATIONS
+from tautorch.triton_kernels._int8_linear_tiles import Config
 
 interpreting.let_scalars_be_indices()
 

@@ -14,11 +14,14 @@ from tests.triton_kernels import interpreting
 from torch import Tensor
 
 from tautorch.triton_kernels import int8_linear as tk
+from tautorch.triton_kernels._device import ACTIVATIONS
+from tautorch.triton_kernels._int8_linear_tiles import Config
+from tautorch.triton_kernels._quantize_rows import FLOAT_DTYPES, quantize_rows
 
 interpreting.let_scalars_be_indices()
 # exp and huge inputs overflow on purpose.
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
-SMALL = tk.Config(16, 32, 32, 4, 2, group_m=2)
+SMALL = Config(16, 32, 32, 4, 2, group_m=2)
 T_M, T_N, T_K = SMALL.block_m, SMALL.block_n, SMALL.block_k
 SIZES = [
     (1, 1, 1),
@@ -102,7 +105,7 @@ def test_extreme_sums_are_exact(x_value: int, w_value: int) -> None:
     assert torch.equal(got, torch.full((3, 5), 700 * x_value * w_value, dtype=torch.int32))
 
 
-@pytest.mark.parametrize("activation", tk.ACTIVATIONS)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("out_dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("per_row", [True, False])
 def test_float_epilogue(activation: str, out_dtype: torch.dtype, per_row: bool) -> None:
@@ -132,11 +135,11 @@ def test_requantised_output(zero_point: int | None) -> None:
     assert want.unique().numel() > 20
 
 
-@pytest.mark.parametrize("dtype", tk.FLOAT_DTYPES)
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
 @pytest.mark.parametrize("m,k", [(1, 1), (3, 63), (5, 64), (4, 65), (2, 4097)])
 def test_dynamic_quantiser(dtype: torch.dtype, m: int, k: int) -> None:
     x = (torch.randn(m, k, generator=torch.Generator().manual_seed(k)) * 3).to(dtype)
-    q, scale = tk.quantize_rows(x)
+    q, scale = quantize_rows(x)
     want_q, want_scale = quantise(x, None, None)
     assert torch.equal(q, want_q)
     assert torch.equal(scale, want_scale)
@@ -155,7 +158,7 @@ def test_dynamic_quantiser_special_rows() -> None:
     x[7] = -7.25
     x[8] = torch.arange(37) - 18.5  # halves, so that ties to even matter
     x[8, 0] = 127.0
-    q, scale = tk.quantize_rows(x)
+    q, scale = quantize_rows(x)
     want_q, want_scale = quantise(x, None, None)
     assert torch.equal(q, want_q)
     assert torch.equal(scale.isnan(), want_scale.isnan())
@@ -170,7 +173,7 @@ def test_static_quantiser(zero_point: int | None) -> None:
     x[1, 1] = float("nan")
     x[2, 0] = 3e38
     zp = None if zero_point is None else torch.tensor([zero_point], dtype=torch.int32)
-    q, scale = tk.quantize_rows(x, torch.tensor([0.5]), zp)
+    q, scale = quantize_rows(x, torch.tensor([0.5]), zp)
     want_q, want_scale = quantise(x, torch.tensor([0.5]), zp)
     assert torch.equal(q, want_q)
     assert torch.equal(scale.nan_to_num(9), want_scale.nan_to_num(9))
@@ -180,7 +183,7 @@ def test_static_quantiser(zero_point: int | None) -> None:
 def test_quantiser_reads_any_strides() -> None:
     base = torch.randn(40, 30, generator=torch.Generator().manual_seed(3))
     for x in (base.t(), base[::2, ::3], base[:, 3:11]):
-        assert torch.equal(tk.quantize_rows(x)[0], quantise(x, None, None)[0])
+        assert torch.equal(quantize_rows(x)[0], quantise(x, None, None)[0])
 
 
 @pytest.mark.parametrize("mode", ["dynamic", "static", "int8"])

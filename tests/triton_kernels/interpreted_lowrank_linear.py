@@ -13,8 +13,10 @@ from tautorch.reference.lowrank_linear import lowrank_linear as reference
 from tautorch.reference.quantizer import quantize_weight
 from tautorch.testing.cases import Case, linear_case
 from tautorch.testing.tolerances import assert_close
+from tautorch.triton_kernels import _lowrank_launch
 from tautorch.triton_kernels import lowrank_linear as tk
-from tautorch.triton_kernels.int8_linear import ACTIVATIONS
+from tautorch.triton_kernels._device import ACTIVATIONS
+from tautorch.triton_kernels._lowrank_tiles import Config, Stage, tile_rank
 
 interpreting.let_scalars_be_indices()
 
@@ -33,15 +35,15 @@ SIZES = [
 MODES = ["float", "dynamic", "static", "int8"]
 
 
-def configs(case: Case, down: int = 3, up: int = 2) -> dict[str, tk.Config]:
+def configs(case: Case, down: int = 3, up: int = 2) -> dict[str, Config]:
     """Both ways to run a case, in small tiles, K and N shared among programs that have unequal parts."""
     size = case.args[1].element_size()
-    whole = tk.tile_rank(case.args[1].shape[0], size)
+    whole = tile_rank(case.args[1].shape[0], size)
     narrow = whole if size == 1 else T
     return {
-        "one": tk.Config(None, tk.Stage(T, 32, 32, 4, 2, splits=up)),
-        "two": tk.Config(tk.Stage(T, narrow, 32, 4, 2, splits=down), tk.Stage(T, 32, 32, 4, 2, group_m=2)),
-        "whole": tk.Config(tk.Stage(32, whole, 32, 4, 2), tk.Stage(32, T, 32, 4, 2)),
+        "one": Config(None, Stage(T, 32, 32, 4, 2, splits=up)),
+        "two": Config(Stage(T, narrow, 32, 4, 2, splits=down), Stage(T, 32, 32, 4, 2, group_m=2)),
+        "whole": Config(Stage(32, whole, 32, 4, 2), Stage(32, T, 32, 4, 2)),
     }
 
 
@@ -55,7 +57,7 @@ def with_sums(case: Case) -> Case:
     return case.but(**sums)
 
 
-def check(case: Case, config: tk.Config | None) -> None:
+def check(case: Case, config: Config | None) -> None:
     actual = with_sums(case).but(config=config)(tk.lowrank_linear)
     kind = "integer" if case.exact else "float"
     expected = case(reference)
@@ -121,7 +123,7 @@ def test_any_split_gives_the_same(splits: int) -> None:
 
 def test_counters_are_left_at_zero(monkeypatch: pytest.MonkeyPatch) -> None:
     kept = torch.zeros(64, dtype=torch.int32)
-    monkeypatch.setattr(tk, "_counters", lambda count, device: kept)
+    monkeypatch.setattr(_lowrank_launch, "_counters", lambda count, device: kept)
     case = linear_case(OP, 20, 17, 100, rank=9)
     for _ in range(2):
         check(case, configs(case)["two"])

@@ -11,7 +11,7 @@ from tautorch.reference.sparse_linear import sparse_linear as reference
 from tautorch.testing.cases import Case, linear_case
 from tautorch.testing.tolerances import assert_close
 from tautorch.triton_kernels import sparse_linear as tk
-from tautorch.triton_kernels.int8_linear import ACTIVATIONS
+from tautorch.triton_kernels._device import ACTIVATIONS
 
 interpreting.let_scalars_be_indices()
 

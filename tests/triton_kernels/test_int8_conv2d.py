@@ -19,7 +19,7 @@ from tests.triton_kernels.compiling import (
 )
 
 from tautorch.triton_kernels import int8_conv2d as tk
-from tautorch.triton_kernels.int8_linear import ACTIVATIONS
+from tautorch.triton_kernels._device import ACTIVATIONS
 
 
 def test_kernels_in_the_interpreter() -> None:

@@ -22,7 +22,11 @@ from tests.triton_kernels.compiling import (  # noqa: E402
     run_in_the_interpreter,
 )
 
+from tautorch.triton_kernels import _int8_linear_tiles as tiles  # noqa: E402
+from tautorch.triton_kernels import _int8_linear_weight_only as weight_only  # noqa: E402
 from tautorch.triton_kernels import int8_linear as tk  # noqa: E402
+from tautorch.triton_kernels._device import ACTIVATIONS  # noqa: E402
+from tautorch.triton_kernels._quantize_rows import _quantize_rows  # noqa: E402
 
 
 def test_kernels_in_the_interpreter() -> None:
@@ -41,7 +45,7 @@ def types_of(kernel: Any, **pointers: str) -> dict[str, str]:
     return types | {f"{name}_ptr": POINTER[dtype] for name, dtype in pointers.items()}
 
 
-def tile(config: tk.Config) -> dict[str, int]:
+def tile(config: tiles.Config) -> dict[str, int]:
     sizes = {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k}
     return sizes | {"GROUP_M": config.group_m}
 
@@ -51,7 +55,7 @@ def tile(config: tk.Config) -> dict[str, int]:
     "dtype,static", list(itertools.product(["float32", "bfloat16", "float16"], [False, True]))
 )
 def test_quantiser_compiles(capability: int, dtype: str, static: bool, tmp_path: Path) -> None:
-    kernel = tk._quantize_rows
+    kernel = _quantize_rows
     values: dict[str, Any] = {"STATIC": static, "HAS_ZERO_POINT": static, "BLOCK_K": 4096, "stride_xk": 1}
     if not static:
         values |= {"static_scale_ptr": None, "zero_point_ptr": None}
@@ -89,7 +93,7 @@ SHAPES = [
 
 def choices() -> list[Any]:
     """Every tile that ``choose`` can give, with the capability it is given for."""
-    found = {(c, tk.choose(m, n, k, (c // 10, c % 10))) for c in CAPABILITIES for m, n, k in SHAPES}
+    found = {(c, tiles.choose(m, n, k, (c // 10, c % 10))) for c in CAPABILITIES for m, n, k in SHAPES}
     return sorted(found, key=str)
 
 
@@ -97,7 +101,7 @@ def epilogue(out: str, activation: str, full: bool) -> dict[str, Any]:
     values: dict[str, Any] = {
         "HAS_BIAS": full,
         "HAS_OUT_ZERO_POINT": full and out == "int8",
-        "ACTIVATION": tk.ACTIVATIONS[activation],
+        "ACTIVATION": ACTIVATIONS[activation],
         "REQUANTIZE": out == "int8",
     }
     values |= {} if full else {"bias_ptr": None}
@@ -106,18 +110,18 @@ def epilogue(out: str, activation: str, full: bool) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("capability,config", choices(), ids=str)
-def test_every_tile_compiles(capability: int, config: tk.Config, tmp_path: Path) -> None:
+def test_every_tile_compiles(capability: int, config: tiles.Config, tmp_path: Path) -> None:
     check_int8_variant(capability, config, ("bfloat16", "silu", True), tmp_path)
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
 def test_every_epilogue_compiles(capability: int, variant: tuple[str, str, bool], tmp_path: Path) -> None:
-    check_int8_variant(capability, tk.choose(64, 4096, 4096), variant, tmp_path)
+    check_int8_variant(capability, tiles.choose(64, 4096, 4096), variant, tmp_path)
 
 
 def check_int8_variant(
-    capability: int, config: tk.Config, variant: tuple[str, str, bool], tmp_path: Path
+    capability: int, config: tiles.Config, variant: tuple[str, str, bool], tmp_path: Path
 ) -> None:
     out, activation, full = variant
     kernel = tk._int8_linear
@@ -139,8 +143,8 @@ def check_int8_variant(
 @pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.parametrize("dtype,m", list(itertools.product(["float32", "bfloat16", "float16"], [1, 64])))
 def test_weight_only_compiles(capability: int, dtype: str, m: int, tmp_path: Path) -> None:
-    kernel = tk._weight_only_linear
-    config = tk.choose_weight_only(m, getattr(torch, dtype).itemsize)
+    kernel = weight_only._weight_only_linear
+    config = tiles.choose_weight_only(m, getattr(torch, dtype).itemsize)
     values = epilogue(dtype, "gelu", True) | tile(config)
     types = types_of(kernel, x=dtype, w="int8", y=dtype)
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
@@ -153,10 +157,10 @@ def test_weight_only_compiles(capability: int, dtype: str, m: int, tmp_path: Pat
 def test_more_rows_than_32_bits_count_are_refused() -> None:
     from tautorch.dispatch import MAX_TRITON_ROWS
 
-    assert tk.MAX_ROWS == MAX_TRITON_ROWS == 2**31 - 256
+    assert tiles.MAX_ROWS == MAX_TRITON_ROWS == 2**31 - 256
     one = torch.ones(1)
-    q = torch.zeros(1, 16, dtype=torch.int8).expand(tk.MAX_ROWS + 1, 16)
+    q = torch.zeros(1, 16, dtype=torch.int8).expand(tiles.MAX_ROWS + 1, 16)
     with pytest.raises(ValueError, match="at most 2147483392 rows"):
         tk.matmul(q, one, q[:1], one)
     with pytest.raises(ValueError, match="at most 2147483392 rows"):
-        tk.weight_only_matmul(torch.zeros(1, 16).expand(q.shape), q[:1], one)
+        weight_only.weight_only_matmul(torch.zeros(1, 16).expand(q.shape), q[:1], one)

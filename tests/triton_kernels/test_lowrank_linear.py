@@ -19,8 +19,10 @@ from tests.triton_kernels.compiling import (  # noqa: E402
     run_in_the_interpreter,
 )
 
-from tautorch.triton_kernels import lowrank_linear as tk  # noqa: E402
-from tautorch.triton_kernels.int8_linear import ACTIVATIONS  # noqa: E402
+from tautorch.triton_kernels import _lowrank_linear_kernels as kernels  # noqa: E402
+from tautorch.triton_kernels import _lowrank_tiles as tiles  # noqa: E402
+from tautorch.triton_kernels._device import ACTIVATIONS  # noqa: E402
+from tautorch.triton_kernels._lowrank_launch import grid  # noqa: E402
 
 SIZE = {"int8": 1, "bfloat16": 2, "float16": 2, "float32": 4}
 # (M, N, K, r): few and many rows, ranks from one step to beyond a tile, small and large factors.
@@ -59,19 +61,19 @@ def types_of(kernel: Any, operands: str, y: str) -> dict[str, str]:
     return types
 
 
-def stages(capability: int, operands: str, residual: bool) -> list[tuple[str, tk.Stage, int]]:
+def stages(capability: int, operands: str, residual: bool) -> list[tuple[str, tiles.Stage, int]]:
     """(kernel, tile, columns of the tile that holds r) of every choice, each once."""
     found = set()
     size = SIZE[operands]
     for m, n, k, r in SHAPES:
-        chosen = tk.choose(m, n, k, r, size, residual)
+        chosen = tiles.choose(m, n, k, r, size, residual)
         if chosen.down is None:
-            found.add(("_fused", chosen.up, tk.tile_rank(r, size)))
-            chosen = tk.two_launches(m, n, k, r, size, residual)
+            found.add(("_fused", chosen.up, tiles.tile_rank(r, size)))
+            chosen = tiles.two_launches(m, n, k, r, size, residual)
         assert chosen.down is not None
         if size > 1 or r <= chosen.down.block_n:
             found.add(("_down", chosen.down, chosen.down.block_n))
-        found.add(("_up", chosen.up, min(tk.tile_rank(r, size), 128 // size)))
+        found.add(("_up", chosen.up, min(tiles.tile_rank(r, size), 128 // size)))
     return sorted(found, key=str)
 
 
@@ -79,7 +81,7 @@ def compile_stage(
     capability: int,
     operands: str,
     kernel: str,
-    stage: tk.Stage,
+    stage: tiles.Stage,
     rank: int,
     *,
     out: str = "bfloat16",
@@ -87,7 +89,7 @@ def compile_stage(
     full: bool = True,
     residual: bool = False,
 ) -> Any:
-    function = getattr(tk, kernel)
+    function = getattr(kernels, kernel)
     int8 = operands == "int8"
     zero_point = full and (int8 or residual)
     values: dict[str, Any] = {
@@ -160,7 +162,14 @@ def test_every_epilogue_compiles(
 ) -> None:
     out, activation, full = variant
     compiled = compile_stage(
-        capability, "int8", kernel, tk.Stage(64, 64, 128, 4, 3), 64, out=out, activation=activation, full=full
+        capability,
+        "int8",
+        kernel,
+        tiles.Stage(64, 64, 128, 4, 3),
+        64,
+        out=out,
+        activation=activation,
+        full=full,
     )
     check_resources(compiled, capability, tmp_path)
 
@@ -169,7 +178,7 @@ def test_every_epilogue_compiles(
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_the_quantiser_is_ieee(capability: int, kernel: str) -> None:
     compiled = compile_stage(
-        capability, "int8", kernel, tk.Stage(64, 64, 128, 4, 3, 2), 64, activation="none"
+        capability, "int8", kernel, tiles.Stage(64, 64, 128, 4, 3, 2), 64, activation="none"
     )
     ptx = compiled.asm["ptx"]
     assert "div.rn.f32" in ptx
@@ -179,7 +188,7 @@ def test_the_quantiser_is_ieee(capability: int, kernel: str) -> None:
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_parts_are_counted_behind_a_barrier(capability: int) -> None:
     """Between the stores of a part and its program's count all threads meet, and the count is ordered."""
-    compiled = compile_stage(capability, "bfloat16", "_down", tk.Stage(64, 64, 64, 4, 3, 4), 64)
+    compiled = compile_stage(capability, "bfloat16", "_down", tiles.Stage(64, 64, 64, 4, 3, 4), 64)
     ptx = compiled.asm["ptx"]
     count = re.search(r"atom\.global\.gpu\.acq_rel\.add\.u32|atom\.acq_rel\.gpu\.global\.add\.u32", ptx)
     assert count, re.findall(r"atom\S*", ptx)
@@ -195,16 +204,16 @@ def test_choices_keep_to_their_limits(size: int) -> None:
     for m in (1, 15, 16, 17, 64, 1000, 8448, 8449, 100_000, 2**31):
         for n, k, r in [(1, 1, 1), (4096, 4096, 128), (64, 100_000, 4096), (300, 70, 255), (8, 8, 0)]:
             for residual in (False, True):
-                config = tk.choose(m, n, k, r, size, residual)
+                config = tiles.choose(m, n, k, r, size, residual)
                 assert config.up.splits >= 1
                 if config.down is None:
-                    assert not residual and tk.fits_one_tile(r, size)
+                    assert not residual and tiles.fits_one_tile(r, size)
                     assert config.up.splits <= -(-n // config.up.block_n)
                 else:
-                    tiles = -(-m // config.down.block_m) * -(-r // config.down.block_n)
-                    assert 1 <= config.down.splits <= max(1, 132 // max(tiles, 1))
+                    count = -(-m // config.down.block_m) * -(-r // config.down.block_n)
+                    assert 1 <= config.down.splits <= max(1, 132 // max(count, 1))
 
 
 def test_too_many_tiles_are_refused() -> None:
     with pytest.raises(ValueError, match="split the batch"):
-        tk._grid(2**31)
+        grid("lowrank_linear", 2**31)

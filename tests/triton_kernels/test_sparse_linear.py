@@ -20,7 +20,7 @@ from tests.triton_kernels.compiling import (  # noqa: E402
 )
 
 from tautorch.triton_kernels import sparse_linear as tk  # noqa: E402
-from tautorch.triton_kernels.int8_linear import ACTIVATIONS  # noqa: E402
+from tautorch.triton_kernels._device import ACTIVATIONS  # noqa: E402
 
 
 def test_kernels_in_the_interpreter() -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from tautorch.reference.quantizer import MAX_K_LOWEST
 
+from . import geometry as conv
 from . import library as lib
 
 _lowest = lib.PackCache()
@@ -34,6 +36,18 @@ def check_devices(op: str, x: Tensor, **others: Tensor | None) -> None:
     for name, t in others.items():
         if t is not None and t.device != x.device:
             raise ValueError(f"{op}: {name} must be on {x.device} like x, got {t.device}; move it there")
+
+
+def check_tail_devices(op: str, x: Tensor, tail: lib.Tail) -> None:
+    """The same of a call's scales and zero points."""
+    check_devices(
+        op,
+        x,
+        x_scale=tail.x_scale,
+        x_zero_point=tail.x_zero_point,
+        out_scale=tail.out_scale,
+        out_zero_point=tail.out_zero_point,
+    )
 
 
 def refuse_pack(op: str, name: str, t: Tensor | None) -> None:
@@ -74,6 +88,26 @@ def adjacent(t: Tensor) -> Tensor:
 def contiguous(t: Tensor | None) -> Tensor | None:
     """The same, or None."""
     return None if t is None else adjacent(t)
+
+
+def keywords(tail: lib.Tail) -> dict[str, Any]:
+    """A call's tail as the Triton kernels' launchers take it."""
+    arguments = tail._asdict()
+    del arguments["weight_only"]
+    arguments["x_scale"] = contiguous(tail.x_scale)
+    return arguments
+
+
+def as_images(x: Tensor) -> Tensor:
+    """``[B, C, H, W]`` of that or of ``[C, H, W]``."""
+    return x if x.dim() == 4 else x.unsqueeze(0)
+
+
+def in_format_of(x: Tensor, y: Tensor) -> Tensor:
+    """Outputs for ``as_images(x)`` in the memory format and with the dimensions of x."""
+    last = conv.channels_last(as_images(x))
+    y = y.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+    return y if x.dim() == 4 else y.squeeze(0)
 
 
 def once(

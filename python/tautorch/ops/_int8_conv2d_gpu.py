@@ -27,14 +27,7 @@ def run(
 ) -> Tensor:
     """The operator for arguments that have passed its checks; x is on a CUDA device."""
     _gpu.refuse_pack(OP, "weight", weight)
-    _gpu.check_devices(
-        OP,
-        x,
-        x_scale=tail.x_scale,
-        x_zero_point=tail.x_zero_point,
-        out_scale=tail.out_scale,
-        out_zero_point=tail.out_zero_point,
-    )
+    _gpu.check_tail_devices(OP, x, tail)
     if not tail.weight_only:
         _gpu.check_lowest(OP, "weight", weight, weight[0].numel())
     details = _gpu.details(

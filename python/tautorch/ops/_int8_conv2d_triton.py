@@ -24,16 +24,12 @@ def run(
     """The operator for one group; the output in x's memory format."""
     from tautorch.triton_kernels import int8_conv2d as kernels  # imports Triton: optional, and slow
 
-    arguments = tail._asdict()
-    del arguments["weight_only"]
-    arguments["x_scale"] = _gpu.contiguous(tail.x_scale)
-    images = x if x.dim() == 4 else x.unsqueeze(0)
     with torch.cuda.device(x.device):
         sums = None
         if tail.x_zero_point is not None:
             sums = _gpu.once(_sums, weight, lambda: weight.sum((1, 2, 3), dtype=torch.int32))
         y = kernels.int8_conv2d(
-            images,
+            _gpu.as_images(x),
             _gpu.once(_weights, weight, lambda: weight.detach().permute(0, 2, 3, 1).contiguous()),
             _gpu.adjacent(weight_scale),
             _gpu.contiguous(bias),
@@ -41,8 +37,6 @@ def run(
             padding=geometry.padding,
             dilation=geometry.dilation,
             row_sums=sums,
-            **arguments,
+            **_gpu.keywords(tail),
         )
-        memory = torch.channels_last if conv.channels_last(images) else torch.contiguous_format
-        y = y.contiguous(memory_format=memory)
-    return y if x.dim() == 4 else y.squeeze(0)
+        return _gpu.in_format_of(x, y)

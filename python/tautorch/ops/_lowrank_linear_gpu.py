@@ -44,8 +44,7 @@ def run(
     index = x.get_device()
     kernel = dispatch.choose(Problem(OP, "cuda", n, k, _gpu.details(index, rows=lib.row_count(x), **more)))
     dispatch.note_used(OP, kernel)
-    arguments = tail._asdict()
-    del arguments["weight_only"]
+    arguments = _gpu.keywords(tail)
     if kernel == "reference":
         return reference.lowrank_linear(
             x, down, up, bias, down_scale=scales[0], up_scale=scales[1], residual=values,
@@ -57,7 +56,6 @@ def run(
     with torch.cuda.device(x.device):
         dtype = torch.int8 if scales[0] is not None else x.dtype
         zero_point = tail.x_zero_point is not None
-        arguments["x_scale"] = _gpu.contiguous(tail.x_scale)
         return kernels.lowrank_linear(
             x,
             operand(down, dtype),

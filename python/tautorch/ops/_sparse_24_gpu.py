@@ -31,14 +31,7 @@ def run(
     Without ``weight_scale`` x is multiplied as it comes, bf16 or fp16, by values of its type:
     others are rounded to it when they are packed.
     """
-    _gpu.check_devices(
-        OP,
-        x,
-        x_scale=tail.x_scale,
-        x_zero_point=tail.x_zero_point,
-        out_scale=tail.out_scale,
-        out_zero_point=tail.out_zero_point,
-    )
+    _gpu.check_tail_devices(OP, x, tail)
     ext, index, k = dispatch.cuda, x.get_device(), x.shape[-1]
     floats = weight_scale is None
     dtype = x.dtype if floats else torch.int8

@@ -324,7 +324,8 @@ def _float_weight_fake(weight: Tensor, scale: Tensor | None, shape: Sequence[int
     return weight.new_empty(tuple(shape), dtype=torch.float32)
 
 
-lib.LIB.impl("float_conv2d_weight", _float_weight, "CPU")
+for _device in ("CPU", "CUDA"):
+    lib.LIB.impl("float_conv2d_weight", _float_weight, _device)
 torch.library.register_fake("tautorch::float_conv2d_weight", _float_weight_fake, lib=lib.LIB)
 
 

@@ -14,6 +14,7 @@ from tautorch.dispatch import Problem
 from tautorch.reference import lowrank_conv2d as reference
 from tautorch.reference.lowrank_linear import check_factors
 
+from . import _lowrank_conv2d_gpu as gpu
 from . import geometry as conv
 from . import library as lib
 from .geometry import Geometry, Pair
@@ -156,6 +157,28 @@ def _tail(rest: tuple[Any, ...]) -> Tail:
     return Tail(x_scale, x_zero_point, False, *others)
 
 
+def _cuda(
+    x: Tensor,
+    down: Tensor,
+    up: Tensor,
+    bias: Tensor | None = None,
+    down_scale: Tensor | None = None,
+    up_scale: Tensor | None = None,
+    down_shape: Sequence[int] | None = None,
+    up_shape: Sequence[int] | None = None,
+    stride: Pair = 1,
+    padding: Pair = 0,
+    dilation: Pair = 1,
+    groups: int = 1,
+    *rest: Any,
+) -> Tensor:
+    tail = _tail(rest)
+    geometry, _ = _check(
+        x, down, up, bias, down_scale, up_scale, down_shape, up_shape, stride, padding, dilation, groups, tail
+    )
+    return gpu.run(x, down, up, bias, (down_scale, up_scale), geometry, tail)
+
+
 def _fake(
     x: Tensor,
     down: Tensor,
@@ -222,6 +245,7 @@ lib.define(
     _fake,
     _setup,
     _backward,
+    _cuda,
 )
 
 
@@ -260,7 +284,9 @@ def lowrank_conv2d(
         activation, out_scale, out_zero_point, out_dtype: as ``int8_linear``; int32 gives the accumulators
             of the second product (int8 factors only).
 
-    The intermediate is fp32; with int8 factors it is quantised dynamically per pixel and group.
+    The intermediate is fp32; with int8 factors it is quantised dynamically per pixel and group. On CUDA,
+    bfloat16 and float16 x multiply float factors rounded to x's dtype, which the intermediate has too; sums
+    are fp32.
 
     Returns:
         ``[B, O, OH, OW]`` or ``[O, OH, OW]``, as ``int8_conv2d``.

@@ -1,8 +1,7 @@
 # mypy: disable-error-code="untyped-decorator,no-untyped-def,no-untyped-call"
 """int8_conv2d in Triton: implicit GEMM over channels-last int8, one group, the whole epilogue.
 
-Rows are output pixels, columns output channels; the inner loop walks over taps and, in each, over channels.
-Padding is read as the zero point, so that the correction by the weight's sums holds for every pixel.
+Rows are output pixels, columns output channels.
 """
 
 from __future__ import annotations
@@ -16,7 +15,9 @@ from torch import Tensor
 
 from tautorch import tuning
 
-from .int8_linear import ACTIVATIONS, MAX_ROWS, Config, _activate, _store, _tile, quantize_rows
+from ._device import ACTIVATIONS, _activate, _store, _tile
+from ._int8_linear_tiles import Config
+from ._windows import Windows, _window_product, empty_output, image_of
 
 
 @triton.jit
@@ -63,43 +64,24 @@ def _int8_conv2d(
     row = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_m = row.to(tl.int64)
     offs_n = (pid_n * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
-    offs_k = tl.arange(0, BLOCK_K)
     mask_m = offs_m < M
     mask_n = offs_n < N
-    sample = row // (OH * OW)
-    top = row // OW % OH * STRIDE_H - PAD_H
-    left = row % OW * STRIDE_W - PAD_W
-    if HAS_ZERO_POINT:
-        zero = tl.load(zero_point_ptr)
-    chunks = tl.cdiv(C, BLOCK_K)
-    wide = KERNEL_H * KERNEL_W * C
-
     acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.int32)
-    for step in range(KERNEL_H * KERNEL_W * chunks):
-        tap = step // chunks
-        channel = step % chunks * BLOCK_K + offs_k
-        mask_k = channel < C
-        h = top + tap // KERNEL_W * DILATION_H
-        w = left + tap % KERNEL_W * DILATION_W
-        inside = mask_m & (h >= 0) & (h < H) & (w >= 0) & (w < W)
-        pixel = (sample.to(tl.int64) * H + h) * W + w
-        at = pixel[:, None] * C + channel[None, :]
-        a = tl.load(x_ptr + at, mask=inside[:, None] & mask_k[None, :], other=0)
-        if HAS_ZERO_POINT:
-            a = tl.where(inside[:, None], a, zero.to(tl.int8))
-        weight = offs_n[None, :] * wide + (tap * C + channel)[:, None]
-        b = tl.load(w_ptr + weight, mask=mask_n[None, :] & mask_k[:, None], other=0)
-        acc = tl.dot(a, b, acc, out_dtype=tl.int32)
+    acc = _window_product(
+        x_ptr, w_ptr, zero_point_ptr, row, offs_n, 0, KERNEL_H * KERNEL_W * tl.cdiv(C, BLOCK_K), M, N, C, H,
+        W, OH, OW, acc, STRIDE_H, STRIDE_W, PAD_H, PAD_W, DILATION_H, DILATION_W, KERNEL_H, KERNEL_W,
+        HAS_ZERO_POINT, BLOCK_K,
+    )  # fmt: skip
 
     y_ptrs = y_ptr + offs_m[:, None] * N + offs_n[None, :]
     mask = mask_m[:, None] & mask_n[None, :]
     if HAS_ZERO_POINT:
-        acc -= zero * tl.load(sums_ptr + offs_n, mask=mask_n, other=0)[None, :]
+        acc -= tl.load(zero_point_ptr) * tl.load(sums_ptr + offs_n, mask=mask_n, other=0)[None, :]
     if RAW:
         tl.store(y_ptrs, acc, mask=mask)
     else:
         if SCALE_PER_SAMPLE:
-            x_scale = tl.load(x_scale_ptr + sample, mask=mask_m, other=0.0)[:, None]
+            x_scale = tl.load(x_scale_ptr + row // (OH * OW), mask=mask_m, other=0.0)[:, None]
         else:
             x_scale = tl.load(x_scale_ptr)
         y = (acc.to(tl.float32) * x_scale) * tl.load(w_scale_ptr + offs_n, mask=mask_n, other=0.0)[None, :]
@@ -154,34 +136,23 @@ def int8_conv2d(
     Returns:
         ``[B, O, OH, OW]`` in channels-last memory.
     """
-    (b, c, h, w), (n, kh, kw, _) = x.shape, weight.shape
-    oh = (h + 2 * padding[0] - dilation[0] * (kh - 1) - 1) // stride[0] + 1
-    ow = (w + 2 * padding[1] - dilation[1] * (kw - 1) - 1) // stride[1] + 1
+    n, kh, kw, c = weight.shape
+    windows = Windows.of("int8_conv2d", x, (kh, kw), stride, padding, dilation)
     dtype = torch.int8 if out_scale is not None else out_dtype
     if dtype is None:
         dtype = x.dtype if x.is_floating_point() else torch.float32
-    m = b * oh * ow
-    y = torch.empty((b, oh, ow, n), dtype=dtype, device=x.device)
+    m = windows.rows
+    y = empty_output(windows, n, dtype, x.device)
     if m == 0:
         return y.permute(0, 3, 1, 2)
-    if m > MAX_ROWS:
-        raise ValueError(f"int8_conv2d: x must give at most {MAX_ROWS} pixels, got {m}; split the batch")
-    image = x.permute(0, 2, 3, 1).contiguous()
-    if image.is_floating_point():
-        given = x_scale
-        q, x_scale = quantize_rows(image.reshape(b, h * w * c), x_scale, x_zero_point)
-        image = q
-        if given is None:
-            x_zero_point = None
+    image, x_scale, x_zero_point = image_of(x, True, x_scale, x_zero_point)
     assert x_scale is not None
 
     def launch(t: Config) -> None:
         _int8_conv2d[(triton.cdiv(m, t.block_m) * triton.cdiv(n, t.block_n),)](
             image, weight, x_scale, weight_scale, bias, x_zero_point,
-            row_sums if x_zero_point is not None else None, out_scale, out_zero_point, y, m, n, c, h, w, oh,
-            ow,
-            STRIDE_H=stride[0], STRIDE_W=stride[1], PAD_H=padding[0], PAD_W=padding[1],
-            DILATION_H=dilation[0], DILATION_W=dilation[1], KERNEL_H=kh, KERNEL_W=kw,
+            row_sums if x_zero_point is not None else None, out_scale, out_zero_point, y, m, n,
+            *windows.sizes(), **windows.options(),
             SCALE_PER_SAMPLE=x_scale.numel() != 1, HAS_BIAS=bias is not None,
             HAS_ZERO_POINT=x_zero_point is not None, HAS_OUT_ZERO_POINT=out_zero_point is not None,
             ACTIVATION=ACTIVATIONS[activation], RAW=dtype == torch.int32, REQUANTIZE=out_scale is not None,
@@ -192,7 +163,7 @@ def int8_conv2d(
     if config is None:
         tuning.launch(
             x,
-            ("int8_conv2d", tuning.rows_of(m), n, c, h, w, kh, kw, *stride, *padding, *dilation),
+            ("int8_conv2d", tuning.rows_of(m), n, *windows.key()),
             lambda: choose(m, n, c),
             lambda: candidates(m, n, c),
             lambda found: tuning.tile(Config, found),

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from tautorch import tuning
 
-from .int8_linear import ACTIVATIONS, _activate, _store, _tile, quantize_rows
+from ._device import ACTIVATIONS, _activate, _store, _tile
+from ._quantize_rows import quantize_rows
 
 BLOCKS = (16, 32, 64)
 
