@@ -58,131 +58,194 @@ bool plain(PyObject *state, PyObject *parameters, PyObject *x) {
     return !says(x, n.requires_grad) && (bias == Py_None || !says(bias, n.requires_grad));
 }
 
+// A module's call for x's dtype; nothing where x has to take the way round: not plain inference (see
+// nn/eager.py), plans that do not hold any more, no plan.
+Ref call_of(PyObject *state, PyObject *module, PyObject *x) {
+    const Names &n = names();
+    if (!plain(state, entry(module, n.parameters), x))
+        return {};
+    PyObject *const handed = entry(module, n.handed);
+    if (!PyDict_Check(handed) || PyDict_GET_SIZE(handed) ||
+        integer(entry(module, n.own_epoch)) != integer(entry(item(state, 4), n.epoch)) ||
+        !is_unchanged(entry(module, n.seen), entry(module, n.stamps)))
+        return {};
+    const Ref dtype = steal(PyObject_GetAttr(x, n.dtype));
+    PyObject *const plans = entry(module, n.plans);
+    return py::reinterpret_borrow<Ref>(PyDict_Check(plans) ? value_of(plans, dtype.ptr()) : nullptr);
+}
+
+// The output [..., n] of a linear operator's call, (plan, k, n, code of x's dtype, output dtype, its code,
+// ...), on x [..., k] of that dtype; nothing where x is wider, narrower or not contiguous.
+Ref rows_of(PyObject *run, PyObject *call, PyObject *x) {
+    if (!PyTuple_Check(call) || PyTuple_GET_SIZE(call) < 6)
+        throw py::type_error("run_rows: call must be a tuple of 6 or more");
+    const Names &n = names();
+
+    const Ref shape = steal(PyObject_GetAttr(x, n.shape));
+    constexpr Py_ssize_t kDims = 8;
+    const Py_ssize_t dims = PyTuple_Check(shape.ptr()) ? PyTuple_GET_SIZE(shape.ptr()) : 0;
+    if (dims < 1 || dims > kDims || integer(item(shape.ptr(), dims - 1)) != integer(item(call, 1)))
+        return {};
+    PyObject *self[1] = {x};
+    if (!is_true(steal(PyObject_VectorcallMethod(n.is_contiguous, self, 1, nullptr))))
+        return {};
+    // Sizes one by one and the dtype from x: 0.35 us less than a tuple of sizes and a dtype.
+    PyObject *sizes[kDims + 2] = {x};
+    int64_t rows = 1;
+    for (Py_ssize_t i = 0; i + 1 < dims; ++i) {
+        sizes[i + 1] = item(shape.ptr(), i);
+        rows *= integer(sizes[i + 1]);
+    }
+    sizes[dims] = item(call, 2);
+    sizes[dims + 1] = item(call, 4);
+    static PyObject *const dtype_name = PyTuple_Pack(1, n.dtype);
+    const bool same = integer(item(call, 3)) == integer(item(call, 5));
+    Ref out = steal(PyObject_VectorcallMethod(n.new_empty, sizes, static_cast<size_t>(dims) + 1,
+                                              same ? nullptr : dtype_name));
+    PyObject *to[1] = {out.ptr()};
+    const Ref from = steal(PyObject_VectorcallMethod(n.data_ptr, self, 1, nullptr)),
+              into = steal(PyObject_VectorcallMethod(n.data_ptr, to, 1, nullptr)),
+              m = steal(PyLong_FromLongLong(rows));
+    PyObject *const all[7] = {item(call, 0), from.ptr(), item(call, 3), m.ptr(),
+                              item(call, 1), into.ptr(), item(call, 5)};
+    steal(PyObject_Vectorcall(run, all, 7, nullptr));
+    return out;
+}
+
+// The output of a convolution's call as ops/geometry.py makes it, on x [b, channels, h, w] of that dtype, in
+// x's memory format; nothing where x has other channels, is too small, or lies in neither format.
+// makers: (torch.empty, torch.channels_last).
+Ref images_of(PyObject *makers, PyObject *run, PyObject *call, PyObject *x) {
+    if (!PyTuple_Check(makers) || PyTuple_GET_SIZE(makers) != 2 || !PyTuple_Check(call) ||
+        PyTuple_GET_SIZE(call) < 10)
+        throw py::type_error("run_images: makers must be a pair, call a tuple of 10 or more");
+    const Names &n = names();
+    PyObject *const channels_last = item(makers, 1);
+    const Ref shape = steal(PyObject_GetAttr(x, n.shape));
+    if (!PyTuple_Check(shape.ptr()) || PyTuple_GET_SIZE(shape.ptr()) != 4 ||
+        integer(item(shape.ptr(), 1)) != integer(item(call, 1)))
+        return {};
+    const auto outputs = [&](Py_ssize_t size, Py_ssize_t extent, Py_ssize_t stride) {
+        const int64_t room = integer(item(shape.ptr(), size)) - integer(item(call, extent));
+        return room < 0 ? 0 : room / integer(item(call, stride)) + 1;
+    };
+    const int64_t height = outputs(2, 3, 5), width = outputs(3, 4, 6);
+    if (height < 1 || width < 1)
+        return {};
+    static PyObject *const format_name = PyTuple_Pack(1, n.memory_format),
+                           *const dtype_name = PyTuple_Pack(1, n.dtype),
+                           *const both_names = PyTuple_Pack(2, n.dtype, n.memory_format);
+    PyObject *self[2] = {x, channels_last};
+    const bool last = !is_true(steal(PyObject_VectorcallMethod(n.is_contiguous, self, 1, nullptr)));
+    if (last && !is_true(steal(PyObject_VectorcallMethod(n.is_contiguous, self, 1, format_name))))
+        return {};
+    const Ref oh = steal(PyLong_FromLongLong(height)), ow = steal(PyLong_FromLongLong(width));
+    PyObject *sizes[7] = {x,        item(shape.ptr(), 0), item(call, 2), oh.ptr(),
+                          ow.ptr(), item(call, 8),        channels_last};
+    const bool same = integer(item(call, 7)) == integer(item(call, 9));
+    Ref out = steal(!last && same
+                        ? PyObject_VectorcallMethod(n.new_empty, sizes, 5, nullptr)
+                        : PyObject_Vectorcall(item(makers, 0), sizes + 1, 4, last ? both_names : dtype_name));
+    if (integer(item(shape.ptr(), 0)) == 0)
+        return out;
+    PyObject *to[1] = {out.ptr()};
+    const Ref from = steal(PyObject_VectorcallMethod(n.data_ptr, self, 1, nullptr)),
+              into = steal(PyObject_VectorcallMethod(n.data_ptr, to, 1, nullptr));
+    PyObject *const order = last ? Py_True : Py_False;
+    PyObject *const all[10] = {
+        item(call, 0),        from.ptr(), item(call, 7), item(shape.ptr(), 0), item(shape.ptr(), 2),
+        item(shape.ptr(), 3), order,      into.ptr(),    item(call, 9),        order};
+    steal(PyObject_Vectorcall(run, all, 10, nullptr));
+    return out;
+}
+
+bool empty_dict(PyObject *p) { return PyDict_Check(p) && PyDict_GET_SIZE(p) == 0; }
+
+// Whether calling the module is calling its own forward and nothing else. As nn/eager.py has it: `usual` is
+// (nn.Module, its __call__, hooks of all modules).
+bool unhooked(PyObject *usual, PyObject *forward, PyObject *module, PyObject *type) {
+    if (!PyTuple_Check(usual) || PyTuple_GET_SIZE(usual) != 3 || !PyTuple_Check(item(usual, 2)))
+        throw py::type_error("direct_call: usual must be a tuple of 3");
+    const Names &n = names();
+    if (steal(PyObject_GetAttr(type, n.forward)).ptr() != forward || value_of(module, n.forward) ||
+        steal(PyObject_GetAttr(item(usual, 0), n.call)).ptr() != item(usual, 1))
+        return false;
+    PyObject *const compiled = value_of(module, n.compiled_call);
+    if (compiled && compiled != Py_None)
+        return false;
+    for (PyObject *name : {n.forward_hooks, n.forward_pre_hooks, n.backward_hooks, n.backward_pre_hooks})
+        if (!empty_dict(entry(module, name)))
+            return false;
+    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(item(usual, 2)); ++i)
+        if (!empty_dict(item(item(usual, 2), i)))
+            return false;
+    return true;
+}
+
+// What C returns for Python: None for nothing.
+PyObject *given(Ref result) { return result ? result.release().ptr() : py::none().release().ptr(); }
+
+void check_count(const char *name, Py_ssize_t count, Py_ssize_t want) {
+    if (count != want)
+        throw py::type_error(std::string(name) + ": takes " + std::to_string(want) + " arguments");
+}
+
 // is_plain(state, parameters of a module, x)
 PyObject *is_plain(PyObject *, PyObject *const *args, Py_ssize_t count) {
-    return guarded([&]() -> PyObject * {
-        if (count != 3)
-            throw py::type_error("is_plain: arguments must be a tuple, a dict and x");
-        return py::bool_(plain(args[0], args[1], args[2])).release().ptr();
+    return guarded([&] {
+        check_count("is_plain", count, 3);
+        return given(py::bool_(plain(args[0], args[1], args[2])));
     });
 }
 
-// eager_call(state, variables of a module, x): the module's call for x's dtype, or None where x has to take
-// the way round: not plain inference (see nn/eager.py), plans that do not hold any more, no plan.
+// eager_call(state, variables of a module, x)
 PyObject *eager_call(PyObject *, PyObject *const *args, Py_ssize_t count) {
-    return guarded([&]() -> PyObject * {
-        if (count != 3)
-            throw py::type_error("eager_call: arguments must be a tuple, a dict and x");
-        const Names &n = names();
-        PyObject *const state = args[0], *const module = args[1], *const x = args[2];
-        if (!plain(state, entry(module, n.parameters), x))
-            Py_RETURN_NONE;
-        PyObject *const handed = entry(module, n.handed);
-        if (!PyDict_Check(handed) || PyDict_GET_SIZE(handed) ||
-            integer(entry(module, n.own_epoch)) != integer(entry(item(state, 4), n.epoch)) ||
-            !is_unchanged(entry(module, n.seen), entry(module, n.stamps)))
-            Py_RETURN_NONE;
-        const Ref dtype = steal(PyObject_GetAttr(x, n.dtype));
-        PyObject *const plans = entry(module, n.plans);
-        PyObject *const call = PyDict_Check(plans) ? value_of(plans, dtype.ptr()) : nullptr;
-        return py::reinterpret_borrow<Ref>(call ? call : Py_None).release().ptr();
+    return guarded([&] {
+        check_count("eager_call", count, 3);
+        return given(call_of(args[0], args[1], args[2]));
     });
 }
 
-// run_rows(run, call, x): the output [..., n] of a linear operator's call, (plan, k, n, code of x's dtype,
-// output dtype, its code, ...), on x [..., k] of that dtype; None where x is wider, narrower or not
-// contiguous.
+// run_rows(run, call, x)
 PyObject *run_rows(PyObject *, PyObject *const *args, Py_ssize_t count) {
-    return guarded([&]() -> PyObject * {
-        if (count != 3 || !PyTuple_Check(args[1]) || PyTuple_GET_SIZE(args[1]) < 6)
-            throw py::type_error("run_rows: arguments must be a function, a tuple of 6 or more and x");
-        const Names &n = names();
-        PyObject *const call = args[1], *const x = args[2];
-        const Ref shape = steal(PyObject_GetAttr(x, n.shape));
-        constexpr Py_ssize_t kDims = 8;
-        const Py_ssize_t dims = PyTuple_Check(shape.ptr()) ? PyTuple_GET_SIZE(shape.ptr()) : 0;
-        if (dims < 1 || dims > kDims || integer(item(shape.ptr(), dims - 1)) != integer(item(call, 1)))
-            Py_RETURN_NONE;
-        PyObject *self[1] = {x};
-        if (!is_true(steal(PyObject_VectorcallMethod(n.is_contiguous, self, 1, nullptr))))
-            Py_RETURN_NONE;
-        // Sizes one by one and the dtype from x: 0.35 us less than a tuple of sizes and a dtype.
-        PyObject *sizes[kDims + 2] = {x};
-        int64_t rows = 1;
-        for (Py_ssize_t i = 0; i + 1 < dims; ++i) {
-            sizes[i + 1] = item(shape.ptr(), i);
-            rows *= integer(sizes[i + 1]);
-        }
-        sizes[dims] = item(call, 2);
-        sizes[dims + 1] = item(call, 4);
-        static PyObject *const dtype_name = PyTuple_Pack(1, n.dtype);
-        const bool same = integer(item(call, 3)) == integer(item(call, 5));
-        const Ref out = steal(PyObject_VectorcallMethod(n.new_empty, sizes, static_cast<size_t>(dims) + 1,
-                                                        same ? nullptr : dtype_name));
-        PyObject *to[1] = {out.ptr()};
-        const Ref from = steal(PyObject_VectorcallMethod(n.data_ptr, self, 1, nullptr)),
-                  into = steal(PyObject_VectorcallMethod(n.data_ptr, to, 1, nullptr)),
-                  m = steal(PyLong_FromLongLong(rows));
-        PyObject *const all[7] = {item(call, 0), from.ptr(), item(call, 3), m.ptr(),
-                                  item(call, 1), into.ptr(), item(call, 5)};
-        steal(PyObject_Vectorcall(args[0], all, 7, nullptr));
-        return py::object(out).release().ptr();
+    return guarded([&] {
+        check_count("run_rows", count, 3);
+        return given(rows_of(args[0], args[1], args[2]));
     });
 }
 
-// run_images((torch.empty, torch.channels_last), run, call, x): the output of a convolution's call as
-// ops/geometry.py makes it, on x [b, channels, h, w] of that dtype, in x's memory format; None where x has
-// other channels, is too small, or lies in neither format.
+// run_images(makers, run, call, x)
 PyObject *run_images(PyObject *, PyObject *const *args, Py_ssize_t count) {
+    return guarded([&] {
+        check_count("run_images", count, 4);
+        return given(images_of(args[0], args[1], args[2], args[3]));
+    });
+}
+
+// direct_call(state, usual, forward, makers or None for rows, type, variables of a module, arguments, keyword
+// arguments): what calling the module gives, or None where that takes nn.Module's way.
+PyObject *direct_call(PyObject *, PyObject *const *args, Py_ssize_t count) {
     return guarded([&]() -> PyObject * {
-        if (count != 4 || !PyTuple_Check(args[0]) || PyTuple_GET_SIZE(args[0]) != 2 ||
-            !PyTuple_Check(args[2]) || PyTuple_GET_SIZE(args[2]) < 10)
-            throw py::type_error(
-                "run_images: arguments must be a pair, a function, a tuple of 10 or more and x");
-        const Names &n = names();
-        PyObject *const call = args[2], *const x = args[3], *const channels_last = item(args[0], 1);
-        const Ref shape = steal(PyObject_GetAttr(x, n.shape));
-        if (!PyTuple_Check(shape.ptr()) || PyTuple_GET_SIZE(shape.ptr()) != 4 ||
-            integer(item(shape.ptr(), 1)) != integer(item(call, 1)))
+        check_count("direct_call", count, 8);
+        PyObject *const type = args[4], *const module = args[5], *const positional = args[6];
+        if (!PyTuple_Check(positional) || PyTuple_GET_SIZE(positional) != 1 || !empty_dict(args[7]) ||
+            !unhooked(args[1], args[2], module, type))
             Py_RETURN_NONE;
-        const auto outputs = [&](Py_ssize_t size, Py_ssize_t extent, Py_ssize_t stride) {
-            const int64_t room = integer(item(shape.ptr(), size)) - integer(item(call, extent));
-            return room < 0 ? 0 : room / integer(item(call, stride)) + 1;
-        };
-        const int64_t height = outputs(2, 3, 5), width = outputs(3, 4, 6);
-        if (height < 1 || width < 1)
+        PyObject *const x = item(positional, 0);
+        const Ref call = call_of(args[0], module, x);
+        if (!call)
             Py_RETURN_NONE;
-        static PyObject *const format_name = PyTuple_Pack(1, n.memory_format),
-                               *const dtype_name = PyTuple_Pack(1, n.dtype),
-                               *const both_names = PyTuple_Pack(2, n.dtype, n.memory_format);
-        PyObject *self[2] = {x, channels_last};
-        const bool last = !is_true(steal(PyObject_VectorcallMethod(n.is_contiguous, self, 1, nullptr)));
-        if (last && !is_true(steal(PyObject_VectorcallMethod(n.is_contiguous, self, 1, format_name))))
-            Py_RETURN_NONE;
-        const Ref oh = steal(PyLong_FromLongLong(height)), ow = steal(PyLong_FromLongLong(width));
-        PyObject *sizes[7] = {x,        item(shape.ptr(), 0), item(call, 2), oh.ptr(),
-                              ow.ptr(), item(call, 8),        channels_last};
-        const bool same = integer(item(call, 7)) == integer(item(call, 9));
-        const Ref out = steal(!last && same ? PyObject_VectorcallMethod(n.new_empty, sizes, 5, nullptr)
-                                            : PyObject_Vectorcall(item(args[0], 0), sizes + 1, 4,
-                                                                  last ? both_names : dtype_name));
-        if (integer(item(shape.ptr(), 0)) == 0)
-            return py::object(out).release().ptr();
-        PyObject *to[1] = {out.ptr()};
-        const Ref from = steal(PyObject_VectorcallMethod(n.data_ptr, self, 1, nullptr)),
-                  into = steal(PyObject_VectorcallMethod(n.data_ptr, to, 1, nullptr));
-        PyObject *const order = last ? Py_True : Py_False;
-        PyObject *const all[10] = {
-            item(call, 0),        from.ptr(), item(call, 7), item(shape.ptr(), 0), item(shape.ptr(), 2),
-            item(shape.ptr(), 3), order,      into.ptr(),    item(call, 9),        order};
-        steal(PyObject_Vectorcall(args[1], all, 10, nullptr));
-        return py::object(out).release().ptr();
+        const Ref run = steal(PyObject_GetAttr(type, names().run));
+        return given(args[3] == Py_None ? rows_of(run.ptr(), call.ptr(), x)
+                                        : images_of(args[3], run.ptr(), call.ptr(), x));
     });
 }
 
 PyMethodDef kIsPlain = {"is_plain", as_function(is_plain), METH_FASTCALL, "is_plain(state, parameters, x)"};
 PyMethodDef kEagerCall = {"eager_call", as_function(eager_call), METH_FASTCALL,
                           "eager_call(state, module, x)"};
+PyMethodDef kDirectCall = {"direct_call", as_function(direct_call), METH_FASTCALL,
+                           "direct_call(state, usual, forward, makers, type, module, args, kwargs)"};
 PyMethodDef kRunRows = {"run_rows", as_function(run_rows), METH_FASTCALL, "run_rows(run, call, x)"};
 PyMethodDef kRunImages = {"run_images", as_function(run_images), METH_FASTCALL,
                           "run_images(makers, run, call, x)"};
@@ -190,7 +253,7 @@ PyMethodDef kRunImages = {"run_images", as_function(run_images), METH_FASTCALL,
 } // namespace
 
 void bind_eager(py::module_ &m) {
-    for (PyMethodDef *def : {&kIsPlain, &kEagerCall, &kRunRows, &kRunImages})
+    for (PyMethodDef *def : {&kIsPlain, &kEagerCall, &kDirectCall, &kRunRows, &kRunImages})
         PyModule_AddObject(m.ptr(), def->ml_name, PyCFunction_New(def, nullptr));
 }
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tautorch import _C, dispatch
 from tautorch.nn import Int8Conv2d, Int8Linear
-from tautorch.nn.eager import STATE, plain
+from tautorch.nn.eager import STATE, USUAL, plain
 
 X = torch.randn(3, 16)
 
@@ -75,6 +75,15 @@ def ready_layer() -> Int8Linear:
     return layer
 
 
+def ready_conv() -> Int8Conv2d:
+    layer = Int8Conv2d.from_float(nn.Conv2d(4, 6, (3, 2), stride=(2, 1), padding=(1, 0))).requires_grad_(
+        False
+    )
+    for _ in range(2):
+        layer(torch.zeros(2, 4, 7, 5))
+    return layer
+
+
 def test_call_of_a_layer() -> None:
     layer = ready_layer()
     ask = lambda x: _C.eager_call(STATE, vars(layer), x)  # noqa: E731
@@ -94,6 +103,65 @@ def test_call_of_a_layer() -> None:
     layer(X)
     assert ask(X) is None  # whoever holds the weight may edit it
     del weight
+
+
+def doubled(layer: nn.Module, *_: Any) -> Tensor:
+    return 2 * _[-1]
+
+
+class Doubled(Int8Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+@contextlib.contextmanager
+def patched(owner: Any, name: str, value: Any) -> Iterator[None]:
+    old = vars(owner).get(name)
+    setattr(owner, name, value)
+    yield
+    if old is None:
+        delattr(owner, name)
+    else:
+        setattr(owner, name, old)
+
+
+@pytest.mark.parametrize("make", [ready_layer, ready_conv])
+def test_calling_is_noticed(make: Callable[[], nn.Module]) -> None:
+    layer = make()
+    x = X if isinstance(layer, Int8Linear) else torch.randn(2, 4, 7, 5)
+    want, call = layer(x), nn.Module.__call__
+    forward = type(layer).forward
+    every = nn.modules.module
+    with layer.register_forward_hook(doubled):
+        assert torch.equal(layer(x), 2 * want)
+    with layer.register_forward_pre_hook(lambda _, args: (args[0] * 0,)):
+        assert torch.equal(layer(x), layer.forward(x * 0))
+    with every.register_module_forward_hook(doubled):
+        assert torch.equal(layer(x), 2 * want)
+    with every.register_module_forward_pre_hook(lambda _, args: (args[0] * 0,)):
+        assert torch.equal(layer(x), layer.forward(x * 0))
+    for owner in (layer, type(layer)):
+        with patched(owner, "forward", lambda *args: 2 * forward(layer, args[-1])):
+            assert torch.equal(layer(x), 2 * want)
+    with patched(nn.Module, "__call__", lambda *args: 2 * call(*args)):
+        assert torch.equal(layer(x), 2 * want)
+    with patched(layer, "_compiled_call_impl", lambda x: 2 * want):
+        assert torch.equal(layer(x), 2 * want)
+    seen: list[int] = []
+    with (
+        layer.register_full_backward_hook(lambda *_: seen.append(1)),
+        every.register_module_full_backward_hook(lambda *_: seen.append(2)),
+    ):
+        layer(x.clone().requires_grad_()).sum().backward()
+    assert sorted(seen) == [1, 2]
+    assert torch.equal(layer(x=x), want) and torch.equal(layer(x), want)
+
+
+def test_a_subclass_keeps_its_forward() -> None:
+    layer = ready_layer()
+    other = Doubled(16, 5)
+    other.load_state_dict(layer.state_dict())
+    assert torch.equal(other(X), 2 * layer(X)) and torch.equal(other(X), 2 * layer(X))
 
 
 def test_rows() -> None:
@@ -150,5 +218,14 @@ def test_wrong_arguments() -> None:
     for call in ([], (b"", 16, 5, 0, torch.float32), None):
         with pytest.raises(TypeError, match="run_rows: "):
             _C.run_rows(layer.run, call, X)  # type: ignore[arg-type]
+    good = (STATE, USUAL, Int8Linear.forward, None, Int8Linear, vars(layer), (X,), {})
+    assert _C.direct_call(*good) is not None
+    for at, bad in ((6, (X, X)), (6, ()), (7, {"y": 1}), (2, plain), (5, {**vars(layer), "forward": plain})):
+        assert _C.direct_call(*good[:at], bad, *good[at + 1 :]) is None
+    for at, bad in ((1, USUAL[:2]), (0, ()), (3, (1,)), (4, int)):
+        with pytest.raises((TypeError, AttributeError)):
+            _C.direct_call(*good[:at], bad, *good[at + 1 :])
+    with pytest.raises(TypeError, match="takes 8 arguments"):
+        _C.direct_call(*good[:7])  # type: ignore[call-arg]
     with pytest.raises(TypeError, match="no plan"):
         _C.run_rows(layer.run, (b"", 16, 5, 0, torch.float32, 0), X)

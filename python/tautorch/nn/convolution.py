@@ -12,10 +12,10 @@ from tautorch import _C
 from tautorch.ops import geometry as conv
 from tautorch.ops.geometry import Geometry, Pair
 
-from .eager import STATE, autocast_input, is_compiling
+from .eager import STATE, USUAL, autocast_input, is_compiling
 from .layer import LayerModule
 
-_eager_call = _C.eager_call
+_direct_call, _eager_call = _C.direct_call, _C.eager_call
 
 Padding = str | Pair
 
@@ -153,6 +153,14 @@ class ConvModule(LayerModule):
     def _call(self, plan: bytes, x_dtype: torch.dtype, dtype: torch.dtype) -> tuple[Any, ...]:
         return conv.conv_call(plan, self.geometry, x_dtype, dtype)
 
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        # Without nn.Module's own way round to forward where nothing could notice: 1.1 us.
+        if not is_compiling():
+            out = _direct_call(STATE, USUAL, _forward, conv.MAKERS, type(self), self.__dict__, args, kwargs)
+            if out is not None:
+                return out
+        return super().__call__(*args, **kwargs)
+
     def forward(self, x: Tensor) -> Tensor:
         if not is_compiling():
             call = _eager_call(STATE, self.__dict__, x) or self._fresh_call(x)
@@ -162,3 +170,6 @@ class ConvModule(LayerModule):
                     return out
         # graphs, gradients, the reference backend, and every error
         return self._through_op(autocast_input(x))
+
+
+_forward = ConvModule.forward

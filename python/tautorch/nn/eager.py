@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tautorch import _C, dispatch
 
@@ -26,6 +26,19 @@ STATE = (
     torch.is_grad_enabled,
     vars(torch.autograd.forward_ad),
     vars(dispatch),
+)
+
+# What ``_C.direct_call`` asks besides: whether calling a module is calling its forward and nothing else.
+_module = nn.modules.module
+USUAL = (
+    nn.Module,
+    nn.Module.__call__,
+    (
+        _module._global_forward_hooks,
+        _module._global_forward_pre_hooks,
+        _module._global_backward_hooks,
+        _module._global_backward_pre_hooks,
+    ),
 )
 
 

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from tautorch import _C
 from tautorch.ops import library as lib
 
-from .eager import STATE, is_compiling
+from .eager import STATE, USUAL, is_compiling
 from .layer import LayerModule
 
-_eager_call, _run_rows = _C.eager_call, _C.run_rows
+_direct_call, _eager_call, _run_rows = _C.direct_call, _C.eager_call, _C.run_rows
 
 
 class LinearModule(LayerModule):
@@ -82,6 +82,14 @@ class LinearModule(LayerModule):
     def _call(self, plan: bytes, x_dtype: torch.dtype, dtype: torch.dtype) -> tuple[Any, ...]:
         return lib.linear_call(plan, self.in_features, self.out_features, x_dtype, dtype)
 
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        # Without nn.Module's own way round to forward where nothing could notice: 1.1 us.
+        if not is_compiling():
+            out = _direct_call(STATE, USUAL, _forward, None, type(self), self.__dict__, args, kwargs)
+            if out is not None:
+                return out
+        return super().__call__(*args, **kwargs)
+
     def forward(self, x: Tensor) -> Tensor:
         if not is_compiling():
             call = _eager_call(STATE, self.__dict__, x) or self._fresh_call(x)
@@ -93,3 +101,6 @@ class LinearModule(LayerModule):
                     return out
         # graphs, gradients, the reference backend, and every error
         return self._through_op(self._checked(x))
+
+
+_forward = LinearModule.forward

@@ -23,7 +23,7 @@ CONV_SCHEMA = (
 )
 Pair = int | Sequence[int]
 
-_run_images, _MAKERS = _C.run_images, (torch.empty, torch.channels_last)
+_run_images, MAKERS = _C.run_images, (torch.empty, torch.channels_last)
 
 
 class Geometry(NamedTuple):
@@ -205,12 +205,12 @@ def run_conv(run: Callable[..., None], call: tuple[Any, ...], x: Tensor) -> Tens
 
     Memory that is neither NCHW nor channels-last is copied first.
     """
-    out: Tensor | None = _run_images(_MAKERS, run, call, x)
+    out: Tensor | None = _run_images(MAKERS, run, call, x)
     if out is None and x.dim() == 3:
         out = run_conv(run, call, x.unsqueeze(0))
         return None if out is None else out.squeeze(0)
     if out is None and x.dim() == 4:
-        out = _run_images(_MAKERS, run, call, x.contiguous())
+        out = _run_images(MAKERS, run, call, x.contiguous())
     return out
 
 
