@@ -77,7 +77,7 @@ PackHeader checked_dense(const Isa &isa, int64_t kind, int64_t groups, int64_t n
     if (pack_kind != PackKind::dense_f32 && pack_kind != PackKind::dense_w8 && taps * k > kMaxK)
         refuse("dense_pack: K must be at most " + std::to_string(kMaxK) + " for int32 sums, got " +
                std::to_string(taps * k));
-    if (pairs && !isa.strip_i8)
+    if (pairs && !(isa.strip && isa.strip->pairs))
         refuse(std::string("dense_pack: kernel '") + isa.name + "' has no 2:4 form");
     if (grouped && !grouped_fits(isa, groups, n, k, taps))
         refuse(std::string("dense_pack: kernel '") + isa.name + "' has no form for groups of these sizes");

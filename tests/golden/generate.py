@@ -1,4 +1,6 @@
-"""Golden hashes of q, scales and int32 accumulators: ``python -m tests.golden.generate`` writes golden.json.
+"""Golden hashes of q, scales, int32 accumulators and weight-only products.
+
+``python -m tests.golden.generate`` writes golden.json.
 
 A change of the file is a change of the numerical contract: every saved model would compute other integers.
 """
@@ -13,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from . import digits_numpy
 from . import quantizer_numpy as nq
 
 GOLDEN = Path(__file__).with_name("golden.json")
@@ -34,7 +37,8 @@ class Golden:
     @property
     def name(self) -> str:
         """Key in golden.json."""
-        parts = [self.op, self.mode, str(self.config.get("pattern", "")), f"g{self.config.get('groups', '')}"]
+        config = [str(self.config.get(key, "")) for key in ("pattern", "dtype")]
+        parts = [self.op, self.mode, *config, f"g{self.config.get('groups', '')}"]
         return "-".join(p for p in parts if p not in ("", "g"))
 
 
@@ -98,6 +102,22 @@ def _linear(mode: str) -> Iterator[Golden]:
     yield Golden("lowrank_linear", mode, inputs, {}, {"inner_scale": inner_scale, "acc": inner_q @ up.T})
 
 
+def _weight_only() -> Iterator[Golden]:
+    """Rows that kernels with digits multiply as such, exact up to the last roundings."""
+    m, n, k = 6, 64, 263
+    weight = _weight((n, k), 302)
+    for dtype, significant in (("float32", 24), ("float16", 11), ("bfloat16", 8)):
+        x = nq.integers((m, k), 1 - 2**significant, 2**significant - 1, 301).astype(np.float32)
+        x *= np.float32(2.0**-significant)
+        x[1] = 0
+        x[2, 9] *= 16  # stays apart, or makes others do so
+        x[3, ::8] *= np.float32(2.0**-6)  # three digits, where two are enough for the rest
+        x[4] *= np.float32(2.0**9)
+        inputs: dict[str, np.ndarray] = {"x": x, "weight": weight.astype(np.int8)}
+        y = digits_numpy.product(x, weight, significant)
+        yield Golden("int8_linear", "weight_only", inputs, {"dtype": dtype}, {"y": y})
+
+
 def _conv(mode: str, groups: int) -> Iterator[Golden]:
     b, i, h, w, o, rank = 5, 6, 7, 6, 36, 4
     config: dict[str, object] = {"stride": 2, "padding": 2, "dilation": 2, "groups": groups}
@@ -129,6 +149,7 @@ def _conv(mode: str, groups: int) -> Iterator[Golden]:
 
 def cases() -> Iterator[Golden]:
     """Every golden case, accumulators as int32."""
+    yield from _weight_only()
     for mode in ("dynamic", "static"):
         for part in (_linear(mode), _conv(mode, 1), _conv(mode, 3)):
             for case in part:

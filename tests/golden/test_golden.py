@@ -1,4 +1,4 @@
-"""numpy, the reference and every kernel compute the integers whose hashes are committed."""
+"""numpy, the reference and every kernel compute the numbers whose hashes are committed."""
 
 from __future__ import annotations
 
@@ -17,6 +17,9 @@ from tautorch.reference.quantizer import quantize_rows, quantize_samples, quanti
 from .generate import GOLDEN, STATIC_SCALE, ZERO_POINT, Golden, cases, digest, hashes
 
 CASES = {case.name: case for case in cases()}
+INTEGERS = [name for name, case in CASES.items() if "acc" in case.outputs]
+WEIGHT_ONLY = [name for name, case in CASES.items() if "y" in case.outputs]
+DIGITS = ("avx512vnni", "neon", "neon_dotprod", "neon_i8mm")
 COMMITTED: dict[str, dict[str, str]] = json.loads(GOLDEN.read_text())
 
 
@@ -47,7 +50,7 @@ def test_numpy_still_agrees_with_the_committed_file() -> None:
     assert hashes() == COMMITTED
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", INTEGERS)
 def test_reference(name: str) -> None:
     case = CASES[name]
     fn = getattr(importlib.import_module(f"tautorch.reference.{case.op}"), case.op)
@@ -69,7 +72,7 @@ def test_quantiser(name: str) -> None:
     assert digest(scale.numpy()) == COMMITTED[name]["scale"]
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", INTEGERS)
 def test_kernels(name: str) -> None:
     case = CASES[name]
     args, kwargs = call(case)
@@ -81,3 +84,30 @@ def test_kernels(name: str) -> None:
                 acc = getattr(ops, case.op)(*args, **kwargs)
                 assert dispatch.last_used(case.op) == kernel
             assert digest(acc.numpy()) == COMMITTED[name]["acc"], kernel
+
+
+@pytest.mark.parametrize(
+    "kernel",
+    [
+        k
+        for k, r in dispatch.refusals(dispatch.Problem("int8_linear", "cpu", 64, 263)).items()
+        if r is None and k in DIGITS
+    ],
+)
+@pytest.mark.parametrize("name", WEIGHT_ONLY)
+def test_weight_only_rows_by_digits(name: str, kernel: str) -> None:
+    """Bit for bit: the digits, the integers and each rounding of their sum."""
+    inputs = CASES[name].inputs
+    x = torch.from_numpy(inputs["x"]).to(getattr(torch, str(CASES[name].config["dtype"])))
+    assert torch.equal(x.float(), torch.from_numpy(inputs["x"]))
+    weight = torch.from_numpy(inputs["weight"])
+    with dispatch.force("int8_linear", kernel):
+        y = torch.cat(
+            [
+                ops.int8_linear(
+                    rows, weight, torch.ones(len(weight)), weight_only=True, out_dtype=torch.float32
+                )
+                for rows in x.split(2)
+            ]
+        )
+    assert digest(y.numpy()) == COMMITTED[name]["y"]

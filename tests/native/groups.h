@@ -15,6 +15,7 @@ void test_sparse_linear();
 void test_sparse_float();
 void test_lowrank();
 void test_int8_conv2d();
+void test_weight_only_conv2d();
 void test_sparse_conv2d();
 
 } // namespace tautorch::tests

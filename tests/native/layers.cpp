@@ -149,4 +149,36 @@ uint16_t bf16_of(float x) {
     return x == x ? static_cast<uint16_t>((b + 0x7fff + (b >> 16 & 1)) >> 16) : 0x7fc0;
 }
 
+float f16_value(uint16_t h) {
+    const int exponent = h >> 10 & 31, mantissa = h & 1023;
+    float v = exponent == 31 ? (mantissa ? NAN : INFINITY)
+              : exponent     ? std::ldexp(static_cast<float>(1024 + mantissa), exponent - 25)
+                             : std::ldexp(static_cast<float>(mantissa), -24);
+    return h & 0x8000 ? -v : v;
+}
+// Nearest half, ties to even, by search among its neighbours.
+uint16_t f16_of(float x) {
+    if (x != x)
+        return 0x7e00;
+    const uint16_t sign = std::signbit(x) ? 0x8000 : 0;
+    const double a = std::fabs(static_cast<double>(x));
+    if (a >= 65520.0)
+        return static_cast<uint16_t>(sign | 0x7c00);
+    uint16_t low = 0, high = 0x7bff;
+    while (low < high) { // the largest half that is not above a
+        const auto middle = static_cast<uint16_t>((low + high + 1) / 2);
+        if (static_cast<double>(f16_value(middle)) <= a)
+            low = middle;
+        else
+            high = static_cast<uint16_t>(middle - 1);
+    }
+    const double below = a - static_cast<double>(f16_value(low));
+    const double next =
+        low == 0x7bff ? 65536.0 : static_cast<double>(f16_value(static_cast<uint16_t>(low + 1)));
+    const double above = next - a;
+    if (above < below || (above == below && low % 2 == 1))
+        ++low;
+    return static_cast<uint16_t>(sign | low);
+}
+
 } // namespace tautorch::tests

@@ -49,5 +49,7 @@ std::vector<int32_t> matmul(const std::vector<int64_t> &q, const std::vector<int
 template <class To> std::vector<To> as(const std::vector<int64_t> &v) { return {v.begin(), v.end()}; }
 
 uint16_t bf16_of(float x);
+float f16_value(uint16_t h);
+uint16_t f16_of(float x);
 
 } // namespace tautorch::tests

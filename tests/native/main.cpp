@@ -33,6 +33,7 @@ int main(int argc, char **argv) {
     test_sparse_linear();
     test_sparse_float();
     test_int8_conv2d();
+    test_weight_only_conv2d();
     test_sparse_conv2d();
     std::printf("%s\n", failures() ? "FAILED" : "all equal");
     return failures() ? 1 : 0;

@@ -124,6 +124,17 @@ void check_all(Group &group, void (*op)(const ConvArgs &), const Conv &c, const 
                 channels_last(given, g.batch, c.outputs, out), what + " NHWC int8");
 }
 
+// [outputs][tap][channel]: a row of the filter is one run of memory.
+std::vector<int8_t> by_rows(const Conv &c, const std::vector<int8_t> &w) {
+    const int64_t taps = c.g.kh * c.g.kw, k = c.inputs();
+    std::vector<int8_t> rows;
+    for (int64_t o = 0; o < c.outputs; ++o)
+        for (int64_t t = 0; t < taps; ++t)
+            for (int64_t i = 0; i < k; ++i)
+                rows.push_back(w[static_cast<size_t>((o * k + i) * taps + t)]);
+    return rows;
+}
+
 std::string name_of(const Isa &isa, const Conv &c) {
     const Geometry &g = c.g;
     return describe("%s %lldx%lldx%lldx%lld o %lld kernel %lld stride %lld dilation %lld groups %lld",
@@ -161,16 +172,48 @@ void test_int8_conv2d() {
             check_all(group, int8_conv2d, c, *p, w, what);
             if (c.groups != 1 || c.g.dw != 1)
                 continue;
-            // A row of the filter as one run of memory.
-            std::vector<int8_t> rows;
-            for (int64_t o = 0; o < c.outputs; ++o)
-                for (int64_t t = 0; t < taps; ++t)
-                    for (int64_t i = 0; i < k; ++i)
-                        rows.push_back(w8[static_cast<size_t>((o * k + i) * taps + t)]);
+            const auto rows = by_rows(c, w8);
             const int64_t run_length = c.g.kw * k;
             const Packed r = pack_dense(*isa, PackKind::dense_i8, 1, c.outputs, run_length, c.g.kh,
                                         rows.data(), {k * taps, 1, run_length});
             check_all(group, int8_conv2d, c, *r, w, what + " by rows");
+        }
+    }
+}
+
+// Floats by int8 weights: small integers, whose sums are exact however they are made.
+void test_weight_only_conv2d() {
+    Group group("int8_conv2d, weight-only");
+    for (const Isa *isa : kernels()) {
+        group.ran(*isa);
+        for (const Conv &c : convs()) {
+            const Geometry &g = c.g;
+            const int64_t taps = g.kh * g.kw, k = c.inputs();
+            const auto w = integers(c.weights(), -128, 127, 76);
+            const auto codes = integers(g.batch * g.channels * g.height * g.width, -9, 9, 77);
+            const auto sums = convolve(c, codes, w);
+            const Bytes x = closed(as<float>(codes));
+            ConvArgs a;
+            a.geometry = g;
+            a.x = x.data;
+            a.quant.mode = ActQuant::none;
+            a.epilogue = Tail().epilogue();
+            a.epilogue.out_dtype = DType::f32;
+            a.outputs = c.outputs;
+            std::vector<float> y(sums.size());
+            a.out = y.data();
+            const auto check = [&](const Packed &packed, const std::string &what) {
+                a.packed = packed->data;
+                int8_conv2d(a);
+                group.equal(y, std::vector<float>(sums.begin(), sums.end()), name_of(*isa, c) + what);
+            };
+            check(pack_dense(*isa, PackKind::dense_w8, c.groups, c.outputs / c.groups, k, taps,
+                             as<int8_t>(w).data(), {k * taps, taps, 1}),
+                  "");
+            if (c.groups == 1 && g.dw == 1)
+                check(pack_dense(*isa, PackKind::dense_w8, 1, c.outputs, g.kw * k, g.kh,
+                                 by_rows(c, as<int8_t>(w)).data(), {k * taps, 1, g.kw * k}),
+                      " by rows");
         }
     }
 }

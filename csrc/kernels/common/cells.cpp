@@ -43,8 +43,11 @@ int64_t count_cells(int64_t groups, int64_t n, int64_t inputs, const SparseEntri
 
 } // namespace
 
-CellShape cell_shape(int64_t groups, int64_t n, int64_t inputs, const SparseEntries &e) {
+CellShape cell_shape(const StripKernel &kernel, int64_t groups, int64_t n, int64_t inputs,
+                     const SparseEntries &e) {
     for (const int64_t outputs : {32, 16}) {
+        if (kernel.rows(outputs) == 0)
+            continue;
         const int64_t cells = count_cells(groups, n, inputs, e, outputs);
         // A strip's missing outputs cost what real ones do.
         if (cells > 0 && (outputs == 16 || 10 * round_up(n, 32) <= 11 * round_up(n, 16)))
@@ -57,6 +60,7 @@ void cells_pack(const PackHeader &h, const SparseEntries &e, uint8_t *out) {
     uint32_t *start = reinterpret_cast<uint32_t *>(out + h.cell_off);
     uint16_t *place = reinterpret_cast<uint16_t *>(start + cell_strips(h) + 1);
     int8_t *data = reinterpret_cast<int8_t *>(out + cell_data_off(h));
+    const int64_t kr = find_isa(h.isa)->kr;
     const int8_t *values = static_cast<const int8_t *>(e.values);
     int64_t cell = -1;
     for (int64_t s = 0; s < cell_strips(h); ++s) {
@@ -66,10 +70,10 @@ void cells_pack(const PackHeader &h, const SparseEntries &e, uint8_t *out) {
             const int64_t input = e.index[e.start[g.first] + i], j = input % kCellInputs;
             if (j == 0)
                 place[++cell] = static_cast<uint16_t>(input / kCellInputs);
-            int8_t *to = data + cell * cell_bytes(h) + j / 4 * (4 * h.cell_outputs) + j % 4;
+            int8_t *to = data + cell * cell_bytes(h) + j / kr * (kr * h.cell_outputs) + j % kr;
             for (int64_t b = 0; b < g.count; ++b)
                 for (int r = 0; r < 4; ++r)
-                    to[4 * (4 * b + r)] = values[4 * (e.start[g.first + b] + int64_t{i}) + r];
+                    to[kr * (4 * b + r)] = values[4 * (e.start[g.first + b] + int64_t{i}) + r];
         }
     }
     start[cell_strips(h)] = static_cast<uint32_t>(cell + 1);
@@ -80,6 +84,7 @@ int64_t cells_unpack(const uint8_t *packed, uint32_t *start, uint16_t *index, in
     const uint32_t *from = cell_start(packed);
     const uint16_t *place = cell_places(packed);
     const int8_t *data = reinterpret_cast<const int8_t *>(packed + cell_data_off(h));
+    const int64_t kr = find_isa(h.isa)->kr;
     int64_t to = 0;
     for (int64_t s = 0; s < cell_strips(h); ++s) {
         const Groups g(h.n, h.cell_outputs, s);
@@ -91,10 +96,10 @@ int64_t cells_unpack(const uint8_t *packed, uint32_t *start, uint16_t *index, in
                 const int64_t width = std::min<int64_t>(kCellInputs, h.k - input);
                 if (index)
                     for (int64_t j = 0; j < width; ++j) {
-                        const int8_t *d = data + c * cell_bytes(h) + j / 4 * (4 * h.cell_outputs) + j % 4;
+                        const int8_t *d = data + c * cell_bytes(h) + j / kr * (kr * h.cell_outputs) + j % kr;
                         index[to + j] = static_cast<uint16_t>(input + j);
                         for (int r = 0; r < 4; ++r)
-                            values[4 * (to + j) + r] = d[4 * (4 * b + r)];
+                            values[4 * (to + j) + r] = d[kr * (4 * b + r)];
                     }
                 to += width;
             }

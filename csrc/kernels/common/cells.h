@@ -1,6 +1,6 @@
 // The form of sparse int8 weights kept in whole blocks: cells of 16 inputs by a strip of 16 or 32 outputs, in
-// the dense panel's layout [quad of inputs][output][4]. Every byte is a weight, and the product is the dense
-// one over the cells that are there.
+// the dense panel's layout [group of kr inputs][output][kr]. Every byte is a weight, and the product is the
+// dense one over the cells that are there.
 //
 // Layout from cell_off: uint32 [strips + 1], the first cell of each strip; uint16 [cells], which 16 inputs;
 // then, on a cache line, the cells.
@@ -27,7 +27,8 @@ inline int64_t cell_data_off(const PackHeader &h) {
 struct CellShape {
     int64_t cells = 0, outputs = 0;
 };
-CellShape cell_shape(int64_t groups, int64_t n, int64_t inputs, const SparseEntries &e);
+CellShape cell_shape(const StripKernel &kernel, int64_t groups, int64_t n, int64_t inputs,
+                     const SparseEntries &e);
 void cells_pack(const PackHeader &h, const SparseEntries &e, uint8_t *out);
 // As sparse_unpack.
 int64_t cells_unpack(const uint8_t *packed, uint32_t *start, uint16_t *index, int8_t *values);

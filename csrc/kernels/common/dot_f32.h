@@ -1,5 +1,5 @@
 // Products of float rows by panels of float or int8 weights. The including file defines TT_LANES and
-// kVectorsF32, the vectors of a whole panel.
+// kVectorsF32, the vectors of a whole panel; TT_WIDENED where its table has `widen`.
 #pragma once
 
 #include "kernels/common/isa.h"
@@ -26,11 +26,6 @@ inline vf load_i8(const void *p) {
     return (vf)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(static_cast<const __m128i *>(p))));
 #elif TT_LANES == 8
     return (vf)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(static_cast<const __m128i *>(p))));
-#elif defined(__aarch64__)
-    int32_t four;
-    std::memcpy(&four, p, 4);
-    const int16x8_t halves = vmovl_s8(vreinterpret_s8_s32(vdup_n_s32(four)));
-    return (vf)vcvtq_f32_s32(vmovl_s16(vget_low_s16(halves)));
 #else
     return __builtin_convertvector(__builtin_convertvector(load<vs8>(p), vi), vf);
 #endif
@@ -41,18 +36,6 @@ inline vf load_i8(const void *p) {
 template <int Lane, int MR, int NV, bool I8>
 __attribute__((always_inline)) inline void add_input(const float32x4_t (&x)[MR], const char *panel,
                                                      vf (&acc)[MR][NV]) {
-    if constexpr (I8 && NV == 4) { // a panel's 16 outputs in one load
-        const int8x16_t bytes = load<int8x16_t>(panel);
-        const int16x8_t low = vmovl_s8(vget_low_s8(bytes)), high = vmovl_high_s8(bytes);
-        const int32x4_t w[NV] = {vmovl_s16(vget_low_s16(low)), vmovl_high_s16(low),
-                                 vmovl_s16(vget_low_s16(high)), vmovl_high_s16(high)};
-#pragma GCC unroll 4
-        for (int v = 0; v < NV; ++v)
-#pragma GCC unroll 12
-            for (int r = 0; r < MR; ++r)
-                acc[r][v] = (vf)vfmaq_laneq_f32((float32x4_t)acc[r][v], vcvtq_f32_s32(w[v]), x[r], Lane);
-        return;
-    }
 #pragma GCC unroll 4
     for (int v = 0; v < NV; ++v) {
         const vf w = I8 ? load_i8(panel + v * L) : load<vf>(panel + v * L * 4);
@@ -154,7 +137,12 @@ template <bool I8> DotF32 dot_f32_of(int mr, int vectors) {
 
 void dot_f32(const void *const *rows, int64_t ld, int mr, int64_t skip, int64_t taps, int64_t k,
              const void *panel, bool weight_i8, int width, bool add, float *acc) {
+#if defined(TT_WIDENED)
+    (void)weight_i8;
+    const DotF32 dot = dot_f32_of<false>(mr, width / L);
+#else
     const DotF32 dot = weight_i8 ? dot_f32_of<true>(mr, width / L) : dot_f32_of<false>(mr, width / L);
+#endif
     dot(rows, ld, skip, taps, k, panel, add, acc);
 }
 

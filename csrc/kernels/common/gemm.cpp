@@ -153,19 +153,27 @@ void float_rows(const Isa &isa, const PackHeader &h, const uint8_t *panels, int6
 void float_tile(const Isa &isa, const PackHeader &h, const uint8_t *panel, int width,
                 const void *const *pointers, int64_t ld, int rows, int64_t taps, int64_t per_tap,
                 float *acc) {
-    constexpr int64_t kInputs = 256;
-    const bool bytes = h.kind == PackKind::dense_w8;
+    constexpr int64_t kInputs = 256, kMostKr = 16, kMostWidened = 16;
+    const bool bytes = h.kind == PackKind::dense_w8, widen = bytes && isa.widen;
+    alignas(64) float wide[(kInputs + kMostKr) * kMostWidened];
     const int most = isa.mr(width), parts = (rows + most - 1) / most;
     const int64_t all = std::max<int64_t>(1, per_tap); // a product of no inputs is zero
-    const int64_t inputs = div_up(all, div_up(all, kInputs)),
-                  taps_at_once = std::max<int64_t>(1, kInputs / all);
+    const int64_t inputs = round_up(div_up(all, div_up(all, kInputs)), h.kr),
+                  taps_at_once = std::max<int64_t>(1, kInputs / all), padded = round_up(per_tap, h.kr);
     for (int64_t t = 0; t < taps; t += taps_at_once)
         for (int64_t k = 0; k < all; k += inputs) {
-            const uint8_t *data = panel + (t * per_tap + k) * width * (bytes ? 1 : 4);
+            const uint8_t *data = panel + (t * padded + k) * width * (bytes ? 1 : 4);
+            const int64_t some_taps = std::min(taps_at_once, taps - t), some = std::min(inputs, per_tap - k);
+            if (widen) {
+                for (int64_t i = 0; i < some_taps; ++i)
+                    isa.widen(reinterpret_cast<const int8_t *>(data) + i * padded * width, div_up(some, h.kr),
+                              width, wide + i * some * width);
+                data = reinterpret_cast<const uint8_t *>(wide);
+            }
             for (int i = 0; i < parts; ++i) {
                 const int r0 = rows * i / parts, mr = rows * (i + 1) / parts - r0;
-                isa.dot_f32(pointers + t * ld + r0, ld, mr, k, std::min(taps_at_once, taps - t),
-                            std::min(inputs, per_tap - k), data, bytes, width, t + k > 0, acc + r0 * kTileN);
+                isa.dot_f32(pointers + t * ld + r0, ld, mr, k, some_taps, some, data, bytes && !widen, width,
+                            t + k > 0, acc + r0 * kTileN);
             }
         }
 }

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "kernels/common/product_i8.h"
+#include "kernels/common/product_w8.h"
 #include "kernels/common/strip_i8.h"
 
 namespace tautorch {
@@ -49,8 +50,8 @@ struct Isa {
     // kr-groups per tap; acc is [mr][kTileN].
     void (*dot_i8)(const void *const *rows, int64_t ld, int mr, int64_t taps, int64_t kq, const int8_t *panel,
                    int width, int32_t *acc);
-    // The same with float rows from element `skip` on; panel is float or (weight_i8) int8, [t][k][width]. k
-    // per tap. Written to acc, or added to it where `add`.
+    // The same with float rows from element `skip` on; panel is float or (weight_i8, where there is no
+    // `widen`) int8, [t][k][width]. k per tap. Written to acc, or added to it where `add`.
     void (*dot_f32)(const void *const *rows, int64_t ld, int mr, int64_t skip, int64_t taps, int64_t k,
                     const void *panel, bool weight_i8, int width, bool add, float *acc);
 
@@ -118,7 +119,14 @@ struct Isa {
     void (*grouped_i8)(const GroupedI8 &) = nullptr;
 
     // A strip of cells or of 2:4 weights times a tile of rows. Null where there is none.
-    void (*strip_i8)(const StripI8 &) = nullptr;
+    const StripKernel *strip = nullptr;
+
+    // Float rows by int8 weights through integers. Null where there is none.
+    const DigitKernels *digits = nullptr;
+
+    // Int8 panels of dot_i8 as the floats that dot_f32 takes: [group of kr inputs][width][kr] to
+    // [input][width], width at most 16. Null where dot_f32 takes bytes itself; dense_w8 packs then have kr 1.
+    void (*widen)(const int8_t *panel, int64_t groups, int width, float *out) = nullptr;
 };
 
 extern const Isa isa_scalar;

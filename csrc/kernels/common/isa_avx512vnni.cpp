@@ -143,7 +143,8 @@ const Isa isa_avx512vnni = {
     product_i8_avx512vnni,
     sparse_i8_scaled_avx512vnni,
     grouped_i8_avx512vnni,
-    strip_i8_avx512vnni,
+    &strip_avx512vnni,
+    &digits_avx512vnni,
 };
 
 } // namespace tautorch

@@ -10,17 +10,12 @@
 #include "kernels/common/sparse_neon.h"
 #include "kernels/common/sparse_plain.h"
 
-namespace tautorch {
-namespace {
-constexpr int kVectorsF32 = 4;
-} // namespace
-} // namespace tautorch
-#include "kernels/common/dot_f32.h"
 #include "kernels/common/peak_neon.h"
 
 namespace tautorch {
 namespace {
 
+constexpr int kVectorsF32 = 4;
 constexpr int kKr = 16;
 
 int32_t mr_of(int32_t) { return 4; }
@@ -35,37 +30,50 @@ inline __attribute__((always_inline)) int32x4_t madd(int32x4_t acc, int8x16_t x,
         return vpadalq_s16(acc, vmlal_high_s8(p, x, w));
 }
 
-// MR rows by 4 * G outputs, a register of partial sums for each. b: those outputs of the panel, whose groups
-// of inputs are `step` bytes apart.
-template <int MR, int G, bool Lowest>
-void dot_i8_t(const void *const *rows, int64_t ld, int64_t taps, int64_t kq, const int8_t *b, int64_t step,
-              int32_t *out) {
-    int32x4_t acc[MR][4 * G];
+// acc += 16 inputs of MR rows times 4 * G outputs, a register of partial sums for each.
+template <bool Lowest, int MR, int N>
+inline __attribute__((always_inline)) void step(const int8_t *w, const int8x16_t (&x)[MR],
+                                                int32x4_t (&acc)[MR][N]) {
+#pragma GCC unroll 8
+    for (int n = 0; n < N; ++n) {
+        const int8x16_t wn = vld1q_s8(w + kKr * n);
+#pragma GCC unroll 4
+        for (int r = 0; r < MR; ++r)
+            acc[r][n] = madd<Lowest>(acc[r][n], x[r], wn);
+    }
+}
+template <int MR, int N> inline void clear(int32x4_t (&acc)[MR][N]) {
     for (int r = 0; r < MR; ++r)
-        for (int n = 0; n < 4 * G; ++n)
+        for (int n = 0; n < N; ++n)
             acc[r][n] = vdupq_n_s32(0);
+}
+template <int MR, int N> inline void write(const int32x4_t (&acc)[MR][N], int32_t *out, int64_t ld) {
+    for (int r = 0; r < MR; ++r)
+        for (int g = 0; g < N / 4; ++g) {
+            const int32x4_t *s = acc[r] + 4 * g;
+            vst1q_s32(out + r * ld + 4 * g, vpaddq_s32(vpaddq_s32(s[0], s[1]), vpaddq_s32(s[2], s[3])));
+        }
+}
+
+// MR rows by 4 * G outputs. b: those outputs of the panel, whose groups of inputs are `step_bytes` apart.
+template <int MR, int G, bool Lowest>
+void dot_i8_t(const void *const *rows, int64_t ld, int64_t taps, int64_t kq, const int8_t *b,
+              int64_t step_bytes, int32_t *out) {
+    int32x4_t acc[MR][4 * G];
+    clear(acc);
     for (int64_t t = 0; t < taps; ++t) {
         const int8_t *a[MR];
         for (int r = 0; r < MR; ++r)
             a[r] = static_cast<const int8_t *>(rows[t * ld + r]);
-        for (int64_t q = 0; q < kq; ++q, b += step) {
+        for (int64_t q = 0; q < kq; ++q, b += step_bytes) {
             int8x16_t x[MR];
+#pragma GCC unroll 4
             for (int r = 0; r < MR; ++r)
                 x[r] = vld1q_s8(a[r] + kKr * q);
-#pragma GCC unroll 8
-            for (int n = 0; n < 4 * G; ++n) {
-                const int8x16_t w = vld1q_s8(b + kKr * n);
-#pragma GCC unroll 4
-                for (int r = 0; r < MR; ++r)
-                    acc[r][n] = madd<Lowest>(acc[r][n], x[r], w);
-            }
+            step<Lowest>(b, x, acc);
         }
     }
-    for (int r = 0; r < MR; ++r)
-        for (int g = 0; g < G; ++g) {
-            const int32x4_t *s = acc[r] + 4 * g;
-            vst1q_s32(out + r * kTileN + 4 * g, vpaddq_s32(vpaddq_s32(s[0], s[1]), vpaddq_s32(s[2], s[3])));
-        }
+    write(acc, out, kTileN);
 }
 
 // Whether some operand is -128, as only int8 given and static scales have it. One instruction for 16 inputs
@@ -101,18 +109,57 @@ void dot_i8(const void *const *rows, int64_t ld, int mr, int64_t taps, int64_t k
                                                                               width, acc);
 }
 
+// Cells of 16 inputs by 16 outputs.
+template <int MR, int G, bool Lowest> void cells_t(const StripI8 &s) {
+    for (int n = 0; n < 16; n += 4 * G) {
+        int32x4_t acc[MR][4 * G];
+        clear(acc);
+        const int8_t *w = s.data + kKr * n;
+        for (int64_t i = 0; i < s.steps; ++i, w += 16 * kKr) {
+            const int8_t *at = reinterpret_cast<const int8_t *>(s.x) + int64_t{s.cell[i]} * (kKr * MR);
+            int8x16_t x[MR];
+#pragma GCC unroll 4
+            for (int r = 0; r < MR; ++r)
+                x[r] = vld1q_s8(at + kKr * r);
+            step<Lowest>(w, x, acc);
+        }
+        write(acc, reinterpret_cast<int32_t *>(s.out) + n, 16);
+    }
+}
+void cells(const StripI8 &s) {
+    constexpr void (*kCells[2][4])(const StripI8 &) = {
+        {cells_t<1, 2, false>, cells_t<2, 2, false>, cells_t<3, 1, false>, cells_t<4, 1, false>},
+        {cells_t<1, 2, true>, cells_t<2, 2, true>, cells_t<3, 1, true>, cells_t<4, 1, true>}};
+    int8x16_t least = vdupq_n_s8(0);
+    for (int64_t i = 0; i < s.steps; ++i)
+        for (int r = 0; r < s.rows; ++r)
+            least = vminq_s8(least, vld1q_s8(reinterpret_cast<const int8_t *>(s.x) +
+                                             (int64_t{s.cell[i]} * s.rows + r) * kKr));
+    kCells[vminvq_s8(least) == -128][s.rows - 1](s);
+}
+constexpr StripKernel kStrip = {16, false, false, 4, 0, cells};
+
 int64_t peak_i8(int64_t rounds) {
     int64_t n = rounds;
     TT_PEAK("smull v24.8h, v30.8b, v31.8b\n\tsmlal2 v24.8h, v30.16b, v31.16b\n\tsadalp v\\r\\().4s, v24.8h");
     return rounds * 24 * 16;
 }
 
+// Of more rows, floats take fewer multiplications: 16 against 24 for 64 weights.
+constexpr int64_t kDigitRows = 2;
+constexpr int kDigitSums = 4;
+
 } // namespace
+} // namespace tautorch
+#include "kernels/common/product_w8_neon.h"
+
+namespace tautorch {
 
 const Isa isa_neon = {
-    "neon",       4,         ActKind::i8, 16,          4,       kKr,      mr_of,        dot_i8,
-    dot_f32,      rows_f32,  amax,        quantize,    to_f32,  epilogue, transpose_u8, panel_u8,
-    transpose_32, sparse_i8, sparse_f32,  kPlainOrder, peak_i8, peak_f32, depthwise,    true,
+    "neon",       4,         ActKind::i8, 16,          4,        kKr,      mr_of,        dot_i8,
+    dot_f32,      rows_f32,  amax,        quantize,    to_f32,   epilogue, transpose_u8, panel_u8,
+    transpose_32, sparse_i8, sparse_f32,  kPlainOrder, peak_i8,  peak_f32, depthwise,    true,
+    nullptr,      nullptr,   nullptr,     &kStrip,     &kDigits, widen,
 };
 
 } // namespace tautorch

@@ -10,17 +10,12 @@
 #include "kernels/common/sparse_neon.h"
 #include "kernels/common/sparse_plain.h"
 
-namespace tautorch {
-namespace {
-constexpr int kVectorsF32 = 4;
-} // namespace
-} // namespace tautorch
-#include "kernels/common/dot_f32.h"
 #include "kernels/common/peak_neon.h"
 
 namespace tautorch {
 namespace {
 
+constexpr int kVectorsF32 = 4;
 constexpr int kKr = 4;
 
 int32_t mr_of(int32_t) { return 6; }
@@ -95,18 +90,62 @@ void dot_i8(const void *const *rows, int64_t ld, int mr, int64_t taps, int64_t k
     dot[mr - 1](rows, ld, taps, kq, panel, acc);
 }
 
+// Cells of 16 inputs by 16 outputs: a turn of the dense loop wherever the inputs are.
+template <int MR> void cells_t(const StripI8 &s) {
+    constexpr int U = MR == 1 ? 4 : 1;
+    int32x4_t acc[U][MR][4];
+    for (int u = 0; u < U; ++u)
+        for (int r = 0; r < MR; ++r)
+            for (int v = 0; v < 4; ++v)
+                acc[u][r][v] = vdupq_n_s32(0);
+    const int8_t *w = s.data;
+    for (int64_t i = 0; i < s.steps; ++i, w += 256) {
+        const int8_t *at = reinterpret_cast<const int8_t *>(s.x) + int64_t{s.cell[i]} * (kCellInputs * MR);
+        int8x16_t x[MR];
+#pragma GCC unroll 6
+        for (int r = 0; r < MR; ++r)
+            x[r] = vld1q_s8(at + kCellInputs * r);
+        step<0>(w, x, acc[0]);
+        step<1>(w + 64, x, acc[1 % U]);
+        step<2>(w + 128, x, acc[2 % U]);
+        step<3>(w + 192, x, acc[3 % U]);
+    }
+    int32_t *out = reinterpret_cast<int32_t *>(s.out);
+    for (int r = 0; r < MR; ++r)
+        for (int v = 0; v < 4; ++v) {
+            int32x4_t sum = acc[0][r][v];
+            for (int u = 1; u < U; ++u)
+                sum = vaddq_s32(sum, acc[u][r][v]);
+            vst1q_s32(out + 16 * r + 4 * v, sum);
+        }
+}
+void cells(const StripI8 &s) {
+    constexpr void (*kCells[6])(const StripI8 &) = {cells_t<1>, cells_t<2>, cells_t<3>,
+                                                    cells_t<4>, cells_t<5>, cells_t<6>};
+    kCells[s.rows - 1](s);
+}
+constexpr StripKernel kStrip = {16, false, false, 6, 0, cells};
+
 int64_t peak_i8(int64_t rounds) {
     int64_t n = rounds;
     TT_PEAK("sdot v\\r\\().4s, v30.16b, v31.4b[0]");
     return rounds * 24 * 16;
 }
 
+constexpr int64_t kDigitRows = INT64_MAX;
+constexpr int kDigitSums = 6;
+
 } // namespace
+} // namespace tautorch
+#include "kernels/common/product_w8_neon.h"
+
+namespace tautorch {
 
 const Isa isa_neon_dotprod = {
-    "neon_dotprod", 5,         ActKind::i8, 16,          4,       kKr,      mr_of,        dot_i8,
-    dot_f32,        rows_f32,  amax,        quantize,    to_f32,  epilogue, transpose_u8, panel_u8,
-    transpose_32,   sparse_i8, sparse_f32,  kPlainOrder, peak_i8, peak_f32, depthwise,    true,
+    "neon_dotprod", 5,         ActKind::i8, 16,          4,        kKr,      mr_of,        dot_i8,
+    dot_f32,        rows_f32,  amax,        quantize,    to_f32,   epilogue, transpose_u8, panel_u8,
+    transpose_32,   sparse_i8, sparse_f32,  kPlainOrder, peak_i8,  peak_f32, depthwise,    true,
+    nullptr,        nullptr,   nullptr,     &kStrip,     &kDigits, widen,
 };
 
 } // namespace tautorch

@@ -10,17 +10,12 @@
 #include "kernels/common/sparse_neon.h"
 #include "kernels/common/sparse_plain.h"
 
-namespace tautorch {
-namespace {
-constexpr int kVectorsF32 = 4;
-} // namespace
-} // namespace tautorch
-#include "kernels/common/dot_f32.h"
 #include "kernels/common/peak_neon.h"
 
 namespace tautorch {
 namespace {
 
+constexpr int kVectorsF32 = 4;
 constexpr int kKr = 8;
 
 int32_t mr_of(int32_t) { return 6; }
@@ -144,18 +139,80 @@ void dot_i8(const void *const *rows, int64_t ld, int mr, int64_t taps, int64_t k
     dot[mr - 1](rows, ld, taps, kq, panel, acc);
 }
 
+// Cells of 16 inputs by 16 outputs; rows lie in pairs of 8 inputs each, as the instruction takes them. An odd
+// last row is paired with whatever follows it.
+template <int MR> void cells_t(const StripI8 &s) {
+    constexpr int P = (MR + 1) / 2;
+    int32x4_t acc[P][8];
+    for (int p = 0; p < P; ++p)
+        for (int v = 0; v < 8; ++v)
+            acc[p][v] = vdupq_n_s32(0);
+    const int8_t *w = s.data;
+    for (int64_t i = 0; i < s.steps; ++i) {
+        const int8_t *at = reinterpret_cast<const int8_t *>(s.x) + int64_t{s.cell[i]} * (kCellInputs * MR);
+#pragma GCC unroll 2
+        for (int h = 0; h < 2; ++h, w += 128) {
+            int8x16_t x[P];
+#pragma GCC unroll 3
+            for (int p = 0; p < P; ++p)
+                x[p] = vld1q_s8(at + 8 * MR * h + 16 * p);
+            step<P, 8>(w, x, acc);
+        }
+    }
+    int32_t *out = reinterpret_cast<int32_t *>(s.out);
+    for (int p = 0; p < P; ++p)
+        for (int v = 0; v < 4; ++v) {
+            const int32x4_t l = acc[p][2 * v], h = acc[p][2 * v + 1];
+            vst1q_s32(out + 32 * p + 4 * v, low_pairs(l, h));
+            if (2 * p + 1 < MR)
+                vst1q_s32(out + 32 * p + 16 + 4 * v, high_pairs(l, h));
+        }
+}
+void cells_one(const StripI8 &s) {
+    int32x4_t acc[8];
+    for (int v = 0; v < 8; ++v)
+        acc[v] = vdupq_n_s32(0);
+    const int8_t *w = s.data;
+    for (int64_t i = 0; i < s.steps; ++i) {
+        const int8x16_t x =
+            vld1q_s8(reinterpret_cast<const int8_t *>(s.x) + int64_t{s.cell[i]} * kCellInputs);
+        const int8x16_t half[2] = {zip_low(x, x), zip_high(x, x)};
+#pragma GCC unroll 2
+        for (int h = 0; h < 2; ++h, w += 128)
+#pragma GCC unroll 8
+            for (int v = 0; v < 8; ++v)
+                acc[v] = vdotq_s32(acc[v], vld1q_s8(w + 16 * v), half[h]);
+    }
+    for (int v = 0; v < 4; ++v)
+        vst1q_s32(reinterpret_cast<int32_t *>(s.out) + 4 * v, vpaddq_s32(acc[2 * v], acc[2 * v + 1]));
+}
+void cells(const StripI8 &s) {
+    constexpr void (*kCells[6])(const StripI8 &) = {cells_one,  cells_t<2>, cells_t<3>,
+                                                    cells_t<4>, cells_t<5>, cells_t<6>};
+    kCells[s.rows - 1](s);
+}
+constexpr StripKernel kStrip = {8, false, false, 6, 0, cells};
+
 int64_t peak_i8(int64_t rounds) {
     int64_t n = rounds;
     TT_PEAK("smmla v\\r\\().4s, v30.16b, v31.16b");
     return rounds * 24 * 32;
 }
 
+constexpr int64_t kDigitRows = INT64_MAX;
+constexpr int kDigitSums = 6;
+
 } // namespace
+} // namespace tautorch
+#include "kernels/common/product_w8_neon.h"
+
+namespace tautorch {
 
 const Isa isa_neon_i8mm = {
-    "neon_i8mm",  6,         ActKind::i8, 16,          4,       kKr,      mr_of,        dot_i8,
-    dot_f32,      rows_f32,  amax,        quantize,    to_f32,  epilogue, transpose_u8, panel_u8,
-    transpose_32, sparse_i8, sparse_f32,  kPlainOrder, peak_i8, peak_f32, depthwise,    true,
+    "neon_i8mm",  6,         ActKind::i8, 16,          4,        kKr,      mr_of,        dot_i8,
+    dot_f32,      rows_f32,  amax,        quantize,    to_f32,   epilogue, transpose_u8, panel_u8,
+    transpose_32, sparse_i8, sparse_f32,  kPlainOrder, peak_i8,  peak_f32, depthwise,    true,
+    nullptr,      nullptr,   nullptr,     &kStrip,     &kDigits, widen,
 };
 
 } // namespace tautorch

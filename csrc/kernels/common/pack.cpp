@@ -27,7 +27,7 @@ PackHeader base_header(const Isa &isa, PackKind kind, int64_t groups, int64_t n,
     h.isa = isa.id;
     h.nr = isa.nr;
     h.nr_step = isa.nr_step;
-    h.kr = kind == PackKind::dense_i8 ? isa.kr : 1;
+    h.kr = kind == PackKind::dense_i8 || (kind == PackKind::dense_w8 && isa.widen) ? isa.kr : 1;
     h.gs = 1;
     h.groups = groups;
     h.n = n;
@@ -49,16 +49,16 @@ int64_t after_colsum(const PackHeader &h) {
     return round_up(h.colsum_off + 4 * sums, 64);
 }
 
-// (|w|_1 / |w|_2)^2 of that column of a panel [inputs][width] where it is least: how many of the inputs
-// weigh. 0 for more inputs than digits are made of, whose squares could be too many for 32 bits.
-float effective_inputs(const int8_t *panel, int64_t inputs, int width) {
+// (|w|_1 / |w|_2)^2 of that column of a panel [inputs / kr][width][kr] where it is least: how many of the
+// inputs weigh. 0 for more inputs than digits are made of, whose squares could be too many for 32 bits.
+float effective_inputs(const int8_t *panel, int64_t inputs, int width, int kr) {
     if (inputs > kMostDigitInputs)
         return 0.0f;
     int32_t sum[kTileN] = {}, squares[kTileN] = {};
     double least = std::numeric_limits<double>::infinity();
     for (int64_t k = 0; k < inputs; ++k)
         for (int n = 0; n < width; ++n) {
-            const int32_t w = panel[k * width + n];
+            const int32_t w = panel[(k - k % kr) * width + n * kr + k % kr];
             sum[n] += std::abs(w);
             squares[n] += w * w;
         }
@@ -166,8 +166,8 @@ bool header_consistent(const Isa &isa, const PackHeader &h) {
     switch (h.kind) {
     case PackKind::sparse_i8:
         if (h.cells != 0) {
-            if (!isa.strip_i8 || h.cells < 0 || h.cells > int64_t{1} << 32 || h.k > kMaxSparseInputs ||
-                (h.cell_outputs != 16 && h.cell_outputs != 32))
+            if (!isa.strip || isa.strip->rows(h.cell_outputs) == 0 || h.cells < 0 ||
+                h.cells > int64_t{1} << 32 || h.k > kMaxSparseInputs)
                 return false;
             made = cells_layout(isa, h.groups, h.n, h.k, h.cells, h.cell_outputs);
             break;
@@ -190,7 +190,7 @@ bool header_consistent(const Isa &isa, const PackHeader &h) {
             return false;
         [[fallthrough]];
     case PackKind::pairs_i8:
-        if (h.kind == PackKind::pairs_i8 && (!isa.strip_i8 || h.groups != 1 || h.taps != 1))
+        if (h.kind == PackKind::pairs_i8 && (!isa.strip || !isa.strip->pairs || h.groups != 1 || h.taps != 1))
             return false;
         [[fallthrough]];
     case PackKind::grouped_i8:
@@ -297,7 +297,7 @@ void dense_pack(const PackHeader &h, const void *w, WeightStrides s, uint8_t *ou
     for (int64_t i = 0; h.kind == PackKind::dense_w8 && i < h.groups * panels(h); ++i) {
         const int64_t group = i / panels(h), p = i % panels(h);
         effective[i] = effective_inputs(reinterpret_cast<const int8_t *>(panel_data(out, group, p)),
-                                        h.taps * h.k, panel_width(h, p));
+                                        h.taps * round_up(h.k, h.kr), panel_width(h, p), h.kr);
     }
 }
 
@@ -351,9 +351,8 @@ PackHeader sparse_header(const Isa &isa, PackKind kind, int gs, int64_t groups, 
     if (kind == PackKind::sparse_f32)
         return sparse_layout(isa, kind, gs, groups, n, k, taps, 0, e.start[e.sparse_groups], 0);
     // Whole blocks run at the dense rate for any number of rows, and one row reads no byte but weights.
-    if ((form == SparseForm::automatic || form == SparseForm::cells) && gs == 4 && taps == 1 &&
-        isa.strip_i8) {
-        const CellShape shape = cell_shape(groups, n, k, e);
+    if ((form == SparseForm::automatic || form == SparseForm::cells) && gs == 4 && taps == 1 && isa.strip) {
+        const CellShape shape = cell_shape(*isa.strip, groups, n, k, e);
         if (shape.cells > 0 && (form == SparseForm::cells || 2 * n >= shape.outputs))
             return cells_layout(isa, groups, n, k, shape.cells, shape.outputs);
     }

@@ -9,7 +9,7 @@ namespace tautorch {
 enum class PackKind : int32_t {
     dense_i8 = 0,     // panels for dot_i8
     dense_f32 = 1,    // float panels for dot_f32
-    dense_w8 = 2,     // int8 panels for dot_f32 (weight-only)
+    dense_w8 = 2,     // int8 panels for float rows (weight-only)
     sparse_i8 = 3,    // quads of kept inputs for sparse_i8
     sparse_f32 = 4,   // kept inputs by blocks, see sparse_f32.h
     depthwise_i8 = 5, // [64 channels][quad of taps][channel][4 taps]

@@ -20,8 +20,9 @@ At at(const PackHeader &h, int64_t n, int64_t octet, int j) {
 
 bool pairs_pay(const Isa &isa, int64_t n, int64_t k) {
     // A tile runs 1.35 times as fast as a dense one (Zen 4; 1.4 by Zen 5's rates).
-    return isa.strip_i8 && 10 * round_up(n, kPairOutputs) * round_up(k, kPairInputs) <=
-                               13 * round_up(n, isa.nr_step) * round_up(k, isa.kr);
+    return isa.strip && isa.strip->pairs &&
+           10 * round_up(n, kPairOutputs) * round_up(k, kPairInputs) <=
+               13 * round_up(n, isa.nr_step) * round_up(k, isa.kr);
 }
 
 bool fits_pairs(int64_t n, int64_t k, const int8_t *w, WeightStrides s) {

@@ -111,10 +111,10 @@ constexpr Run kCells32[12] = {cells<1, 2>, cells<2, 2>,  cells<3, 2>,  cells<4, 
 constexpr Run kPairs[12] = {pairs<1>, pairs<2>, pairs<3>, pairs<4>,  pairs<5>,  pairs<6>,
                             pairs<7>, pairs<8>, pairs<9>, pairs<10>, pairs<11>, pairs<12>};
 
+void run(const StripI8 &s) { (!s.cell ? kPairs : s.outputs == 32 ? kCells32 : kCells16)[s.rows - 1](s); }
+
 } // namespace
 
-void strip_i8_avx512vnni(const StripI8 &s) {
-    (!s.cell ? kPairs : s.outputs == 32 ? kCells32 : kCells16)[s.rows - 1](s);
-}
+const StripKernel strip_avx512vnni = {16, true, true, 16, 12, run};
 
 } // namespace tautorch

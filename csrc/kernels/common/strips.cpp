@@ -20,8 +20,16 @@ struct Tiles {
     int size(int t) const { return begin(t + 1) - begin(t); }
 };
 
+// [inputs / 8][rows][8] of some rows; Arm bytes need no turn.
+void interleave8(const void *const *rows, int count, int64_t inputs, uint8_t *out) {
+    for (int r = 0; r < count; ++r) {
+        const uint8_t *from = static_cast<const uint8_t *>(rows[r]);
+        for (int64_t i = 0; i < inputs; i += 8)
+            std::memcpy(out + i * count + 8 * r, from + i, 8);
+    }
+}
 // [inputs / 16][rows][16] of some rows, their bytes turned by `flip`.
-void interleave(const void *const *rows, int count, int64_t inputs, uint8_t flip, uint8_t *out) {
+void interleave16(const void *const *rows, int count, int64_t inputs, uint8_t flip, uint8_t *out) {
     const uint64_t turn = flip * uint64_t{0x0101010101010101};
     for (int r = 0; r < count; ++r) {
         const uint8_t *from = static_cast<const uint8_t *>(rows[r]);
@@ -84,8 +92,8 @@ struct Strips {
 void run_block(const Isa &isa, const Strips &strips, int64_t group, const uint8_t *panel, Tiles tiles,
                int64_t inputs, int64_t s0, int64_t s1, const Output &out, int64_t m0, const float *scale) {
     const Epilogue &e = out.epilogue;
-    const bool straight =
-        !out.along_m && (e.activation == Activation::none || e.activation == Activation::relu);
+    const bool straight = isa.strip->to_output && !out.along_m &&
+                          (e.activation == Activation::none || e.activation == Activation::relu);
     alignas(64) int32_t sums[16 * 32];
     Epilogue plain;
     plain.out_dtype = DType::i32;
@@ -103,7 +111,7 @@ void run_block(const Isa &isa, const Strips &strips, int64_t group, const uint8_
             s.out = straight ? static_cast<char *>(out.data) + (m0 + r0) * s.row_bytes +
                                    s.n0 * size_of(e.out_dtype)
                              : reinterpret_cast<char *>(sums);
-            isa.strip_i8(s);
+            isa.strip->run(s);
             if (!straight)
                 store_tile(isa, out, sums, strips.outputs, false, m0 + r0, s.rows, s.n0, s.cols, s.row_scale);
         }
@@ -120,7 +128,7 @@ template <class Operands>
 void run(const Isa &isa, const uint8_t *packed, int64_t m, Split split, const Operands &operands,
          const Output &out) {
     const PackHeader &h = header_of(packed);
-    const int most = strip_rows(Strips(packed, 0).outputs);
+    const int most = isa.strip->rows(Strips(packed, 0).outputs);
     const int64_t inputs = round_up(h.k, kPairInputs);
     const int64_t fit = std::clamp<int64_t>(kPanelBytes / std::max<int64_t>(inputs, 1), most, kBlockRows);
     parallel_tasks(split.tm * split.tn, [&](int64_t task) {
@@ -141,11 +149,16 @@ void run(const Isa &isa, const uint8_t *packed, int64_t m, Split split, const Op
                 const uint8_t *panel =
                     static_cast<const uint8_t *>(pointers[0]); // one row is as it should be
                 if (rows > 1 || in.x.flip) {
-                    uint8_t *to =
-                        static_cast<uint8_t *>(scratch(Scratch::inner, static_cast<size_t>(rows * inputs)));
-                    for (int t = 0; t < tiles.parts; ++t)
-                        interleave(pointers + tiles.begin(t), tiles.size(t), inputs, in.x.flip,
-                                   to + tiles.begin(t) * inputs);
+                    uint8_t *to = static_cast<uint8_t *>(
+                        scratch(Scratch::inner, static_cast<size_t>(rows * inputs + 16)));
+                    for (int t = 0; t < tiles.parts; ++t) {
+                        const void *const *from = pointers + tiles.begin(t);
+                        uint8_t *tile = to + tiles.begin(t) * inputs;
+                        if (isa.strip->unit == 8)
+                            interleave8(from, tiles.size(t), inputs, tile);
+                        else
+                            interleave16(from, tiles.size(t), inputs, in.x.flip, tile);
+                    }
                     panel = to;
                 }
                 run_block(isa, strips, g, panel, tiles, inputs, strips.cut(split.tn, j),

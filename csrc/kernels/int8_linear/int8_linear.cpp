@@ -38,11 +38,11 @@ Operand prepare(const Isa &isa, const LinearArgs &a, const PackHeader &h, int64_
     return {reinterpret_cast<char *>(buffer), 4 * h.k};
 }
 
-#if defined(__x86_64__)
 constexpr int64_t kDigitRows = 32; // whose digits stay in L2 beside a panel
 
-bool by_digits(const PackHeader &h, const Isa &isa) {
-    return h.kind == PackKind::dense_w8 && &isa == &isa_avx512vnni && h.k >= 64 && h.k <= kMostDigitInputs;
+bool by_digits(const PackHeader &h, const Isa &isa, int64_t m) {
+    return h.kind == PackKind::dense_w8 && isa.digits && m <= isa.digits->most_rows &&
+           h.k >= kLeastDigitInputs && h.k <= kMostDigitInputs;
 }
 
 int significant_bits(DType dtype) { return dtype == DType::f32 ? 24 : dtype == DType::f16 ? 11 : 8; }
@@ -51,6 +51,7 @@ int significant_bits(DType dtype) { return dtype == DType::f32 ? 24 : dtype == D
 void multiply_digits(const Isa &isa, const LinearArgs &a, const Output &out, Operand x, int64_t m0,
                      int64_t rows, int64_t p0, int64_t p1) {
     const PackHeader &h = header_of(a.packed);
+    const DigitKernels &kernels = *isa.digits;
     const int64_t bytes = round_up(digit_bytes(h.k), 64),
                   row_bytes = bytes + round_up(4 * most_apart(h.k), 64);
     int8_t *buffer = static_cast<int8_t *>(scratch(Scratch::inner, static_cast<size_t>(rows * row_bytes)));
@@ -60,14 +61,14 @@ void multiply_digits(const Isa &isa, const LinearArgs &a, const Output &out, Ope
     for (int64_t r = 0; r < rows; ++r) {
         int8_t *at = buffer + r * row_bytes;
         pointers[r] = x.data + r * x.stride;
-        if (!digit_row_avx512vnni(static_cast<const float *>(pointers[r]), h.k,
-                                  significant_bits(a.quant.dtype), at,
-                                  reinterpret_cast<int32_t *>(at + bytes), row[r]))
+        if (!kernels.row(static_cast<const float *>(pointers[r]), h.k, significant_bits(a.quant.dtype), at,
+                         reinterpret_cast<int32_t *>(at + bytes), row[r]))
             row[r].needs = std::numeric_limits<float>::quiet_NaN(); // fits nowhere
     }
     for (int64_t p = p0; p < p1; ++p) {
-        const int cols = static_cast<int>(std::min<int64_t>(kTileN, h.n - p * h.nr));
-        const float has = panel_width(h, p) == kTileN ? effective[p] : -1.0f;
+        const int width = panel_width(h, p);
+        const int cols = static_cast<int>(std::min<int64_t>(width, h.n - p * h.nr));
+        const float has = width >= kernels.least_width ? effective[p] : -1.0f;
         const auto run = [&](int64_t r, auto &&like) { // of rows from r on
             int64_t end = r + 1;
             while (end < rows && like(row[end]))
@@ -84,20 +85,19 @@ void multiply_digits(const Isa &isa, const LinearArgs &a, const Output &out, Ope
             }
             alignas(64) float y[2 * kTileN];
             const int count =
-                std::min(2, run(r, [&](const DigitRow &d) { return fits(d) && d.digits == row[r].digits; }));
-            digit_product_avx512vnni(row + r, count, h.k,
-                                     reinterpret_cast<const int8_t *>(panel_data(a.packed, 0, p)), y);
+                std::min(std::min(2, kernels.at_once / row[r].digits),
+                         run(r, [&](const DigitRow &d) { return fits(d) && d.digits == row[r].digits; }));
+            kernels.product(row + r, count, h.k, reinterpret_cast<const int8_t *>(panel_data(a.packed, 0, p)),
+                            width, y);
             store_tile(isa, out, y, kTileN, false, m0 + r, count, p * h.nr, cols, nullptr);
             r += count;
         }
     }
 }
-#endif
 
 void multiply(const Isa &isa, const LinearArgs &a, const Output &out, Operand x, int64_t m0, int64_t rows,
               int64_t p0, int64_t p1, const float *row_scale) {
-#if defined(__x86_64__)
-    if (by_digits(header_of(a.packed), isa)) {
+    if (by_digits(header_of(a.packed), isa, a.m)) {
         const int64_t parts = div_up(rows, kDigitRows);
         for (int64_t i = 0; i < parts; ++i) {
             const int64_t begin = chunk_begin(rows, parts, i), end = chunk_begin(rows, parts, i + 1);
@@ -106,7 +106,6 @@ void multiply(const Isa &isa, const LinearArgs &a, const Output &out, Operand x,
         }
         return;
     }
-#endif
     const void *pointers[kBlockRows];
     const int64_t step = block_rows(rows);
     for (int64_t b = 0; b < rows; b += step) {
