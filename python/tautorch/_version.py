@@ -1,7 +1,15 @@
-"""The version, from the installed distribution."""
+"""The version, from the installed distribution; "unknown" where the source tree is run as it is."""
 
 from __future__ import annotations
 
-from importlib.metadata import version
+from importlib import metadata
 
-__version__: str = version("tautorch")
+
+def _installed() -> str:
+    try:
+        return metadata.version("tautorch")
+    except metadata.PackageNotFoundError:
+        return "unknown"
+
+
+__version__: str = _installed()

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from importlib import metadata
 from os import PathLike
 from typing import Any, Literal
 
@@ -18,6 +17,7 @@ import torch
 from torch import nn
 
 from tautorch import storage_coded, storage_file, storage_report, storage_structure
+from tautorch._version import __version__
 from tautorch.nn import MODULES
 from tautorch.nn.sparse import SparseModule
 from tautorch.reference.layouts import check_layout
@@ -94,7 +94,7 @@ def _content(
     kept = {name: _plain_copy(value) for name, value in state.items() if name not in aliases}
     document = {
         "format": _FORMAT,
-        "tautorch": _version(),
+        "tautorch": __version__,
         "torch": torch.__version__,
         "modules": structure,
         "aliases": aliases,
@@ -102,13 +102,6 @@ def _content(
         "info": dict(info or {}),
     }
     return kept, document
-
-
-def _version() -> str:
-    try:
-        return metadata.version("tautorch")
-    except metadata.PackageNotFoundError:  # run from a source tree
-        return "unknown"
 
 
 def _check_savable(name: str, value: object) -> None:

@@ -38,6 +38,22 @@ def test_each_stage_says_in_one_line_what_it_lacks(stage: str) -> None:
     assert done.stdout.startswith(f"{stage}: no CUDA device is visible") and done.stdout.count("\n") == 1
 
 
+def test_the_stages_need_no_installed_distribution() -> None:
+    """They run the source tree as it is, by a Python in which tautorch was never installed."""
+    program = (
+        "from importlib import metadata\n"
+        "plain = metadata.Distribution.from_name.__func__\n"
+        "def from_name(cls, name):\n"
+        "    if name == 'tautorch':\n        raise metadata.PackageNotFoundError(name)\n"
+        "    return plain(cls, name)\n"
+        "metadata.Distribution.from_name = classmethod(from_name)\n"
+        "import tautorch\n"
+        "print(tautorch.__version__)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.stdout == "unknown\n", done.stderr
+
+
 def test_the_cases_verify_what_they_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """On the CPU and small: every call runs, a peer that is not there is left out with its reason."""
     monkeypatch.syspath_prepend(str(ROOT))
