@@ -92,7 +92,7 @@ wheel: $(DEPS)
 	$(PY) -m pip wheel . --quiet --no-deps --no-build-isolation --wheel-dir dist
 	@ls dist/*.whl
 
-# Cross-compiled and tried under qemu-user. ARGS="--torch 2.10.0": the whole package too.
+# Cross-compiled and tried under qemu-user, beside torch too. ARGS="--torch none": without.
 wheel-aarch64: $(DEPS)
 	$(PY) tools/wheel_aarch64.py $(ARGS)
 

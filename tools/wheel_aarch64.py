@@ -1,9 +1,11 @@
 """``make wheel-aarch64``: a wheel for 64-bit Arm Linux, built and tried on another machine.
 
 Cross-compiles the extension (cmake/aarch64-linux-gnu.cmake) against the headers of Debian's arm64 Python,
-which apt fetches into the build folder, past the system's own packages; then runs that Python by qemu-user:
-imports the extension, packs, multiplies and compares. ``--torch VERSION`` installs that torch for aarch64 too
-(one whose wheel needs no CUDA: 2.10.0, 146 MB) and runs a part of the tests on the whole package.
+which apt fetches into the build folder, past the system's own packages. Then, on cores by qemu-user: the C++
+test program of the very objects that are in the wheel; the extension in that Python, alone; the whole package
+beside torch 2.10.0 for aarch64, which pip fetches (146 MB; ``--torch none`` leaves it out): layers converted,
+run and reloaded, ``tautorch bench --quick``, and a part of the tests. Later torches on PyPI are built for
+CUDA there and end on import without gigabytes of its libraries.
 """
 
 from __future__ import annotations
@@ -21,9 +23,18 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 BUILD = ROOT / "build" / "aarch64-wheel"
 SYSTEM = BUILD / "system"  # what the packages hold
+TOOLS = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
 VERSION = f"{sys.version_info.major}.{sys.version_info.minor}"
 SUFFIX = f".cpython-{sys.version_info.major}{sys.version_info.minor}-aarch64-linux-gnu.so"
-CPUS = ("cortex-a72", "neoverse-n1", "max")  # without dot products, with SDOT, with SMMLA too
+# Without dot products, with SDOT, with SMMLA too.
+CPUS = {
+    "cortex-a72": "scalar,neon",
+    "neoverse-n1": "scalar,neon,neon_dotprod",
+    "max": "scalar,neon,neon_dotprod,neon_i8mm",
+}
+# The same for torch, whose import ends on the first (its issue 176993); and what must be chosen.
+PACKAGE_CPUS = {"a64fx": "neon", "neoverse-n1": "neon_dotprod", "max": "neon_i8mm"}
+TORCH = "2.10.0"
 TESTS = ("tests/ops/test_int8_linear.py",)
 PART = "not reference and (test_sizes or test_int8_values or test_float_values)"
 
@@ -116,6 +127,17 @@ def check_wheel(wheel: Path) -> None:
     print(f"{wheel.name}: {wheel.stat().st_size >> 10} KB, glibc 2.{newest}, {', '.join(libraries)}")
 
 
+def check_objects() -> None:
+    """The C++ test program over the wheel's own object files, on every core."""
+    run("cmake", "--build", BUILD / "cmake", "--target", "native_test", quiet=True, PATH=TOOLS)
+    program, golden = BUILD / "cmake/tests/native/native_test", ROOT / "tests/golden/golden.json"
+    for cpu, kernels in CPUS.items():
+        emulator = ("qemu-aarch64", "-L", "/usr/aarch64-linux-gnu", "-cpu", cpu)
+        out = run(*emulator, program, golden, "--expect", kernels, quiet=True)
+        assert out.endswith("all equal\n"), out
+        print(f"{cpu}: {kernels}: all equal")
+
+
 def emulated(cpu: str, *arguments: str | Path, quiet: bool = False) -> str:
     """Runs the arm64 Python."""
     site = BUILD / "site"
@@ -143,7 +165,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--torch", metavar="VERSION", help="run tests of the whole package with this torch")
+    parser.add_argument("--torch", metavar="VERSION", default=TORCH, help=f"default {TORCH}; none: without")
     parser.add_argument("--wheel", type=Path, help="try this one; none is built")
     parser.add_argument("--tests", nargs="*", default=TESTS, help="what pytest is given; more after --")
     parser.add_argument("-k", default=PART, help="which tests, as pytest's -k")
@@ -160,20 +182,21 @@ def main() -> None:
     say("wheel")
     wheel = options.wheel or build_wheel()
     check_wheel(wheel)
+    if not options.wheel:
+        say("the C++ tests")
+        check_objects()
     for cpu in CPUS:
         say(f"the extension on {cpu}")
         emulated(cpu, ROOT / "tools" / "try_extension.py", BUILD / "site" / "tautorch" / f"_C{SUFFIX}")
-    if options.torch:
+    if options.torch != "none":
         say(f"torch {options.torch}")
         install_torch(options.torch)
-        # torch 2.10.0 dies on import on the first (its issue 176993).
-        for cpu in CPUS[1:]:
+        for cpu, kernel in PACKAGE_CPUS.items():
             say(f"the package on {cpu}")
-            command = ["-m", "tautorch", "kernels", "int8_linear"]
-            emulated(cpu, *command)
-            emulated(
-                cpu, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", options.k, *options.tests
-            )
+            emulated(cpu, ROOT / "tools" / "try_package.py", "--expect", kernel)
+            emulated(cpu, "-m", "tautorch", "bench", "--quick", "--kernel", kernel)
+            pytest = ("-m", "pytest", "-q", "-x", "-rN", "-p", "no:cacheprovider")
+            emulated(cpu, *pytest, "-k", options.k, *options.tests)
     say("done")
 
 

@@ -9,6 +9,14 @@
 #include <stdexcept>
 #include <string>
 
+#if defined(__SANITIZE_ADDRESS__) // GCC
+#define TT_ADDRESS_SANITIZER 1
+#elif defined(__has_feature) // Clang
+#define TT_ADDRESS_SANITIZER __has_feature(address_sanitizer)
+#else
+#define TT_ADDRESS_SANITIZER 0
+#endif
+
 namespace tautorch {
 namespace {
 
@@ -112,7 +120,7 @@ uint64_t read_lines(const uint8_t *p, int64_t bytes) {
 void *scratch(Scratch slot, size_t bytes) {
     static thread_local Buffers buffers;
     const int i = static_cast<int>(slot);
-#if defined(__SANITIZE_ADDRESS__)
+#if TT_ADDRESS_SANITIZER
     // A new buffer of the very size at each call: a step past its end, or a use of a slot that was asked for
     // again since, is then an error.
     constexpr bool fits = false;

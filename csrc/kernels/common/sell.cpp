@@ -53,9 +53,9 @@ constexpr Rates kHalvesRates = {1.33, 0.5, 0.8, 2.2, 4.75, 4.5,  5.5, 8.0,      
                                 18,   9.0, 15,  0.6, 0.4,  0.65, 0.3, 32 * 1024};
 const Rates &rates_here() { return cpu_features().halves_512 ? kHalvesRates : kWholeRates; }
 
+#if defined(__x86_64__)
 constexpr int kSellTileRows = 24, kSellTileOutputs = 128; // of sums that do not leave from registers
 
-#if defined(__x86_64__)
 // Outputs of strips [s0, s1) of one convolution group, rows m0 ... Groups of 4 leave from registers, 64
 // outputs of a row at a time. Single outputs leave through a tile, as stores of 16 outputs to rows far apart
 // cost more than that (up to 18 % at 1024 rows); so do planes of outputs and activations with a series.
