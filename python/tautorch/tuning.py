@@ -151,7 +151,8 @@ def choose(
     if not _measuring or torch.cuda.is_current_stream_capturing():
         return rule()
     try:
-        best = _fastest([rule(), *candidates()], run)
+        with torch.cuda.device(x.get_device()):  # whose stream the events go to
+            best = _fastest([rule(), *candidates()], run)
     except torch.cuda.OutOfMemoryError:  # no room to flush L2 with; not remembered
         return rule()
     _found[full] = best, True

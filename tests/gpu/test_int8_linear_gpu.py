@@ -211,6 +211,29 @@ def test_cuda_graph(kernel: str, mode: str) -> None:
     assert_close(y.cpu(), changed(reference), magnitude=changed.magnitude(reference))
 
 
+@pytest.mark.parametrize("m,n,k", [(2100, 2400, 1168), (60, 520, 4096), (250, 1000, 2064)])
+def test_several_tiles_a_block_and_several_blocks_a_tile(kernel: str, m: int, n: int, k: int) -> None:
+    """More tiles than multiprocessors, and so few that K is shared out; again and again in a graph."""
+    x, weight = (torch.randint(-127, 128, s, dtype=torch.int8, device="cuda") for s in ((m, k), (n, k)))
+    scale, bias, x_scale = (torch.rand(s, device="cuda") * 0.01 for s in (n, n, m))
+    acc = x.double() @ weight.double().T
+    raw = ops.int8_linear(x, weight, scale, x_scale=x_scale, out_dtype=torch.int32)
+    assert torch.equal(raw.double(), acc)
+
+    def call() -> Tensor:
+        return ops.int8_linear(x, weight, scale, bias, x_scale=x_scale, out_dtype=torch.bfloat16)
+
+    call()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = call()
+    for turn in (1, -1, 1):
+        y.fill_(float("nan"))
+        graph.replay()
+        assert torch.equal(y, (((turn * acc).float() * x_scale[:, None]) * scale + bias).bfloat16())
+        x.neg_()
+
+
 def test_the_callers_stream_is_used(kernel: str) -> None:
     case = linear_case(OP, 64, 128, 256)
     there = on_gpu(case)
