@@ -204,6 +204,10 @@ def test_choice_for_packed_weights(cuda_build: CudaBuild) -> None:
     assert "2^26" in m.sparse_linear_supports("sp24_float_128x64", 80, 1, 64, 2**26 + 1, BF16)
     assert m.sparse_linear_supports("sp24_128x64", 80, 1, 64, 64, I8) is None
     assert "9.0" in m.sparse_linear_supports("sm90a_sp24_256x128x128", 100, 1, 64, 64, I8)
+    # Steps of places lie 128 N apart, which CUTLASS multiplies as int32.
+    for n, kernel in ((2**24 - 64, "sm90a_sp24_256x128x128"), (2**24, "sp24_256x128")):
+        assert m.sparse_linear_choose(90, 132, 4096, n, 64, I8) == kernel
+    assert "2^24" in m.sparse_linear_supports("sm90a_sp24_256x128x128", 90, 1, 2**24, 64, I8)
     for reason, problem in {
         "sparse tensor cores": (75, 1, 64, 64),
         "almost no int8": (103, 1, 64, 64),

@@ -98,6 +98,8 @@ const char *sparse_linear_supports(const SparseLinearKernel &kernel, int capabil
         return "M is outside 0..2^31 - 256";
     if (n < 1 || n > (int64_t{1} << 26))
         return "N is outside 1..2^26";
+    if (kernel.order == SparseOrder::wgmma && n > (int64_t{1} << 24) - 64)
+        return "N is above 2^24 - 64, where CUTLASS's strides between steps of places leave int32";
     if (floats && (k < 1 || k > int64_t{1} << 26))
         return "K is outside 1..2^26";
     if (!floats && (k < 1 || k > kMaxK))
