@@ -100,13 +100,15 @@ wheel-aarch64: $(DEPS)
 # -s: a sanitizer ends the process, and what pytest has captured of its report with it. Left out is what runs torch's code
 # rather than ours, and what repeats a kernel's sizes: the rest takes 3 minutes of CPU time.
 # The one about freed tensors needs an allocator that reuses addresses, which the address sanitizer takes care not to do.
+UNDER_SANITIZERS = LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libstdc++.so)" \
+  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1
 SANITIZED := not freed_tensors and not gradients and not opcheck and not bad_ and not refused and not threads_do_not and not any_case
 sanitize: build
 	$(CMAKE) -S . -B build/sanitize -DTAUTORCH_SANITIZE=address,undefined -DTAUTORCH_OUTPUT_DIR=$(abspath build/sanitize)
 	$(VENV)/bin/cmake --build build/sanitize
-	LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libstdc++.so)" \
-	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
-	  $(PY) tests/sanitized.py build/sanitize tests/ops -q -s -k "$(SANITIZED)" $(ARGS)
+	$(UNDER_SANITIZERS) $(PY) tests/sanitized.py build/sanitize tests/ops -q -s -k "$(SANITIZED)" $(ARGS)
+	$(UNDER_SANITIZERS) TAUTORCH_TEST_BUILD=$(abspath build/sanitize) \
+	  $(PY) -m pytest tests/capi -q -s -k "not plain and not installed" $(ARGS)
 	$(VENV)/bin/cmake --build build/sanitize --target native_test
 	build/sanitize/tests/native/native_test tests/golden/golden.json
 
