@@ -31,6 +31,10 @@ DISTURBED = 0.1  # of the samples, median over the rows: more than a quiet machi
 # product instruction either, whose rate would be its peak.
 SCALAR_MACS = 5e7
 
+LEGEND = """
+of peak: of the product instruction's rate on registers. of reading: of the rate at which weights can be read.
+fp32 / ours: above 1 is faster than torch in fp32, with 95 % confidence. Everything in this one run."""
+
 
 @dataclass(frozen=True)
 class Row:
@@ -174,6 +178,7 @@ def show(result: Result, console: Console) -> None:
     peaks = ", ".join(f"{name} {gops:.0f}" for name, gops in result.peaks.items())
     console.print(f"product instructions on registers, GOPS on all threads: {peaks}\n", markup=False)
     console.print(table(result))
+    console.print(LEGEND, style="dim", markup=False, highlight=False)
     disturbed = statistics.median(r.disturbed for r in result.rows) if result.rows else 0.0
     if disturbed > DISTURBED:
         console.print(
