@@ -1,9 +1,10 @@
-"""Timings of 2:4 products, int8 convolutions and the fused row quantiser, beside their peers.
+"""Timings of 2:4 and single-weight products, int8 convolutions and the fused row quantiser, beside peers.
 
 Peers, in the same run: 2:4 beside our dense int8, bf16, and cuSPARSELt through torch's semi-structured
-tensors (bf16 and int8); convolutions, int8 in and out, beside cuDNN's bf16 in channels-last and the Triton
-kernel, 2:4 ones beside the dense int8 ones; quantize_rows beside the same stage by torch with the plain
-quantiser. A peer that this torch or device does not have is left out, and the row says so.
+tensors (bf16 and int8); single weights beside our dense int8 and bf16; convolutions, int8 in and out, beside
+cuDNN's bf16 in channels-last and the Triton kernel, 2:4 ones beside the dense int8 ones; quantize_rows beside
+the same stage by torch with the plain quantiser. A peer that this torch or device does not have is left out,
+and the row says so.
 """
 
 from __future__ import annotations
@@ -115,6 +116,29 @@ def two_of_four(m: int, n: int, k: int) -> Case:
     return Case(calls, m * k + n * k * 0.625 + 2 * m * n, 2 * m * n * k, missing)
 
 
+def single_weights(m: int, n: int, k: int, removed: float) -> Case:
+    """int8 rows by unstructured int8, bf16 out."""
+    weight = torch.randint(-127, 128, (n, k), device=DEVICE, dtype=torch.int8)
+    weight *= torch.rand(n, k, device=DEVICE) >= removed
+    layout = encode(weight, weight != 0, "unstructured")
+    x = torch.randint(-127, 128, (m, k), device=DEVICE, dtype=torch.int8)
+    scale, x_scale = torch.rand(n, device=DEVICE) * 0.01, torch.rand(m, device=DEVICE) * 0.01
+
+    def ours(dtype: torch.dtype) -> Tensor:
+        return ops.sparse_linear(
+            x, *layout, scale, pattern="unstructured", out_features=n, x_scale=x_scale, out_dtype=dtype
+        )
+
+    same(f"unstructured {m}x{n}x{k}", ours(torch.int32), x.double() @ weight.double().T)
+    floats, rows = weight.bfloat16(), torch.randn(m, k, device=DEVICE, dtype=torch.bfloat16)
+    calls: Calls = {
+        "ours": lambda: ours(torch.bfloat16),
+        "int8": lambda: ops.int8_linear(x, weight, scale, x_scale=x_scale, out_dtype=torch.bfloat16),
+        "bf16": lambda: F.linear(rows, floats),
+    }
+    return Case(calls, m * k + n * k / 8 + layout[0].numel() + 2 * m * n, 2 * m * layout[0].numel(), [])
+
+
 def convolution(sizes: tuple[int, int, int, int, int], sparse: bool) -> Case:
     """int8 in and out, with bias and relu."""
     channels, n, window, stride, side = sizes
@@ -189,6 +213,11 @@ def cases() -> Iterator[tuple[str, Callable[[], Case]]]:
     for m in ROWS:
         for n, k in SHAPES:
             yield f"sparse_linear int8 {m}x{n}x{k} 2:4", lambda m=m, n=n, k=k: two_of_four(m, n, k)  # type: ignore[misc]
+    for m in (1, 8, 32):
+        for n, k in SHAPES:
+            for removed in (0.5, 0.8, 0.9):
+                name = f"sparse_linear int8 {m}x{n}x{k} unstructured {removed:.0%}"
+                yield name, lambda m=m, n=n, k=k, r=removed: single_weights(m, n, k, r)  # type: ignore[misc]
     for sizes in RESNET:
         name = "{}->{} {}x{} /{} {}".format(*sizes[:3], sizes[2], *sizes[3:])
         yield f"int8_conv2d int8 {name}", lambda s=sizes: convolution(s, False)  # type: ignore[misc]

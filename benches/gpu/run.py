@@ -41,7 +41,8 @@ IDLE = "no test of it ran"
 TOGETHER = 4
 TRITON_OPS = "lowrank-and-sparse"
 SANITIZED_TRITON = (
-    "(test_lowrank_sizes and rule or test_sparse_sizes) and (1-1-1 or 17-65-129) or test_lowrank_residual"
+    "(test_lowrank_sizes and rule or test_sparse_sizes) and (1-1-1 or 17-65-129) or test_lowrank_residual "
+    "or test_lowrank_conv"
 )
 
 

@@ -1,4 +1,4 @@
-// tautorch._cuda: sparse_linear, pattern 2:4.
+// tautorch._cuda: sparse_linear, pattern 2:4 and single weights.
 #include "kernels/sparse_linear/sparse_linear_cuda.h"
 
 #include "bindings/module_cuda.h"
@@ -35,12 +35,13 @@ struct Op {
 
 // A kernel's order, as Python has it: an integer.
 cuda::SparseOrder order_of(int order) {
-    if (order < 0 || order > 2)
-        throw py::value_error("sparse_linear: order must be 0..2, got " + std::to_string(order));
+    if (order < 0 || order > 3)
+        throw py::value_error("sparse_linear: order must be 0..3, got " + std::to_string(order));
     return static_cast<cuda::SparseOrder>(order);
 }
 
-// Where the sums are (of float values nothing uses them), and how long a pack is.
+// Where the sums are (of float values nothing uses them), and how long a pack is (of single weights without
+// their values).
 struct SparseLayout {
     int64_t sums_off, total;
 };
@@ -48,6 +49,10 @@ SparseLayout layout_of(int64_t n, int64_t k, cuda::SparseOrder order) {
     if (order == cuda::SparseOrder::wgmma) {
         const cuda::WgmmaLayout l = cuda::wgmma_layout(n, k);
         return {l.sums_off, l.total};
+    }
+    if (order == cuda::SparseOrder::bitmap) {
+        const cuda::BitmapLayout l = cuda::bitmap_layout(n, k);
+        return {l.sums_off, l.values_off};
     }
     const bool floats = order == cuda::SparseOrder::float_units;
     const cuda::GemmLayout l = floats ? cuda::gemm_layout(n, 2 * k, cuda::kSparseFloatUnit)
@@ -84,6 +89,8 @@ void bind_sparse_linear_cuda(py::module_ &m) {
     m.def("sparse_linear_pack", [](int64_t values, int64_t places, int64_t n, int64_t kept, int64_t packed,
                                    int order, int device, int64_t stream) {
         const cuda::SparseOrder wanted = order_of(order);
+        if (wanted == cuda::SparseOrder::bitmap)
+            throw py::value_error("sparse_linear: single weights are packed by their caller");
         const py::gil_scoped_release release;
         const DeviceGuard guard(device);
         if (wanted == cuda::SparseOrder::float_units) {
@@ -100,6 +107,18 @@ void bind_sparse_linear_cuda(py::module_ &m) {
         const int64_t sums = packed + layout_of(n, 2 * kept, wanted).sums_off;
         check("sparse_linear: summing",
               cuda::int8_linear_sums(from, kept, n, kept, at<int32_t>(sums), at<void>(stream)));
+    });
+    // The kernel of single weights for a number of rows, and where the parts of its weights lie.
+    m.def("sparse_linear_bitmap", [](int64_t rows) { return cuda::sparse_linear_bitmap(rows)->name; });
+    m.def("sparse_linear_bitmap_layout", [](int64_t n, int64_t k) {
+        const cuda::BitmapLayout l = cuda::bitmap_layout(n, k);
+        py::dict d;
+        d["tiles"] = l.tiles;
+        d["steps"] = l.steps;
+        d["offsets_off"] = l.offsets_off;
+        d["sums_off"] = l.sums_off;
+        d["values_off"] = l.values_off;
+        return d;
     });
     m.def("sparse_linear_plan", [](int64_t packed, int64_t n, int64_t k, int order, const py::dict &tail) {
         CudaPlan<cuda::Int8Linear> p{};

@@ -278,8 +278,13 @@ def _int8_linear_row(name: str) -> Kernel:
 def _sparse_linear_row(name: str) -> Kernel:
     def supports(problem: Problem) -> str | None:
         details = problem.details
+        bitmap = details.get("pattern") in ("unstructured", "4x1")
+        if name != "cuda" and bitmap != name.startswith("bitmap"):
+            return f"it is for pattern {'unstructured or 4x1' if name.startswith('bitmap') else '2:4'}"
+        if bitmap:
+            return _bitmap_supports(name, problem)
         if details.get("pattern") != "2:4":
-            return "it is for pattern 2:4"
+            return "it is for patterns 2:4, unstructured and 4x1"
         if details.get("weight_only"):
             return "its 2:4 products are of int8 with int8 and of float values with floats"
         floats = details.get("weight_dtype") != "int8"
@@ -294,12 +299,24 @@ def _sparse_linear_row(name: str) -> Kernel:
             if cuda.sparse_linear_choose(*gpu, *asked) is not None:
                 return None
             # Of the kernels for such values the last serves the most devices.
-            name_asked = [k for k in cuda.sparse_linear_kernels() if floats == ("float" in k)][-1]
+            names = [k for k in cuda.sparse_linear_kernels() if not k.startswith("bitmap")]
+            name_asked = [k for k in names if floats == ("float" in k)][-1]
         else:
             name_asked = name
         return _text(cuda.sparse_linear_supports(name_asked, gpu[0], *asked))
 
     return Kernel("sparse_linear", name, "cuda", supports)
+
+
+def _bitmap_supports(name: str, problem: Problem) -> str | None:
+    if problem.details.get("weight_only") or problem.details.get("weight_dtype") != "int8":
+        return "its products of single weights are of int8 with int8"
+    gpu = _extension(problem)
+    if isinstance(gpu, str):
+        return gpu
+    rows = _number(problem, "rows")
+    kernel = cuda.sparse_linear_bitmap(rows) if name == "cuda" else name
+    return _text(cuda.sparse_linear_supports(kernel, gpu[0], rows, problem.n, problem.k, _INT8))
 
 
 def _int8_conv2d_row(name: str) -> Kernel:
@@ -366,7 +383,7 @@ def _refuse_sparse(problem: Problem) -> str | None:
         return _refuse_rows(problem)
     if pattern == "2:4":
         return "Triton has no instruction for 2:4"
-    return f"{pattern} weights have no GPU kernel; prune in blocks of 16x16, 32x32 or 64x64"
+    return f"{pattern} weights are not for Triton; prune in blocks of 16x16, 32x32 or 64x64"
 
 
 def _refuse_conv(problem: Problem) -> str | None:

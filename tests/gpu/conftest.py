@@ -1,4 +1,4 @@
-"""The CUDA extension that `make cuda` built, and our own CUDA code as a library of the CPU."""
+"""The CUDA extension that `make cuda` built, for the tests that read it, and its kernels on the CPU."""
 
 from __future__ import annotations
 
@@ -6,22 +6,24 @@ import ctypes
 import importlib.util
 import shutil
 import subprocess
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+
+from tautorch import dispatch
+from tautorch.dispatch import Kernel
+from tautorch.ops import _int8_linear_gpu as gpu
+
+from . import emulated
+from .stand_in import OP, Extension
 
 ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build" / "cuda"
-HERE = Path(__file__).parent / "emulation"
-GEMM = (
-    "common/gemm_pack",
-    "sparse_linear/sparse_linear_24",
-    "sparse_linear/sparse_linear_24_pack",
-    "int8_conv2d/int8_conv2d_gemm",
-    "sparse_conv2d/sparse_conv2d_24",
-)
 
 
 @dataclass(frozen=True)
@@ -71,27 +73,20 @@ def cuda_build() -> CudaBuild:
 
 @pytest.fixture(scope="session")
 def device(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    """The kernels' sources compiled by the host compiler; see emulation/emulate.h."""
-    nvcc, compiler = shutil.which("nvcc"), shutil.which("g++")
-    if nvcc is None or compiler is None:
-        pytest.skip("nvcc (for CUDA's headers) and g++ are needed: install CUDA 13 and g++")
-    dry = subprocess.run(
-        [nvcc, "--dryrun", "-c", "-x", "cu", "/dev/null"], capture_output=True, text=True, check=True
-    )
-    tops = [line.partition("TOP=")[2] for line in dry.stderr.splitlines() if "TOP=" in line]
-    library = tmp_path_factory.mktemp("emulated") / "device.so"
-    sources = [ROOT / f"csrc/kernels/common/quantize_rows{part}.cu" for part in ("", "_after", "_parts")]
-    sources.append(HERE / "emulate.cpp")
-    sources += [ROOT / f"csrc/kernels/int8_linear/int8_linear_{name}.cu" for name in ("pack", "stream")]
-    sources += [ROOT / f"csrc/kernels/{name}.cu" for name in GEMM]
-    command = [compiler, "-std=c++20", "-O1", "-ffp-contract=off", "-shared", "-fPIC", "-pthread", "-w"]
-    command += ["-isystem", f"{tops[0]}/include", "-I", str(HERE), "-I", str(ROOT / "csrc")]
-    command += ['-DTAUTORCH_EMULATED_LAUNCH="emulate.h"', "-include", "emulate.h", "-x", "c++"]
-    done = subprocess.run(
-        [*command, *map(str, sources), "-o", str(library)], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    lib = ctypes.CDLL(str(library))
-    for name in ("packed_bytes", "units_bytes", "float_units_bytes", "wgmma_bytes"):
-        getattr(lib, name).restype = ctypes.c_int64
-    return lib
+    """Our own kernels on the CPU."""
+    return emulated.build(tmp_path_factory.mktemp("emulated"))
+
+
+@pytest.fixture
+def extension(monkeypatch: pytest.MonkeyPatch) -> Iterator[Extension]:
+    ext = Extension()
+    stream = SimpleNamespace(cuda_stream=7, synchronize=lambda: ext.calls.append("synchronize"))
+    monkeypatch.setattr(dispatch, "cuda", ext)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: stream)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda self, s: None)
+    monkeypatch.setattr(gpu, "_facts", lambda index: (90, 132))
+    rows = [Kernel(OP, name, "cuda", lambda p: None) for name in ("cuda", "tile_a", "tile_b")]
+    monkeypatch.setattr(dispatch, "_table", rows)
+    yield ext
+    dispatch._last_python.pop(OP, None)

@@ -164,7 +164,8 @@ def test_kernels_of_packed_weights(
         if f.arch == arch and "gemm_kernel" in f.name and units in f.name and rows in f.name
     ]
     names = getattr(cuda_build.module, f"{op}_kernels")()
-    assert len(found) == sum(not name.startswith("sm90a") and "float" not in name for name in names)
+    others = ("sm90a", "sp24_float", "bitmap")
+    assert len(found) == sum(not name.startswith(others) for name in names)
     for f in found:
         # Every multiplication is of that kind, its rows come by ldmatrix, its stages by cp.async.
         assert f.count("IMMA") == f.count(instruction) > 0, f.name
@@ -181,6 +182,42 @@ def test_kernels_of_two_of_four_floats(cuda_build: CudaBuild, functions: list[Fu
         assert f.count("HMMA") == f.count("HMMA.SP.16832.F32") and bf16 in (0, f.count("HMMA")), f.name
         assert (bf16 > 0) == ("SparseFloatUnitsILb1E" in f.name) and f.count("HMMA") > 0, f.name
         assert f.count("LDSM.16.M88.4") > 0 and f.count("LDGSTS.E.BYPASS") > 0, f.name
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+def test_kernels_of_single_weights(cuda_build: CudaBuild, functions: list[Function], arch: str) -> None:
+    found = [f for f in functions if f.arch == arch and "bitmap_kernel" in f.name]
+    assert len(found) == sum(n.startswith("bitmap") for n in cuda_build.module.sparse_linear_kernels())
+    for f in found:
+        assert f.count("IMMA") == f.count("IMMA.16832.S8.S8") > 0, f.name
+        assert f.count("LDGSTS.E.BYPASS") > 0 and f.count("PRMT") > 0 and f.count("SHF") > 0, f.name
+        assert f.count("BAR.SYNC") <= 4, f"{f.name}: no barrier of the block along K"
+
+
+def test_choice_for_single_weights(cuda_build: CudaBuild) -> None:
+    m: Any = cuda_build.module
+    chosen = [m.sparse_linear_bitmap(rows) for rows in (0, 1, 8, 9, 16, 17, 32, 33, 4096)]
+    assert chosen == ["bitmap_8"] * 3 + ["bitmap_16"] * 2 + ["bitmap_32"] * 4
+    assert {m.sparse_linear_order(name) for name in chosen} == {3}
+    assert m.sparse_linear_supports("bitmap_8", 80, 9999, 64, 66311, I8) is None
+    for reason, problem in {
+        "8.0 or later": (75, 1, 64, 64, I8),
+        "almost no int8": (103, 1, 64, 64, I8),
+        "K is outside": (90, 1, 64, 66312, I8),
+        "int8 by int8": (90, 1, 64, 64, BF16),
+    }.items():
+        assert reason in m.sparse_linear_supports("bitmap_8", *problem)
+    layout = m.sparse_linear_bitmap_layout(70, 130)  # 5 tiles of 16 outputs, 3 steps of 64
+    assert layout == {
+        "tiles": 5,
+        "steps": 3,
+        "offsets_off": 15 * 128,
+        "sums_off": 15 * 128 + 128,
+        "values_off": 15 * 128 + 128 + 384,
+    }
+    assert m.sparse_linear_layout(70, 130, 3)["sums_off"] == layout["sums_off"]
+    with pytest.raises(ValueError, match="packed by their caller"):
+        m.sparse_linear_pack(0, 0, 16, 32, 0, 3, 0, 0)
 
 
 def test_choice_for_packed_weights(cuda_build: CudaBuild) -> None:
@@ -240,7 +277,7 @@ def test_choice_for_packed_weights(cuda_build: CudaBuild) -> None:
     # 2 groups of 64 outputs, 2 steps of 32, 2304 bytes each: 1.125 a weight
     assert m.sparse_linear_layout(70, 61, 2)["sums_off"] == 4 * 2304
     with pytest.raises(ValueError, match="order must be"):
-        m.sparse_linear_layout(70, 61, 3)
+        m.sparse_linear_layout(70, 61, 4)
     assert isinstance(m.sparse_linear_plan(256, 8, 64, 2, tail(mode=3)), bytes)
     with pytest.raises(ValueError, match="float x by float values"):
         m.sparse_linear_plan(256, 8, 64, 2, tail())

@@ -62,13 +62,18 @@ def agree(case: Case, kernel: str, device: str = "cuda") -> None:
     assert_close(actual.cpu(), case(reference), magnitude=case.magnitude(reference))
 
 
+def patterns(kernel: str) -> list[str]:
+    """Of int8 values."""
+    single, others = ["unstructured", "4x1"], [] if "float" in kernel else ["2:4"]
+    return [*others, *single] if kernel == "cuda" else single if kernel.startswith("bitmap") else others
+
+
 @pytest.mark.parametrize("mode", ["dynamic", "static", "int8"])
 @pytest.mark.parametrize("m,n,k", SIZES)
 @pytest.mark.parametrize("kernel", rows("sparse_linear"))
-def test_two_of_four(kernel: str, m: int, n: int, k: int, mode: str) -> None:
-    if "float" in kernel:
-        pytest.skip("a kernel of float values")
-    agree(linear_case("sparse_linear", m, n, k, mode=mode, pattern="2:4"), kernel)
+def test_int8_values(kernel: str, m: int, n: int, k: int, mode: str) -> None:
+    for pattern in patterns(kernel):
+        agree(linear_case("sparse_linear", m, n, k, mode=mode, pattern=pattern), kernel)
 
 
 @pytest.mark.parametrize("x_dtype", [torch.bfloat16, torch.float16])
@@ -90,10 +95,28 @@ def test_two_of_four_floats(kernel: str, m: int, n: int, k: int, x_dtype: torch.
 @pytest.mark.parametrize("x", ["lowest", "highest", "extremes"])
 @pytest.mark.parametrize("w", ["lowest", "highest", "extremes"])
 @pytest.mark.parametrize("kernel", rows("sparse_linear"))
-def test_two_of_four_extreme_integers(kernel: str, w: str, x: str) -> None:
-    if "float" in kernel:
-        pytest.skip("a kernel of float values")
-    agree(linear_case("sparse_linear", 33, 65, 2048, mode="int8", x=x, w=w, pattern="2:4"), kernel)
+def test_extreme_integers(kernel: str, w: str, x: str) -> None:
+    for pattern in patterns(kernel):
+        agree(linear_case("sparse_linear", 33, 65, 2048, mode="int8", x=x, w=w, pattern=pattern), kernel)
+
+
+@pytest.mark.parametrize("keep", [0.0, 0.05, 0.5, 1.0])
+def test_single_weights_of_any_density_in_a_graph(keep: float) -> None:
+    case = linear_case("sparse_linear", 5, 300, 1000, mode="int8", pattern="unstructured", keep=keep)
+    there = replace(
+        case,
+        args=tuple(a.cuda() if isinstance(a, Tensor) else a for a in case.args),
+        kwargs={k: v.cuda() if isinstance(v, Tensor) else v for k, v in case.raw().kwargs.items()},
+    )
+    there(ops.sparse_linear)  # packed
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = there(ops.sparse_linear)
+    there.x.neg_()
+    graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(y.cpu(), case.with_x(there.x.cpu()).raw()(sparse_reference))
 
 
 @pytest.mark.parametrize("mode", ["dynamic", "static", "int8"])

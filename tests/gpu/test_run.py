@@ -63,6 +63,7 @@ def test_the_cases_verify_what_they_time(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(measure_packed, "BATCH", 2)
     cases = [measure_packed.two_of_four(20, 64, 128), measure_packed.convolution((16, 32, 3, 2, 8), False)]
     cases.append(measure_packed.convolution((16, 32, 1, 1, 8), True))
+    cases.append(measure_packed.single_weights(4, 64, 128, 0.8))
     cases += [measure_packed.quantiser(4, 64, a) for a in ("rms_norm", "layer_norm", "silu_gate", "gelu")]
     for case in cases:
         assert next(iter(case.calls)) == "ours" and len(case.calls) > 1 and case.moved > 0

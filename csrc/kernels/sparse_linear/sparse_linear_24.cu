@@ -1,5 +1,5 @@
-// The table of 2:4 kernels, their choice and launch. Main loops: common/gemm_sm80.cuh, and CUTLASS's in
-// sparse_linear_24_sm90a.cu.
+// The table of kernels, their choice, and the launch of 2:4's on common/gemm_sm80.cuh. Other main loops:
+// CUTLASS's in sparse_linear_24_sm90a.cu, sparse_linear_bitmap.cu.
 #include "kernels/sparse_linear/sparse_linear_cuda.h"
 
 #include "kernels/common/gemm_sm80.cuh"
@@ -12,6 +12,7 @@ namespace tautorch::cuda {
 
 #define TAUTORCH_DECLARE(name, ...) int sparse_linear_##name(const Int8Linear &, void *);
 TAUTORCH_SPARSE_LINEAR_24_SM90A(TAUTORCH_DECLARE)
+TAUTORCH_SPARSE_LINEAR_BITMAP(TAUTORCH_DECLARE)
 #undef TAUTORCH_DECLARE
 
 namespace {
@@ -58,9 +59,13 @@ constexpr int kAnyLater = 9999;
      8 * tiles * warps_m,                                                                                    \
      SparseOrder::float_units,                                                                               \
      &run_float<warps_n, warps_m, tiles, stages>},
+#define TAUTORCH_BITMAP_ROW(name, row_tiles, ...)                                                            \
+    {#name, 80, kAnyLater, kBitmapOutputs, 8 * row_tiles, SparseOrder::bitmap, &sparse_linear_##name},
 constexpr SparseLinearKernel kTable[] = {TAUTORCH_SPARSE_LINEAR_24_SM90A(TAUTORCH_SM90A)
                                              TAUTORCH_SPARSE_LINEAR_24(TAUTORCH_ROW)
-                                                 TAUTORCH_SPARSE_LINEAR_24_FLOAT(TAUTORCH_FLOAT_ROW)};
+                                                 TAUTORCH_SPARSE_LINEAR_24_FLOAT(TAUTORCH_FLOAT_ROW)
+                                                     TAUTORCH_SPARSE_LINEAR_BITMAP(TAUTORCH_BITMAP_ROW)};
+#undef TAUTORCH_BITMAP_ROW
 #undef TAUTORCH_FLOAT_ROW
 #undef TAUTORCH_ROW
 #undef TAUTORCH_SM90A
@@ -89,7 +94,9 @@ const char *sparse_linear_supports(const SparseLinearKernel &kernel, int capabil
     if (!floats && x_dtype != DType::i8)
         return "it multiplies int8 by int8 values";
     if (capability < 80)
-        return "2:4 needs the sparse tensor cores of compute capability 8.0 or later";
+        return kernel.order == SparseOrder::bitmap
+                   ? "needs compute capability 8.0 or later"
+                   : "2:4 needs the sparse tensor cores of compute capability 8.0 or later";
     if (capability < kernel.min_capability || capability > kernel.max_capability)
         return "needs compute capability 9.0 (H100, H200)";
     if (capability == 103 && !floats)
@@ -116,7 +123,8 @@ const SparseLinearKernel *sparse_linear_choose(int capability, int multiprocesso
     const SparseLinearKernel *best = nullptr;
     double least = 0;
     for (const SparseLinearKernel &row : kTable) {
-        if (sparse_linear_supports(row, capability, m, n, k, x_dtype) != nullptr ||
+        if (row.order == SparseOrder::bitmap ||
+            sparse_linear_supports(row, capability, m, n, k, x_dtype) != nullptr ||
             (best != nullptr && best->order == SparseOrder::wgmma))
             continue;
         const int64_t rounds = div_up(div_up(m, row.tile_m) * div_up(n, row.tile_n), multiprocessors);
@@ -131,6 +139,18 @@ const SparseLinearKernel *sparse_linear_choose(int capability, int multiprocesso
         }
     }
     return best;
+}
+
+const SparseLinearKernel *sparse_linear_bitmap(int64_t m) {
+    const SparseLinearKernel *last = nullptr;
+    for (const SparseLinearKernel &row : kTable) {
+        if (row.order != SparseOrder::bitmap)
+            continue;
+        last = &row;
+        if (m <= row.tile_m)
+            break;
+    }
+    return last;
 }
 
 int sparse_linear_run(const SparseLinearKernel &kernel, const Int8Linear &a, void *stream) {

@@ -1,10 +1,10 @@
-// sparse_linear on CUDA, pattern 2:4. int8 values: y as in int8_linear_cuda.h, by mma.sp.sync or, on compute
-// capability 9.0, wgmma.sp. bf16 and fp16 values by rows of the same type: y = activation(sum x w + bias),
-// summed in fp32 by mma.sp.sync.
+// sparse_linear on CUDA. Single int8 weights: sparse_linear_bitmap_cuda.h. Pattern 2:4, int8 values: y as in
+// int8_linear_cuda.h, by mma.sp.sync or, on compute capability 9.0, wgmma.sp. bf16 and fp16 values by rows of
+// the same type: y = activation(sum x w + bias), summed in fp32 by mma.sp.sync.
 #pragma once
 
 #include "kernels/common/gemm_pack_cuda.h"
-#include "kernels/int8_linear/int8_linear_cuda.h"
+#include "kernels/sparse_linear/sparse_linear_bitmap_cuda.h"
 
 namespace tautorch::cuda {
 
@@ -43,8 +43,9 @@ inline WgmmaLayout wgmma_layout(int64_t n, int64_t k) {
 int wgmma_pack_sparse(const int8_t *values, const uint8_t *places, int64_t n, int64_t kept, uint8_t *packed,
                       void *stream);
 
-// What a kernel reads: units of gemm_pack_sparse(), wgmma_pack_sparse()'s, units of gemm_pack_sparse_float().
-enum class SparseOrder { units, wgmma, float_units };
+// What a kernel reads: units of gemm_pack_sparse(), wgmma_pack_sparse()'s, units of gemm_pack_sparse_float(),
+// bitmap_layout()'s.
+enum class SparseOrder { units, wgmma, float_units, bitmap };
 
 struct SparseLinearKernel {
     const char *name;
@@ -61,9 +62,12 @@ const SparseLinearKernel *sparse_linear_find(const char *name);
 // i8 for int8 values, whatever is quantised to meet them.
 const char *sparse_linear_supports(const SparseLinearKernel &kernel, int capability, int64_t m, int64_t n,
                                    int64_t k, DType x_dtype);
-// Null when none should run it. All that are chosen for one type on one device read the same layout.
+// Of 2:4. Null when none should run it. All that are chosen for one type on one device read the same layout.
 const SparseLinearKernel *sparse_linear_choose(int capability, int multiprocessors, int64_t m, int64_t n,
                                                int64_t k, DType x_dtype);
+
+// Of single weights, by bitmaps: all read the same layout.
+const SparseLinearKernel *sparse_linear_bitmap(int64_t m);
 
 // a.weight: in the kernel's order; a.ldw unused, of float values also sums and scales; a.k: twice the kept
 // values of a row, or up to 7 less. What lies behind a row of floats is not read.

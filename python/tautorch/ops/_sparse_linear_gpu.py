@@ -1,4 +1,4 @@
-"""sparse_linear on CUDA tensors: by the CUDA extension (2:4) or by Triton, as the kernel table says."""
+"""sparse_linear on CUDA tensors: by the CUDA extension or by Triton, as the kernel table says."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from tautorch.reference.layouts import block_row_indices, check_layout
 
 from . import _gpu
 from . import _sparse_24_gpu as two_of_four
+from . import _sparse_bitmap_gpu as bitmap
 from . import library as lib
 
 OP = "sparse_linear"
@@ -46,6 +47,9 @@ def run(
     kernel = dispatch.choose(Problem(OP, "cuda", *shape, details))
     if kernel not in ("reference", "triton"):
         assert col is not None  # by the operator's checks
+        if pattern != "2:4":
+            assert weight_scale is not None  # by the table
+            return bitmap.run(kernel, x, (values, crow, col), pattern, weight_scale, bias, out_features, tail)
         return two_of_four.run(kernel, x, values, col, weight_scale, bias, out_features, tail)
     dispatch.note_used(OP, kernel)
     if kernel == "reference":

@@ -158,6 +158,11 @@ extern "C" int pack_wgmma(const int8_t *values, const uint8_t *places, int64_t n
                           uint8_t *packed) {
     return cuda::wgmma_pack_sparse(values, places, n, kept, packed, nullptr);
 }
+extern "C" void bitmap_layout(int64_t n, int64_t k, int64_t *to) {
+    const cuda::BitmapLayout l = cuda::bitmap_layout(n, k);
+    const int64_t parts[] = {l.tiles, l.steps, l.offsets_off, l.sums_off, l.values_off};
+    std::copy_n(parts, 5, to);
+}
 // CUTLASS's, which runs on no CPU.
 namespace tautorch::cuda {
 #define TAUTORCH_NONE(name, ...)                                                                             \

@@ -85,6 +85,25 @@ inline float __shfl_xor_sync(unsigned, float v, int step) {
     return v;
 }
 
+inline uint32_t __shfl_up_sync(unsigned, uint32_t v, int step) {
+    emulated::Warp &warp = emulated::block->warps[threadIdx.x / 32];
+    const int lane = static_cast<int>(threadIdx.x % 32);
+    warp.values[lane] = v;
+    warp.together.arrive_and_wait();
+    const auto got = static_cast<uint32_t>(warp.values[lane >= step ? lane - step : lane]);
+    warp.together.arrive_and_wait();
+    return got;
+}
+inline void __syncwarp() { emulated::block->warps[threadIdx.x / 32].together.arrive_and_wait(); }
+inline int __popc(uint32_t v) { return __builtin_popcount(v); }
+// The 32 bits from `shift` on of high:low; modulo 32, and at most 32.
+inline uint32_t __funnelshift_r(uint32_t low, uint32_t high, uint32_t shift) {
+    return static_cast<uint32_t>((uint64_t{high} << 32 | low) >> (shift & 31));
+}
+inline uint32_t __funnelshift_rc(uint32_t low, uint32_t high, uint32_t shift) {
+    return static_cast<uint32_t>((uint64_t{high} << 32 | low) >> std::min(shift, 32u));
+}
+
 inline float __fsqrt_rn(float v) { return std::sqrt(v); }
 inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __fadd_rn(float a, float b) { return a + b; }
