@@ -164,3 +164,16 @@ def test_more_rows_than_32_bits_count_are_refused() -> None:
         tk.matmul(q, one, q[:1], one)
     with pytest.raises(ValueError, match="at most 2147483392 rows"):
         weight_only.weight_only_matmul(torch.zeros(1, 16).expand(q.shape), q[:1], one)
+
+
+def test_rows_are_no_part_of_what_is_compiled() -> None:
+    """Another batch of the same tile must not compile anew."""
+    from tautorch.triton_kernels import _lowrank_linear_kernels as lowrank
+    from tautorch.triton_kernels import int8_conv2d, lowrank_conv2d, sparse_linear
+
+    kernels = [tk._int8_linear, weight_only._weight_only_linear, int8_conv2d._int8_conv2d]
+    kernels += [sparse_linear._block_sparse, lowrank._down, lowrank._up, lowrank._fused]
+    kernels += [lowrank_conv2d._down, lowrank_conv2d._fused]
+    for kernel in kernels:
+        (rows,) = [p for p in kernel.params if p.name == "M"]
+        assert rows.do_not_specialize, kernel.fn.__name__

@@ -15,6 +15,7 @@ from . import geometry as conv
 from . import library as lib
 
 _lowest = lib.PackCache()
+_sums = lib.PackCache()
 _captured: dict[int, Tensor] = {}  # by id: graphs go on reading these after their weights were packed anew
 
 
@@ -88,6 +89,11 @@ def adjacent(t: Tensor) -> Tensor:
 def contiguous(t: Tensor | None) -> Tensor | None:
     """The same, or None."""
     return None if t is None else adjacent(t)
+
+
+def row_sums(weight: Tensor) -> Tensor:
+    """int32 sums of an int8 weight's rows, for the zero point. Made once."""
+    return once(_sums, weight, lambda: weight.detach().flatten(1).sum(1, dtype=torch.int32))
 
 
 def keywords(tail: lib.Tail) -> dict[str, Any]:

@@ -10,7 +10,6 @@ from . import geometry as conv
 from . import library as lib
 
 _weights = lib.PackCache()
-_sums = lib.PackCache()
 
 
 def run(
@@ -25,9 +24,6 @@ def run(
     from tautorch.triton_kernels import int8_conv2d as kernels  # imports Triton: optional, and slow
 
     with torch.cuda.device(x.device):
-        sums = None
-        if tail.x_zero_point is not None:
-            sums = _gpu.once(_sums, weight, lambda: weight.sum((1, 2, 3), dtype=torch.int32))
         y = kernels.int8_conv2d(
             _gpu.as_images(x),
             _gpu.once(_weights, weight, lambda: weight.detach().permute(0, 2, 3, 1).contiguous()),
@@ -36,7 +32,7 @@ def run(
             stride=geometry.stride,
             padding=geometry.padding,
             dilation=geometry.dilation,
-            row_sums=sums,
+            row_sums=None if tail.x_zero_point is None else _gpu.row_sums(weight),
             **_gpu.keywords(tail),
         )
         return _gpu.in_format_of(x, y)

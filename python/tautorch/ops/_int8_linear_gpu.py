@@ -13,7 +13,7 @@ from tautorch.dispatch import Problem
 from tautorch.reference import int8_linear as reference
 
 from . import library as lib
-from ._gpu import check_lowest
+from ._gpu import check_lowest, row_sums
 from ._gpu import facts as _facts
 from ._gpu import once as _once
 from ._gpu_product import product
@@ -63,17 +63,15 @@ def run(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, ta
     if kernel not in ("reference", "triton"):
         return _extension(kernel, x, weight, weight_scale, bias, tail)
     dispatch.note_used(OP, kernel)
-    function = reference.int8_linear if kernel == "reference" else _triton()
     with torch.cuda.device(x.device):
         bias, x_scale = (None if t is None else t.contiguous() for t in (bias, tail.x_scale))
-        tail = tail._replace(x_scale=x_scale)
-        return function(x, weight, weight_scale.contiguous(), bias, **tail._asdict())
+        tail, scale = tail._replace(x_scale=x_scale), weight_scale.contiguous()
+        if kernel == "reference":
+            return reference.int8_linear(x, weight, scale, bias, **tail._asdict())
+        from tautorch.triton_kernels import int8_linear as kernels  # imports Triton: optional, and slow
 
-
-def _triton() -> Callable[..., Tensor]:
-    from tautorch.triton_kernels import int8_linear as kernels  # imports Triton: optional, and slow
-
-    return kernels.int8_linear
+        sums = None if tail.x_zero_point is None else row_sums(weight)
+        return kernels.int8_linear(x, weight, scale, bias, **tail._asdict(), column_sums=sums)
 
 
 def _extension(

@@ -17,7 +17,6 @@ from . import library as lib
 
 OP = "lowrank_conv2d"
 _factors = lib.PackCache()
-_sums = lib.PackCache()
 
 
 def run(
@@ -55,9 +54,6 @@ def run(
 
     with torch.cuda.device(x.device):
         dtype = torch.int8 if scales[0] is not None else x.dtype
-        sums = None
-        if tail.x_zero_point is not None:
-            sums = _gpu.once(_sums, down, lambda: down.sum((1, 2, 3), dtype=torch.int32))
         y = kernels.lowrank_conv2d(
             _gpu.as_images(x),
             _gpu.once(_factors, down, lambda: _channels_last(down, dtype), dtype),
@@ -68,7 +64,7 @@ def run(
             stride=geometry.stride,
             padding=geometry.padding,
             dilation=geometry.dilation,
-            down_sums=sums,
+            down_sums=None if tail.x_zero_point is None else _gpu.row_sums(down),
             **arguments,
         )
         return _gpu.in_format_of(x, y)

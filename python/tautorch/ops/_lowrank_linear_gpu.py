@@ -14,7 +14,6 @@ from . import library as lib
 
 OP = "lowrank_linear"
 _operands = lib.PackCache()
-_sums = lib.PackCache()
 
 
 def run(
@@ -65,8 +64,8 @@ def run(
             up_scale=_gpu.contiguous(scales[1]),
             residual=None if values is None else operand(values, torch.int8),
             residual_scale=_gpu.contiguous(residual_scale),
-            down_sums=row_sums(down) if zero_point else None,
-            residual_sums=row_sums(values) if zero_point and values is not None else None,
+            down_sums=_gpu.row_sums(down) if zero_point else None,
+            residual_sums=_gpu.row_sums(values) if zero_point and values is not None else None,
             **arguments,
         )
 
@@ -77,8 +76,3 @@ def operand(weight: Tensor, dtype: torch.dtype) -> Tensor:
     if weight_is_good:
         return weight.detach()
     return _gpu.once(_operands, weight, lambda: weight.detach().to(dtype).contiguous(), dtype)
-
-
-def row_sums(weight: Tensor) -> Tensor:
-    """int32 sums of an int8 weight's rows, for the zero point. Made once."""
-    return _gpu.once(_sums, weight, lambda: weight.sum(1, dtype=torch.int32))

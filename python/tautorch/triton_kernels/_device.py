@@ -5,6 +5,9 @@ Integers are exact because every float operation before rounding is one IEEE ope
 that no addition can contract with (the launchers pass ``enable_fp_fusion=False``), and rounding to nearest
 even by adding and subtracting 1.5 * 2**23, which is exact for the clamped range. libdevice's ``rint`` would
 do the same but does not exist in the interpreter.
+
+Kernels do not specialise on M, their number of rows: one that ``warmup`` compiled serves other batches of its
+tile, whether 16 divides them or not.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ from ._int8_linear_tiles import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def _weight_only_linear(
     x_ptr,
     w_ptr,

@@ -44,7 +44,7 @@ def _product(
     return acc
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def _down(
     x_ptr,
     down_ptr,
@@ -92,7 +92,7 @@ def _down(
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def _up(
     h_ptr,
     up_ptr,
@@ -161,7 +161,7 @@ def _up(
         )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def _fused(
     x_ptr,
     down_ptr,

@@ -20,7 +20,7 @@ from ._int8_linear_tiles import Config
 from ._windows import Windows, _window_product, empty_output, image_of
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def _int8_conv2d(
     x_ptr,
     w_ptr,

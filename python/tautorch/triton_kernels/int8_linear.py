@@ -24,7 +24,7 @@ MAX_K = 66311
 """Largest K for which 255 * 127 * K fits in int32."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def _int8_linear(
     x_ptr,
     w_ptr,

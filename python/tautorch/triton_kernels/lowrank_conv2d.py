@@ -31,7 +31,7 @@ from .int8_conv2d import int8_conv2d
 OP = "lowrank_conv2d"
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def _down(
     x_ptr,
     down_ptr,
@@ -93,7 +93,7 @@ def _down(
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def _fused(
     x_ptr,
     down_ptr,

@@ -23,7 +23,7 @@ from ._quantize_rows import quantize_rows
 BLOCKS = (16, 32, 64)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def _block_sparse(
     x_ptr,
     values_ptr,
