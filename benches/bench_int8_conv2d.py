@@ -119,7 +119,7 @@ def test_int8_conv2d(table: Table, case: Layer, batch: int) -> None:
     )
     memory = torch.contiguous_format if case.nchw else torch.channels_last
     layer = layer.eval().requires_grad_(False).to(memory_format=torch.channels_last)
-    x = torch.rand(batch, case.inputs, case.size, case.size).contiguous(memory_format=memory)
+    x = torch.rand(batch, case.inputs, case.size, case.size).to(memory_format=memory)
     ours = Int8Conv2d.from_float(layer, quant="static", x_scale=1 / 255, x_zero_point=-128)
     with torch.inference_mode():
         expected = layer(x)

@@ -136,9 +136,15 @@ Ref images_of(PyObject *makers, PyObject *run, PyObject *call, PyObject *x) {
                            *const dtype_name = PyTuple_Pack(1, n.dtype),
                            *const both_names = PyTuple_Pack(2, n.dtype, n.memory_format);
     PyObject *self[2] = {x, channels_last};
-    const bool last = !is_true(steal(PyObject_VectorcallMethod(n.is_contiguous, self, 1, nullptr)));
+    bool last = !is_true(steal(PyObject_VectorcallMethod(n.is_contiguous, self, 1, nullptr)));
     if (last && !is_true(steal(PyObject_VectorcallMethod(n.is_contiguous, self, 1, format_name))))
         return {};
+    if (!last && integer(item(call, 1)) == 1) { // of one channel x is both; its strides tell, as in torch
+        const Ref strides = steal(PyObject_CallMethodNoArgs(x, n.stride));
+        last = PyTuple_Check(strides.ptr()) && PyTuple_GET_SIZE(strides.ptr()) == 4 &&
+               integer(item(strides.ptr(), 1)) == 1 &&
+               integer(item(shape.ptr(), 2)) * integer(item(shape.ptr(), 3)) > 1;
+    }
     const Ref oh = steal(PyLong_FromLongLong(height)), ow = steal(PyLong_FromLongLong(width));
     PyObject *sizes[7] = {x,        item(shape.ptr(), 0), item(call, 2), oh.ptr(),
                           ow.ptr(), item(call, 8),        channels_last};

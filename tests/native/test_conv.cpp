@@ -177,6 +177,11 @@ void test_int8_conv2d() {
             const Packed r = pack_dense(*isa, PackKind::dense_i8, 1, c.outputs, run_length, c.g.kh,
                                         rows.data(), {k * taps, 1, run_length});
             check_all(group, int8_conv2d, c, *r, w, what + " by rows");
+            if (c.g.kh == 1)
+                continue;
+            const Packed whole = pack_dense(*isa, PackKind::dense_i8, 1, c.outputs, k * taps, 1, rows.data(),
+                                            {k * taps, 1, 1});
+            check_all(group, int8_conv2d, c, *whole, w, what + " by windows");
         }
     }
 }

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from tautorch import dispatch, ops
+from tautorch import dispatch, ops, prune
+from tautorch.nn import SparseConv2d
 from tautorch.reference.int8_conv2d import int8_conv2d
 from tautorch.reference.int8_linear import int8_linear
 
@@ -18,8 +19,20 @@ from .test_tiles import KERNELS
 @pytest.mark.parametrize("activation", ["none", "relu"])
 def test_rows_and_outputs(activation: str, kernel: str) -> None:
     """Rows around multiples of six, strips of 32 outputs and less, few and many inputs."""
+    outputs = (
+        (32, 24),
+        (64, 20),
+        (64, 64),
+        (96, 27),
+        (130, 40),
+        (5, 9),
+        (16, 40),
+        (17, 4),
+        (24, 28),
+        (25, 12),
+    )
     for m in (1, 5, 6, 7, 12, 17, 18, 25):
-        for n, k in ((32, 24), (64, 20), (64, 64), (96, 27), (130, 40)):
+        for n, k in (*outputs, (48, 30), (51, 33), (88, 8)):
             x = torch.randint(-128, 128, (m, k), dtype=torch.int8)
             weight = torch.randint(-127, 128, (n, k), dtype=torch.int8)
             how: dict[str, Any] = {
@@ -65,6 +78,10 @@ def test_results_that_are_no_numbers(kernel: str) -> None:
         ((1, 32, 7, 7), (32, 32, 3, 3), {"padding": 1, "stride": 2}),
         ((1, 32, 8, 12), (64, 32, 3, 3), {"padding": 2, "dilation": 2}),
         ((1, 64, 9, 8), (128, 32, 3, 3), {"padding": 1, "groups": 2}),
+        ((2, 1, 9, 10), (32, 1, 3, 3), {"padding": 1}),  # windows: fewer steps than rows of a tile
+        ((2, 3, 11, 12), (20, 3, 5, 5), {"padding": 2, "stride": 2}),
+        ((1, 2, 7, 40), (48, 2, 3, 7), {"padding": 3, "dilation": (2, 1)}),
+        ((1, 17, 9, 11), (19, 17, 3, 3), {"padding": 1}),  # rows of the filter; half a vector
     ],
 )
 @pytest.mark.parametrize("zero_point", [-128, 3])
@@ -81,3 +98,28 @@ def test_convolutions(
     with dispatch.force("int8_conv2d", kernel):
         actual = ops.int8_conv2d(*args, **how)
     assert torch.equal(actual, int8_conv2d(*args, **how))
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("activation", ["none", "relu"])
+def test_sparse_rows_and_outputs(activation: str, kernel: str) -> None:
+    """4x1: rows around multiples of three, strips of 64 outputs and less, strips of few slots and of none."""
+    codes: dict[str, Any] = {"out_scale": 0.05, "out_zero_point": -20, "activation": activation}
+    codes |= {"quant": "static", "x_scale": 0.02, "x_zero_point": 9, "pattern": "4x1"}
+    for n, k, sparsity in ((64, 64, 0.8), (128, 40, 0.5), (70, 200, 0.8), (20, 96, 0.9), (64, 30, 1.0)):
+        conv = torch.nn.Conv2d(k, n, 1)
+        assert conv.bias is not None
+        with torch.no_grad():
+            conv.bias.mul_(30)
+        mask = torch.zeros(n, k, 1, 1, dtype=torch.bool)
+        if sparsity < 1:
+            mask = prune.make_mask(conv.weight.detach().abs(), "4x1", sparsity)
+        for pixels in (1, 2, 3, 4, 6, 7, 25, 200):
+            x = torch.randint(-128, 128, (1, k, 1, pixels), dtype=torch.int8)
+            x = x.contiguous(memory_format=torch.channels_last)
+            y = []
+            for forced in (kernel, "reference"):
+                with dispatch.force("sparse_conv2d", forced), torch.inference_mode():
+                    y.append(SparseConv2d.from_float(conv, mask=mask, **codes)(x))
+            assert y[0].dtype == torch.int8
+            assert torch.equal(*y), (n, k, sparsity, pixels)

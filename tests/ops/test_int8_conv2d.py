@@ -154,6 +154,19 @@ def test_weights_come_back_from_every_form(kernel: str) -> None:
         assert torch.equal(conv.unpack(conv.pack(weight, groups, kind, kernel), w), weight)
 
 
+@each_kernel
+def test_one_channel_lies_as_its_strides_say(kernel: str) -> None:
+    """Such an image is contiguous both ways; torch's convolutions look at the strides."""
+    case = conv_case("int8_conv2d", (2, 1, 6, 5), (4, 1, 3, 3), mode="int8", padding=1)
+    for stride, last in (((30, 30, 5, 1), False), ((30, 1, 5, 1), True)):
+        x = torch.empty_strided(case.x.shape, stride, dtype=case.x.dtype).copy_(case.x)
+        with dispatch.force("int8_conv2d", kernel):
+            y = case.with_x(x)(ops.int8_conv2d)
+        if kernel != "reference":
+            assert y.is_contiguous(memory_format=LAST) == last
+        assert torch.equal(y, case(ops.int8_conv2d))
+
+
 def test_packs_of_other_convolutions_are_refused() -> None:
     case: Case = conv_case("int8_conv2d", (1, 6, 7, 7), (8, 6, 3, 3), mode="int8")
     weight = case.args[1]

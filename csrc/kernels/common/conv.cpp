@@ -15,6 +15,12 @@ namespace {
 // Bytes of a band, so that it stays in the second-level cache beside the weights.
 constexpr int64_t kBandBytes = 192 * 1024;
 
+// Whether weights have one tap, the whole window.
+bool sees_windows(const PackHeader &h, const Geometry &g) {
+    return h.kind == PackKind::dense_i8 && h.groups == 1 && g.dw == 1 && g.kh > 1 && g.kw > 1 &&
+           h.taps == 1 && h.k == g.kh * g.kw * g.channels;
+}
+
 SampleQuant quant_of(const ActQuant &q, int64_t b) {
     SampleQuant s;
     s.zp = q.zero_point;
@@ -73,7 +79,7 @@ struct Job {
     const Isa &isa;
     const ConvImage &c;
     Output out;
-    bool depthwise, fused, grouped;
+    bool depthwise, fused, grouped, windows;
 
     int64_t groups() const { return depthwise ? 1 : h.groups; }
     int64_t panel_count() const { return depthwise ? div_up(h.groups, kTileN) : panels(h); }
@@ -86,12 +92,19 @@ struct Job {
     int64_t padded_taps() const { return depthwise ? round_up(h.taps, 4) : h.taps; }
 
     void run(const ConvBand &band, int64_t m0, int64_t m1, int64_t p0, int64_t p1) const;
-    // Pixels of an image read in place, as operands.
-    const char *operands(const char *first, int rows) const {
+    // A block's rows of operands, if they are copied: pixels of an image read in place, or windows.
+    const char *operands(const ConvBand &band, int64_t m, int rows) const {
+        if (windows) {
+            char *out = static_cast<char *>(
+                scratch(Scratch::rows, static_cast<size_t>(kBlockRows * window_bytes() + 64)));
+            band.windows(m, rows, window_bytes(), out);
+            return out;
+        }
         void *copy = scratch(Scratch::image, static_cast<size_t>(kBlockRows * c.pixel));
-        isa.quantize(first, DType::i8, rows * c.pixel, 1.0f, 0, -128, 127, isa.act, copy);
+        isa.quantize(band.pixel(m), DType::i8, rows * c.pixel, 1.0f, 0, -128, 127, isa.act, copy);
         return static_cast<const char *>(copy);
     }
+    int64_t window_bytes() const { return round_up(h.k, h.kr) * operand_bytes(c.kind); }
     void run_depthwise(const ConvBand &band, int64_t m0, int rows, int64_t p0, int64_t p1,
                        const int64_t *taps, const float *scale) const;
 };
@@ -149,8 +162,8 @@ void Job::run(const ConvBand &band, int64_t m0, int64_t m1, int64_t p0, int64_t 
             grouped_product(isa, a.packed, band, m, rows, offset, scale, out);
             continue;
         }
-        if (c.in_place)
-            block.fill(operands(band.pixel(m), rows), c.pixel, h, rows);
+        if (c.in_place || windows)
+            block.fill(operands(band, m, rows), windows ? window_bytes() : c.pixel, h, rows);
         else
             block.fill(band, h, m, rows, fused && direct_output(out));
         if (block.sorted && scale) {
@@ -187,7 +200,8 @@ void run_rows(const Job &job, int64_t y0, int64_t y1) {
     const ConvImage &c = job.c;
     const PackHeader &h = job.h;
     const int64_t rows = y1 - y0, count = job.panel_count();
-    const int64_t macs = rows * c.ow * h.n * h.k * h.taps * h.groups * (job.depthwise ? 8 : 1);
+    // An output's way out takes as long as some 32 inputs.
+    const int64_t macs = rows * c.ow * h.n * h.groups * (h.k * h.taps * (job.depthwise ? 8 : 1) + 32);
     const int64_t in = rows * c.dy * c.row;
     const int64_t threads = macs < 2'000'000 && h.total < 384 * 1024 && in < 65'536 ? 1 : max_threads();
     const int64_t m0 = y0 * c.ow, m = rows * c.ow;
@@ -235,6 +249,8 @@ void run_rows(const Job &job, int64_t y0, int64_t y1) {
 bool conv_pack_fits(const PackHeader &h, const Geometry &g) {
     if (h.taps == g.kh * g.kw && h.groups * h.k == g.channels)
         return true;
+    if (sees_windows(h, g))
+        return true;
     return (h.kind == PackKind::dense_i8 || h.kind == PackKind::dense_w8) && h.groups == 1 && g.dw == 1 &&
            h.taps == g.kh && h.k == g.kw * g.channels;
 }
@@ -277,7 +293,8 @@ void conv_product(const ConvArgs &a, const Epilogue &e) {
                      image_output(e, a.out, a.out_channels_last, a.geometry, a.outputs),
                      h.kind == PackKind::depthwise_i8,
                      fused,
-                     h.kind == PackKind::grouped_i8};
+                     h.kind == PackKind::grouped_i8,
+                     sees_windows(h, c.g)};
     run_rows(job, 0, batch * c.oh);
     // Samples with NaN or Inf were only found out on the way: they are blank, and run again.
     for (int64_t b = 0; watch && b < batch; ++b)

@@ -204,4 +204,37 @@ void ConvBand::prepare(int64_t r0, int64_t r1) const {
     }
 }
 
+namespace {
+
+// Size: of a copy, at least n; each is written over where it is too long. 0: n.
+template <int Size>
+void copy_windows(const ConvBand &band, int64_t m, int rows, int64_t n, int64_t step, char *out) {
+    const ConvImage &c = band.c;
+    const int64_t right = c.dx * c.pixel, below = c.g.dh * c.row;
+    for (int r = 0; r < rows;) { // pixels of one output row at a time
+        const char *first = band.pixel(m + r);
+        const int run = static_cast<int>(std::min<int64_t>(rows - r, c.ow - (m + r) % c.ow));
+        for (int i = 0; i < run; ++i, first += right, out += step) {
+            const char *from = first;
+            char *to = out;
+            for (int64_t y = 0; y < c.g.kh; ++y, from += below, to += n)
+                std::memcpy(to, from, Size > 0 ? Size : static_cast<size_t>(n));
+        }
+        r += run;
+    }
+}
+
+} // namespace
+
+void ConvBand::windows(int64_t m, int rows, int64_t step, char *out) const {
+    const int64_t n = c.g.kw * c.pixel;
+    const auto copy = n <= 4    ? copy_windows<4>
+                      : n <= 8  ? copy_windows<8>
+                      : n <= 16 ? copy_windows<16>
+                      : n <= 32 ? copy_windows<32>
+                      : n <= 64 ? copy_windows<64>
+                                : copy_windows<0>;
+    copy(*this, m, rows, n, step, out);
+}
+
 } // namespace tautorch

@@ -71,6 +71,9 @@ struct ConvBand {
 
     // Writes kept rows [r0, r1).
     void prepare(int64_t r0, int64_t r1) const;
+    // What pixels [m, m + rows) see, row after row of the filter, to out, `step` bytes from one pixel to the
+    // next. Filters without dilation along a row. 64 bytes more are written.
+    void windows(int64_t m, int rows, int64_t step, char *out) const;
 };
 
 } // namespace tautorch

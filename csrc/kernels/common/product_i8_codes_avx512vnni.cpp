@@ -11,6 +11,10 @@ namespace {
 constexpr int kRows = 6;
 using Sums = __m512i[kRows][2];
 
+// Outputs of a strip: 32, fewer than that, at most 24 (the last ones in half a vector, which on Zen 4 takes
+// half the time) or at most 16.
+enum class Form { whole, part, narrow, one };
+
 // What turns the sums of 32 outputs into their codes.
 struct Scales {
     alignas(64) float w[2][16];
@@ -22,7 +26,7 @@ struct Scales {
 };
 
 // By the arithmetic of epilogue.h. The operands in memory leave the registers to two tiles.
-template <bool Whole>
+template <Form F>
 __attribute__((always_inline)) inline void finish_row(const Scales &e, __m512i c0, __m512i c1,
                                                       const float &row_scale, char *out) {
     __m512i y0, y1;
@@ -50,7 +54,7 @@ __attribute__((always_inline)) inline void finish_row(const Scales &e, __m512i c
     const __m256i codes = _mm256_permutevar8x32_epi32(
         _mm512_cvtepi16_epi8(_mm512_add_epi16(y0, _mm512_set1_epi16(static_cast<short>(e.zp)))),
         _mm256_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7));
-    if (Whole)
+    if (F == Form::whole)
         _mm256_storeu_si256(reinterpret_cast<__m256i *>(out), codes);
     else
         _mm256_mask_storeu_epi8(out, e.outputs, codes);
@@ -72,9 +76,14 @@ template <bool Even> struct Rows {
 };
 
 // Four inputs, q steps after the rows' first.
-template <bool Even>
+template <bool Even, Form F>
 __attribute__((always_inline)) inline void step(Sums &c, const int8_t *b, const Rows<Even> &x, int64_t q) {
-    const __m512i w0 = _mm512_loadu_si512(b), w1 = _mm512_loadu_si512(b + 64);
+    const __m512i w0 = _mm512_loadu_si512(b);
+    const __m512i w1 =
+        F == Form::one ? w0
+        : F == Form::narrow
+            ? _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(b + 64)))
+            : _mm512_loadu_si512(b + 64);
 #pragma GCC unroll 6
     for (int r = 0; r < kRows; ++r) {
         int32_t v;
@@ -82,7 +91,10 @@ __attribute__((always_inline)) inline void step(Sums &c, const int8_t *b, const 
         const __m512i a = _mm512_set1_epi32(v);
         // GCC 12 copies sums that an intrinsic updates.
         asm("vpdpbusd %2, %1, %0" : "+v"(c[r][0]) : "v"(a), "v"(w0));
-        asm("vpdpbusd %2, %1, %0" : "+v"(c[r][1]) : "v"(a), "v"(w1));
+        if (F == Form::narrow)
+            asm("vpdpbusd %t2, %t1, %t0" : "+v"(c[r][1]) : "v"(a), "v"(w1));
+        else if (F != Form::one)
+            asm("vpdpbusd %2, %1, %0" : "+v"(c[r][1]) : "v"(a), "v"(w1));
     }
 }
 
@@ -92,7 +104,7 @@ char *line(const ProductI8 &p, int64_t i, int r) {
 
 // Products of the rows from r0 on, while the sums of the rows from r1 on leave. Even rows: `ahead` is fetched
 // into L2 meanwhile, half as many bytes as the rows have.
-template <bool Even, bool Whole>
+template <bool Even, Form F>
 __attribute__((always_inline)) inline void tile(const ProductI8 &p, const Scales &e, int64_t i, Sums &c,
                                                 int r0, const Sums &before, int r1, const int8_t *ahead) {
     const int64_t width = 4 * p.width;
@@ -112,21 +124,24 @@ __attribute__((always_inline)) inline void tile(const ProductI8 &p, const Scales
         int64_t q = 0;
         if (t == 0)
 #pragma GCC unroll 6
-            for (; q < kRows; ++q, b += width) {
-                step<Even>(c, b, x, q);
-                finish_row<Whole>(e, before[q][0], before[q][1], p.row_scale[r1 + q], line(p, i, r1 + q));
+            for (; q < kRows; ++q) {
+                if (!Even || q < p.kq) {
+                    step<Even, F>(c, b, x, q);
+                    b += width;
+                }
+                finish_row<F>(e, before[q][0], before[q][1], p.row_scale[r1 + q], line(p, i, r1 + q));
                 asm volatile("prefetchw %0" : : "m"(*line(p, i, r0 + q)));
                 fetch(q);
             }
         for (; q < p.kq; ++q, b += width) {
-            step<Even>(c, b, x, q);
+            step<Even, F>(c, b, x, q);
             fetch(q);
         }
     }
 }
 
 // The first `count` rows, a multiple of kRows.
-template <bool Even, bool Whole>
+template <bool Even, Form F>
 __attribute__((noinline)) void strip(const ProductI8 &p, const Scales &e, int64_t i, int count) {
     Sums a, b;
 #pragma GCC unroll 6
@@ -135,23 +150,30 @@ __attribute__((noinline)) void strip(const ProductI8 &p, const Scales &e, int64_
     const auto leave = [&](const Sums &c, int r0) __attribute__((always_inline)) {
 #pragma GCC unroll 6
         for (int r = 0; r < kRows; ++r)
-            finish_row<Whole>(e, c[r][0], c[r][1], p.row_scale[r0 + r], line(p, i, r0 + r));
+            finish_row<F>(e, c[r][0], c[r][1], p.row_scale[r0 + r], line(p, i, r0 + r));
     };
     const int64_t part = p.next == p.panel ? 0 : 2 * p.kq; // a row's share of what is fetched
     const int8_t *next = p.next + i / 32 * count * part;
     const auto ahead = [=](int r) { return next + r * part; };
     // The first tile finds none before it: what it writes, it writes over.
-    tile<Even, Whole>(p, e, i, a, 0, b, 0, ahead(0));
+    tile<Even, F>(p, e, i, a, 0, b, 0, ahead(0));
     int r = kRows;
     for (; r + kRows < count; r += 2 * kRows) {
-        tile<Even, Whole>(p, e, i, b, r, a, r - kRows, ahead(r));
-        tile<Even, Whole>(p, e, i, a, r + kRows, b, r, ahead(r + kRows));
+        tile<Even, F>(p, e, i, b, r, a, r - kRows, ahead(r));
+        tile<Even, F>(p, e, i, a, r + kRows, b, r, ahead(r + kRows));
     }
     if (r == count)
         return leave(a, r - kRows);
-    tile<Even, Whole>(p, e, i, b, r, a, r - kRows, ahead(r));
+    tile<Even, F>(p, e, i, b, r, a, r - kRows, ahead(r));
     leave(b, r);
 }
+
+using Strip = void (*)(const ProductI8 &, const Scales &, int64_t i, int count);
+constexpr Strip kStrips[2][4] = {
+    {strip<false, Form::whole>, strip<false, Form::part>, strip<false, Form::narrow>,
+     strip<false, Form::one>},
+    {strip<true, Form::whole>, strip<true, Form::part>, strip<true, Form::narrow>, strip<true, Form::one>},
+};
 
 // False where an output may be NaN, which finish_row takes for a number.
 bool scales_of(const ProductI8 &p, int64_t i, Scales &to) {
@@ -183,17 +205,18 @@ bool scales_of(const ProductI8 &p, int64_t i, Scales &to) {
 int product_i8_codes_avx512vnni(const ProductI8 &p) {
     const Epilogue &e = *p.epilogue;
     const int count = p.count / kRows * kRows;
-    if (count == 0 || p.kq < kRows || p.width % 32 != 0 || !leaves_as_codes(e, p.row_scale, count))
+    if (count == 0 || (p.kq < kRows && !p.even()) || !leaves_as_codes(e, p.row_scale, count))
         return 0;
     for (int64_t i = 0; i < p.cols; i += 32) {
         Scales s;
         if (!scales_of(p, i, s))
             return 0;
-        const bool whole = s.outputs == ~0u;
-        if (p.even())
-            whole ? strip<true, true>(p, s, i, count) : strip<true, false>(p, s, i, count);
-        else
-            whole ? strip<false, true>(p, s, i, count) : strip<false, false>(p, s, i, count);
+        const int64_t left = p.cols - i;
+        const Form form = left >= 32  ? Form::whole
+                          : left > 24 ? Form::part
+                          : left > 16 ? Form::narrow
+                                      : Form::one;
+        kStrips[p.even()][static_cast<int>(form)](p, s, i, count);
     }
     return count;
 }

@@ -167,7 +167,14 @@ constexpr Strip kStrip4[kSellRows4] = {strip4<1, Turn>, strip4<2, Turn>, strip4<
 
 } // namespace
 
-void sell_i8_avx512vbmi(const SellI8 &s) {
+void sell_i8_avx512vbmi(const SellI8 &given) {
+    SellI8 s = given;
+    if (const int done = s.gs == 4 ? sell_codes_avx512vbmi(s) : 0) {
+        s.rows += done;
+        s.row_scale += done;
+        s.count -= done;
+        s.out += done * s.row_bytes;
+    }
     const Strip *strips =
         s.flip ? (s.gs == 4 ? kStrip4<true> : kStrip1<true>) : (s.gs == 4 ? kStrip4<false> : kStrip1<false>);
     // Rows are dealt out evenly.

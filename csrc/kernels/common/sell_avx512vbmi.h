@@ -18,5 +18,7 @@ struct SellI8 : ToOutput {
 };
 
 void sell_i8_avx512vbmi(const SellI8 &s);
+// int8 output of the first rows, and how many these are: 0 where this is not the kernel for them.
+int sell_codes_avx512vbmi(const SellI8 &s);
 
 } // namespace tautorch

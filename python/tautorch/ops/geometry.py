@@ -22,6 +22,9 @@ CONV_SCHEMA = (
     + lib.TAIL_SCHEMA
 )
 Pair = int | Sequence[int]
+# Inputs under a row of a filter below which a pixel's whole window is copied before it is multiplied: six
+# steps of the kernel, as many as int8 output needs to leave under the next tile's products.
+SHORT_ROW = 24
 
 _run_images, MAKERS = _C.run_images, (torch.empty, torch.channels_last)
 
@@ -171,8 +174,10 @@ def samples(x: Tensor) -> int:
 
 
 def channels_last(x: Tensor) -> bool:
-    """Whether 4-D x lies in channels-last memory and could not as well be NCHW."""
-    return not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+    """Whether 4-D x lies in channels-last memory; of one channel, which is both, strides tell as in torch."""
+    if x.is_contiguous():
+        return x.shape[1] == 1 and x.stride(1) == 1 and x.shape[2] * x.shape[3] > 1
+    return x.is_contiguous(memory_format=torch.channels_last)
 
 
 def output(x: Tensor, geometry: Geometry, dtype: torch.dtype) -> Tensor:
@@ -238,7 +243,7 @@ def pack_forms(weight: Tensor, groups: int, dilation: int, kind: int, kernel: st
     Groups of 4, 8 or 16 channels have a kernel of their own. Other small ones become fewer groups with zeros
     between what belongs to different ones, as long as the outputs still fit the vector that one of them would
     have left empty. Of a single group without dilation along a row, a whole row of the filter becomes one
-    tap: channels are then padded to a kernel's step once a row.
+    tap: channels are then padded to a kernel's step once a row, or, where rows are short, once in all.
     """
     o, i, kh, kw = weight.shape
     if kind == lib.DENSE_I8 and _C.grouped_fits(kernel, groups, o // groups, i, kh * kw):
@@ -249,6 +254,8 @@ def pack_forms(weight: Tensor, groups: int, dilation: int, kind: int, kernel: st
     o, i, kh, kw = weight.shape
     if groups > 1 or dilation > 1 or kw == 1:
         return pack(weight, groups, kind, kernel)
+    if kind == lib.DENSE_I8 and kh > 1 and kw * i < SHORT_ROW:
+        return _pack_matrix(weight.permute(0, 2, 3, 1).reshape(o, kh * kw * i, 1), groups, kind, kernel)
     return _pack_matrix(weight.permute(0, 3, 1, 2).reshape(o, kw * i, kh), groups, kind, kernel)
 
 
@@ -274,7 +281,8 @@ def unpack(packed: Tensor, shape: Sequence[int]) -> Tensor:
     info = lib.pack_info(packed)
     groups, n, k, taps = (int(info[key]) for key in ("groups", "n", "k", "taps"))
     rows = taps == kh and taps != kh * kw
-    inputs = k // kw if rows else k
+    window = taps == 1 and kh > 1
+    inputs = k // kw if rows else k // (kh * kw) if window else k
     merged = inputs // i
     if (
         o != groups * n
@@ -292,6 +300,8 @@ def unpack(packed: Tensor, shape: Sequence[int]) -> Tensor:
     _C.dense_unpack(packed.data_ptr(), packed.numel(), weight.data_ptr(), k * taps, taps, 1)
     if rows:
         weight = weight.reshape(o, kw, inputs, kh).permute(0, 2, 3, 1)
+    elif window:
+        weight = weight.reshape(o, kh, kw, inputs).permute(0, 3, 1, 2)
     if merged > 1:
         wide = weight.reshape(groups, merged, n // merged, merged, i, kh, kw)
         weight = torch.diagonal(wide, dim1=1, dim2=3).permute(0, 5, 1, 2, 3, 4)
