@@ -19,7 +19,9 @@ BEST = bench.kernels()[0]
 
 def small(quick: bool) -> Iterator[Group]:
     yield bench_cases.dense(40, 70, (1, 3))
-    yield bench_cases.sparse(64, 72, (1, 3))
+    yield bench_cases.weight_only(72, 64, (1, 3))
+    yield bench_cases.sparse(64, 72, (1, 3), "4x1")
+    yield bench_cases.sparse(64, 72, (1, 3), "16x16")
     yield bench_cases.lowrank(96, 80, (1, 3))
     yield bench_cases.conv("conv 3x3", 8, 5, 1)
     yield bench_cases.conv("depthwise 3x3", 8, 5, 8)
@@ -43,7 +45,7 @@ def test_every_kernel_runs_every_layer(short: None, tmp_path: Path) -> None:
     result = RUNNER.invoke(cli.app, ["bench", "--quick", "--json", str(path)])
     assert result.exit_code == 0, result.output
     found = json.loads(path.read_text())
-    per_kernel = [("int8_linear", 1), ("int8_linear", 3), ("sparse_linear", 1), ("sparse_linear", 3)]
+    per_kernel = 2 * [("int8_linear", 1), ("int8_linear", 3), ("sparse_linear", 1), ("sparse_linear", 3)]
     per_kernel += [("lowrank_linear", 1), ("lowrank_linear", 3), ("int8_conv2d", 1), ("int8_conv2d", 1)]
     assert sorted((r["kernel"], r["op"], r["rows"]) for r in found["rows"]) == sorted(
         (kernel, *row) for kernel in bench.kernels() for row in per_kernel
@@ -60,7 +62,7 @@ def test_every_kernel_runs_every_layer(short: None, tmp_path: Path) -> None:
 
 
 def test_the_layers_are_those_that_the_help_promises() -> None:
-    group = bench_cases.sparse(64, 72, (1, 3))
+    group = bench_cases.sparse(64, 72, (1, 3), "4x1")
     kept = sum(int(layer.ours.dense_weight().count_nonzero()) for layer in group.layers[:1])
     assert group.layers[0].macs == pytest.approx(kept, rel=0.02)  # some kept weights round to 0
     assert group.layers[1].macs == 3 * group.layers[0].macs
@@ -79,7 +81,7 @@ def test_a_wrong_product_is_not_timed(short: None, monkeypatch: pytest.MonkeyPat
 def test_nothing_is_timed_past_the_budget(short: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench, "BUDGET_S", -1.0)
     result = bench.run([BEST], quick=True)
-    assert result.rows == [] and len(result.left_out) == 8
+    assert result.rows == [] and len(result.left_out) == 12
     assert result.left_out[0] == f"{BEST}, 40 x 70, 1 rows"
 
 

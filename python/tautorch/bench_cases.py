@@ -1,8 +1,8 @@
 """What ``tautorch bench`` runs: layers at a few shapes beside the float layers they stand for, and proofs.
 
 A group is made once and used for every kernel. Its proof: the operator's int32 accumulators of int8 values
-against a float64 product, which is exact; for low rank, whose inner product is quantised again, the output
-against the reference.
+against a float64 product, which is exact; for low rank, whose inner product is quantised again, and for
+weight-only layers, which have no accumulators, the output against the reference.
 """
 
 from __future__ import annotations
@@ -57,7 +57,9 @@ def groups(quick: bool) -> Iterator[Group]:
     rows = (1, 16) if quick else ROWS
     for k, n in SHAPES[2:] if quick else SHAPES:
         yield dense(k, n, rows)
-    yield sparse(1024, 4096, rows)
+    yield weight_only(1024, 4096, rows)
+    yield sparse(1024, 4096, rows, "4x1")
+    yield sparse(1024, 4096, rows, "16x16")
     yield lowrank(768, 3072, rows)
     yield conv("conv 3x3", 256, 14, 1)
     yield conv("depthwise 3x3", 256, 28, 256)
@@ -73,13 +75,22 @@ def dense(k: int, n: int, rows: tuple[int, ...]) -> Group:
                                reference_linear, rows))  # fmt: skip
 
 
-def sparse(k: int, n: int, rows: tuple[int, ...]) -> Group:
+def weight_only(k: int, n: int, rows: tuple[int, ...]) -> Group:
     float_layer = nn.Linear(k, n)
-    mask = make_mask(torch.rand(n, k), "4x1", SPARSITY)
-    ours = SparseLinear.from_float(float_layer, pattern="4x1", mask=mask)
-    macs, name = int(mask.sum()), f"{k} x {n}, 4x1 {SPARSITY:.0%}"
+    ours = Int8Linear.from_float(float_layer, quant="weight_only")
+    name = f"{k} x {n}, weight-only"
+    layers = [Layer("int8_linear", name, m, m * k * n, float_layer, ours, torch.randn(m, k)) for m in rows]
+    case = linear_case("int8_linear", rows[-1], n, k, mode="weight_only")
+    return Group(layers, close(case, ops.int8_linear, reference_linear))
+
+
+def sparse(k: int, n: int, rows: tuple[int, ...], pattern: str) -> Group:
+    float_layer = nn.Linear(k, n)
+    mask = make_mask(torch.rand(n, k), pattern, SPARSITY)
+    ours = SparseLinear.from_float(float_layer, pattern=pattern, mask=mask)
+    macs, name = int(mask.sum()), f"{k} x {n}, {pattern} {SPARSITY:.0%}"
     layers = [Layer("sparse_linear", name, m, m * macs, float_layer, ours, torch.randn(m, k)) for m in rows]
-    case = linear_case("sparse_linear", rows[-1], n, k, mode="int8", pattern="4x1", keep=1 - SPARSITY)
+    case = linear_case("sparse_linear", rows[-1], n, k, mode="int8", pattern=pattern, keep=1 - SPARSITY)
     return Group(layers, exact(case, ops.sparse_linear, reference_sparse, rows))
 
 
@@ -89,12 +100,7 @@ def lowrank(k: int, n: int, rows: tuple[int, ...]) -> Group:
     macs, name = RANK * (k + n), f"{k} x {n}, rank {RANK}"
     layers = [Layer("lowrank_linear", name, m, m * macs, float_layer, ours, torch.randn(m, k)) for m in rows]
     case = linear_case("lowrank_linear", rows[-1], n, k, mode="int8", rank=RANK)
-    expected, size = case(reference_lowrank), case.magnitude(reference_lowrank)
-
-    def prove() -> None:
-        assert_close(case(ops.lowrank_linear), expected, magnitude=size)
-
-    return Group(layers, prove)
+    return Group(layers, close(case, ops.lowrank_linear, reference_lowrank))
 
 
 def conv(name: str, channels: int, side: int, groups: int) -> Group:
@@ -108,6 +114,16 @@ def conv(name: str, channels: int, side: int, groups: int) -> Group:
     prove = exact(case, ops.int8_conv2d, reference_conv, ())
     label = f"{name}, {channels} at {side} x {side}"
     return Group([Layer("int8_conv2d", label, 1, macs, float_layer, ours, x)], prove)
+
+
+def close(case: Case, op: Callable[..., Tensor], reference: Callable[..., Tensor]) -> Proof:
+    """A proof that `op` gives the reference's output to within rounding."""
+    expected, size = case(reference), case.magnitude(reference)
+
+    def prove() -> None:
+        assert_close(case(op), expected, magnitude=size)
+
+    return prove
 
 
 def exact(

@@ -228,26 +228,29 @@ void test_sparse_conv2d() {
     for (const Isa *isa : kernels()) {
         group.ran(*isa);
         for (const Conv &c : convs())
-            for (const int gs : {1, 4}) {
+            for (const int height : {1, 4, 16}) { // whole blocks of 16 x 16 have a form of their own
+                const int gs = std::min(height, 4), width = height == 16 ? 16 : 1;
                 const int64_t taps = c.g.kh * c.g.kw, k = c.inputs(), n = c.outputs / c.groups,
                               inputs = taps * k;
                 auto w = integers(c.weights(), -128, 127, 74);
                 // Lists are over (tap, channel); groups of outputs do not cross convolution groups.
                 std::vector<int8_t> ordered(w.size());
                 std::vector<bool> keep(w.size());
-                const auto drawn = integers(c.groups * div_up(n, gs) * inputs, 0, 1, 75);
+                const int64_t down = div_up(n, height), across = div_up(inputs, width);
+                const auto drawn = integers(c.groups * down * across, 0, 1, 75);
                 for (int64_t o = 0; o < c.outputs; ++o)
                     for (int64_t t = 0; t < taps; ++t)
                         for (int64_t i = 0; i < k; ++i) {
-                            const int64_t list = o / n * div_up(n, gs) + o % n / gs, at = t * k + i;
-                            const bool kept = drawn[static_cast<size_t>(list * inputs + at)] != 0;
+                            const int64_t block = o / n * down + o % n / height, at = t * k + i;
+                            const bool kept = drawn[static_cast<size_t>(block * across + at / width)] != 0;
                             int64_t &v = w[static_cast<size_t>((o * k + i) * taps + t)];
                             v = kept ? v : 0;
                             ordered[static_cast<size_t>(o * inputs + at)] = static_cast<int8_t>(v);
                             keep[static_cast<size_t>(o * inputs + at)] = kept;
                         }
                 const Packed p = pack_sparse(*isa, gs, c.groups, n, k, taps, ordered, keep);
-                check_all(group, sparse_conv2d, c, *p, w, name_of(*isa, c) + describe(" gs %d", gs));
+                check_all(group, sparse_conv2d, c, *p, w,
+                          name_of(*isa, c) + describe(" blocks of %d", height));
             }
     }
 }

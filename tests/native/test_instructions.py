@@ -137,6 +137,10 @@ LOOPS = (
 )
 
 
+# Instructions in which a loop makes floats of so many weights (four a scvtf), before the product.
+WIDEN = {"neon": (64, 79), "neon_dotprod": (16, 22), "neon_i8mm": (32, 41)}
+
+
 def predicted(loop: Loop, core: Core) -> float:
     """Multiply-accumulates a cycle if nothing but a core's width and pipes held the loop back."""
     cycles = max(
@@ -231,6 +235,15 @@ def test_no_loop_takes_more_than_it_did(listings: dict[str, str], loop: Loop) ->
     assert all(n <= m for n, m in zip(took, most, strict=True)), (
         f"{took} instructions, vectors, loads, conversions; {most} are committed"
     )
+
+
+@pytest.mark.parametrize("kernel", WIDEN)
+def test_weights_are_widened_before_products(listings: dict[str, str], kernel: str) -> None:
+    weights, most = WIDEN[kernel]
+    loop = Loop("widen", kernel, "widen(", "scvtf", weights // 4, 0, most, most, 1, weights // 4)
+    products, instructions, *_ = counts(loop, listings[kernel])
+    assert products == weights // 4 and instructions <= most
+    assert not re.search(r"<.*dot_f32_t<\d+, \d+, true>", listings[kernel])
 
 
 def test_documentation_has_these_numbers() -> None:
