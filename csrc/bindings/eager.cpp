@@ -14,6 +14,8 @@ bool is_true(const Ref &r) {
 
 bool says(PyObject *tensor, PyObject *name) { return is_true(steal(PyObject_GetAttr(tensor, name))); }
 
+bool answered(PyObject *question) { return is_true(steal(PyObject_CallNoArgs(question))); }
+
 int64_t integer(PyObject *p) {
     const long long v = PyLong_AsLongLong(p);
     if (v == -1 && PyErr_Occurred())
@@ -34,35 +36,45 @@ PyObject *entry(PyObject *dict, PyObject *key) {
 }
 
 // As nn/eager.py has it: (torch.Tensor, questions that plain inference answers by nothing, is_grad_enabled,
-// variables of forward-mode differentiation, variables of the dispatch table).
-constexpr Py_ssize_t kState = 5;
+// variables of forward-mode differentiation, variables of the dispatch table, "is_cpu", "is_cuda", a question
+// that has to be answered by nothing on CUDA, or None where there is no CUDA).
+constexpr Py_ssize_t kState = 8;
+enum Where { nowhere, on_cpu, on_cuda };
 
-bool plain(PyObject *state, PyObject *parameters, PyObject *x) {
+// Where plain inference of x with these parameters runs.
+Where plain(PyObject *state, PyObject *parameters, PyObject *x) {
     if (!PyTuple_Check(state) || PyTuple_GET_SIZE(state) != kState)
-        throw py::type_error("eager_call: state must be a tuple of 5");
-    const Names &n = names();
+        throw py::type_error("eager_call: state must be a tuple of 8");
     if (reinterpret_cast<PyObject *>(Py_TYPE(x)) != item(state, 0))
-        return false;
+        return nowhere;
     PyObject *const questions = item(state, 1);
     if (!PyTuple_Check(questions))
         throw py::type_error("eager_call: questions must be a tuple");
     for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(questions); ++i)
-        if (is_true(steal(PyObject_CallNoArgs(item(questions, i)))))
-            return false;
+        if (answered(item(questions, i)))
+            return nowhere;
+    const Names &n = names();
+    if (integer(entry(item(state, 3), n.level)) >= 0)
+        return nowhere;
     // A function mode, if there were one, would be asked for an attribute too.
-    if (integer(entry(item(state, 3), n.level)) >= 0 || !says(x, n.is_cpu))
-        return false;
-    if (!is_true(steal(PyObject_CallNoArgs(item(state, 2)))))
-        return true;
+    Where where = on_cpu;
+    if (!says(x, item(state, 5))) {
+        if (item(state, 7) == Py_None || !says(x, item(state, 6)) || answered(item(state, 7)))
+            return nowhere;
+        where = on_cuda;
+    }
+    if (!answered(item(state, 2)))
+        return where;
     PyObject *const bias = entry(parameters, n.bias);
-    return !says(x, n.requires_grad) && (bias == Py_None || !says(bias, n.requires_grad));
+    return !says(x, n.requires_grad) && (bias == Py_None || !says(bias, n.requires_grad)) ? where : nowhere;
 }
 
 // A module's call for x's dtype; nothing where x has to take the way round: not plain inference (see
 // nn/eager.py), plans that do not hold any more, no plan.
 Ref call_of(PyObject *state, PyObject *module, PyObject *x) {
     const Names &n = names();
-    if (!plain(state, entry(module, n.parameters), x))
+    const Where where = plain(state, entry(module, n.parameters), x);
+    if (where == nowhere)
         return {};
     PyObject *const handed = entry(module, n.handed);
     if (!PyDict_Check(handed) || PyDict_GET_SIZE(handed) ||
@@ -70,8 +82,66 @@ Ref call_of(PyObject *state, PyObject *module, PyObject *x) {
         !is_unchanged(entry(module, n.seen), entry(module, n.stamps)))
         return {};
     const Ref dtype = steal(PyObject_GetAttr(x, n.dtype));
-    PyObject *const plans = entry(module, n.plans);
+    PyObject *const plans = entry(module, where == on_cpu ? n.plans : n.gpu_calls);
     return py::reinterpret_borrow<Ref>(PyDict_Check(plans) ? value_of(plans, dtype.ptr()) : nullptr);
+}
+
+PyObject *dtype_name() {
+    static PyObject *const name = PyTuple_Pack(1, names().dtype);
+    return name;
+}
+
+Ref address(PyObject *tensor) {
+    PyObject *self[1] = {tensor};
+    return steal(PyObject_VectorcallMethod(names().data_ptr, self, 1, nullptr));
+}
+
+// The same for a call on CUDA, as ops/_gpu_product.py makes it: (operator, k, n, code of x's dtype, output
+// dtype, its code, device, stream, what tells the device's stream, <op>_run, what is known by the number of
+// rows, names of the kernels that ran, torch.uint8). Nothing for another stream, for rows not seen before,
+// for x off 16 bytes.
+Ref gpu_rows(PyObject *call, PyObject *x, int64_t rows, PyObject **sizes, Py_ssize_t dims) {
+    constexpr Py_ssize_t kCall = 13, kKnown = 4;
+    if (PyTuple_GET_SIZE(call) != kCall || !PyDict_Check(item(call, 10)))
+        throw py::type_error("run_rows: a call on CUDA must be a tuple of 13");
+    const Ref m = steal(PyLong_FromLongLong(rows));
+    // Held: another thread may forget it.
+    const Ref known = py::reinterpret_borrow<Ref>(value_of(item(call, 10), m.ptr()));
+    if (!known)
+        return {};
+    if (!PyTuple_Check(known.ptr()) || PyTuple_GET_SIZE(known.ptr()) < kKnown)
+        throw py::type_error("run_rows: what is known must be a tuple of 4 or more");
+    PyObject *device[1] = {item(call, 6)};
+    const Ref stream = steal(PyObject_Vectorcall(item(call, 8), device, 1, nullptr)), from = address(x);
+    if (integer(stream.ptr()) != integer(item(call, 7)) || integer(from.ptr()) % 16)
+        return {};
+    const int64_t k = integer(item(call, 1)), x_code = integer(item(call, 3)), int8_code = 3;
+    // The last 16 bytes of a single int8 row could end past its memory, so it is not said to be padded.
+    const int64_t step = rows > 1 || x_code == int8_code ? k : (k + 15) / 16 * 16;
+    const bool same = x_code == integer(item(call, 5));
+    Ref out = steal(PyObject_VectorcallMethod(names().new_empty, sizes, static_cast<size_t>(dims) + 1,
+                                              same ? nullptr : dtype_name()));
+    PyObject *bytes[3] = {x, item(known.ptr(), 2), item(call, 12)};
+    const Ref workspace = steal(PyObject_VectorcallMethod(names().new_empty, bytes, 2, dtype_name()));
+    const Ref row = steal(PyLong_FromLongLong(step)), one = steal(PyLong_FromLong(1)),
+              to = address(out.ptr()), work = address(workspace.ptr());
+    PyObject *const all[13] = {item(known.ptr(), 0),
+                               item(known.ptr(), 1),
+                               from.ptr(),
+                               item(call, 3),
+                               m.ptr(),
+                               row.ptr(),
+                               one.ptr(),
+                               item(call, 5),
+                               item(call, 6),
+                               to.ptr(),
+                               item(call, 2),
+                               work.ptr(),
+                               stream.ptr()};
+    steal(PyObject_Vectorcall(item(call, 9), all, 13, nullptr));
+    if (PyDict_SetItem(item(call, 11), item(call, 0), item(known.ptr(), 3)) < 0)
+        throw py::error_already_set();
+    return out;
 }
 
 // The output [..., n] of a linear operator's call, (plan, k, n, code of x's dtype, output dtype, its code,
@@ -98,14 +168,12 @@ Ref rows_of(PyObject *run, PyObject *call, PyObject *x) {
     }
     sizes[dims] = item(call, 2);
     sizes[dims + 1] = item(call, 4);
-    static PyObject *const dtype_name = PyTuple_Pack(1, n.dtype);
+    if (PyUnicode_Check(item(call, 0)))
+        return gpu_rows(call, x, rows, sizes, dims);
     const bool same = integer(item(call, 3)) == integer(item(call, 5));
     Ref out = steal(PyObject_VectorcallMethod(n.new_empty, sizes, static_cast<size_t>(dims) + 1,
-                                              same ? nullptr : dtype_name));
-    PyObject *to[1] = {out.ptr()};
-    const Ref from = steal(PyObject_VectorcallMethod(n.data_ptr, self, 1, nullptr)),
-              into = steal(PyObject_VectorcallMethod(n.data_ptr, to, 1, nullptr)),
-              m = steal(PyLong_FromLongLong(rows));
+                                              same ? nullptr : dtype_name()));
+    const Ref from = address(x), into = address(out.ptr()), m = steal(PyLong_FromLongLong(rows));
     PyObject *const all[7] = {item(call, 0), from.ptr(), item(call, 3), m.ptr(),
                               item(call, 1), into.ptr(), item(call, 5)};
     steal(PyObject_Vectorcall(run, all, 7, nullptr));
@@ -132,9 +200,8 @@ Ref images_of(PyObject *makers, PyObject *run, PyObject *call, PyObject *x) {
     const int64_t height = outputs(2, 3, 5), width = outputs(3, 4, 6);
     if (height < 1 || width < 1)
         return {};
-    static PyObject *const format_name = PyTuple_Pack(1, n.memory_format),
-                           *const dtype_name = PyTuple_Pack(1, n.dtype),
-                           *const both_names = PyTuple_Pack(2, n.dtype, n.memory_format);
+    static PyObject *const format_name = PyTuple_Pack(1, n.memory_format), *const both_names = PyTuple_Pack(
+                                                                               2, n.dtype, n.memory_format);
     PyObject *self[2] = {x, channels_last};
     bool last = !is_true(steal(PyObject_VectorcallMethod(n.is_contiguous, self, 1, nullptr)));
     if (last && !is_true(steal(PyObject_VectorcallMethod(n.is_contiguous, self, 1, format_name))))
@@ -149,14 +216,12 @@ Ref images_of(PyObject *makers, PyObject *run, PyObject *call, PyObject *x) {
     PyObject *sizes[7] = {x,        item(shape.ptr(), 0), item(call, 2), oh.ptr(),
                           ow.ptr(), item(call, 8),        channels_last};
     const bool same = integer(item(call, 7)) == integer(item(call, 9));
-    Ref out = steal(!last && same
-                        ? PyObject_VectorcallMethod(n.new_empty, sizes, 5, nullptr)
-                        : PyObject_Vectorcall(item(makers, 0), sizes + 1, 4, last ? both_names : dtype_name));
+    Ref out = steal(
+        !last && same ? PyObject_VectorcallMethod(n.new_empty, sizes, 5, nullptr)
+                      : PyObject_Vectorcall(item(makers, 0), sizes + 1, 4, last ? both_names : dtype_name()));
     if (integer(item(shape.ptr(), 0)) == 0)
         return out;
-    PyObject *to[1] = {out.ptr()};
-    const Ref from = steal(PyObject_VectorcallMethod(n.data_ptr, self, 1, nullptr)),
-              into = steal(PyObject_VectorcallMethod(n.data_ptr, to, 1, nullptr));
+    const Ref from = address(x), into = address(out.ptr());
     PyObject *const order = last ? Py_True : Py_False;
     PyObject *const all[10] = {
         item(call, 0),        from.ptr(), item(call, 7), item(shape.ptr(), 0), item(shape.ptr(), 2),
@@ -196,11 +261,11 @@ void check_count(const char *name, Py_ssize_t count, Py_ssize_t want) {
         throw py::type_error(std::string(name) + ": takes " + std::to_string(want) + " arguments");
 }
 
-// is_plain(state, parameters of a module, x)
-PyObject *is_plain(PyObject *, PyObject *const *args, Py_ssize_t count) {
+// where_plain(state, parameters of a module, x): 1 on the CPU, 2 on CUDA, 0 where it is not plain
+PyObject *where_plain(PyObject *, PyObject *const *args, Py_ssize_t count) {
     return guarded([&] {
-        check_count("is_plain", count, 3);
-        return given(py::bool_(plain(args[0], args[1], args[2])));
+        check_count("where_plain", count, 3);
+        return given(py::int_(static_cast<int>(plain(args[0], args[1], args[2]))));
     });
 }
 
@@ -247,7 +312,8 @@ PyObject *direct_call(PyObject *, PyObject *const *args, Py_ssize_t count) {
     });
 }
 
-PyMethodDef kIsPlain = {"is_plain", as_function(is_plain), METH_FASTCALL, "is_plain(state, parameters, x)"};
+PyMethodDef kWherePlain = {"where_plain", as_function(where_plain), METH_FASTCALL,
+                           "where_plain(state, parameters, x)"};
 PyMethodDef kEagerCall = {"eager_call", as_function(eager_call), METH_FASTCALL,
                           "eager_call(state, module, x)"};
 PyMethodDef kDirectCall = {"direct_call", as_function(direct_call), METH_FASTCALL,
@@ -259,7 +325,7 @@ PyMethodDef kRunImages = {"run_images", as_function(run_images), METH_FASTCALL,
 } // namespace
 
 void bind_eager(py::module_ &m) {
-    for (PyMethodDef *def : {&kIsPlain, &kEagerCall, &kDirectCall, &kRunRows, &kRunImages})
+    for (PyMethodDef *def : {&kWherePlain, &kEagerCall, &kDirectCall, &kRunRows, &kRunImages})
         PyModule_AddObject(m.ptr(), def->ml_name, PyCFunction_New(def, nullptr));
 }
 

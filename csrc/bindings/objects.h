@@ -33,11 +33,11 @@ struct Names {
     // of modules and of packages
     PyObject *parameters = of("_parameters"), *bias = of("bias"), *seen = of("_seen"),
              *stamps = of("_stamps"), *handed = of("_handed"), *plans = of("_plans"),
-             *own_epoch = of("_epoch"), *epoch = of("epoch"), *level = of("_current_level"),
-             *forward = of("forward"), *call = of("__call__"), *run = of("run"),
-             *compiled_call = of("_compiled_call_impl"), *forward_hooks = of("_forward_hooks"),
-             *forward_pre_hooks = of("_forward_pre_hooks"), *backward_hooks = of("_backward_hooks"),
-             *backward_pre_hooks = of("_backward_pre_hooks");
+             *gpu_calls = of("_gpu_calls"), *own_epoch = of("_epoch"), *epoch = of("epoch"),
+             *level = of("_current_level"), *forward = of("forward"), *call = of("__call__"),
+             *run = of("run"), *compiled_call = of("_compiled_call_impl"),
+             *forward_hooks = of("_forward_hooks"), *forward_pre_hooks = of("_forward_pre_hooks"),
+             *backward_hooks = of("_backward_hooks"), *backward_pre_hooks = of("_backward_pre_hooks");
 };
 
 inline const Names &names() {

@@ -131,13 +131,18 @@ class _Force(contextlib.AbstractContextManager[None]):
         _set_forced(self._op, self._previous)
 
 
-def _set_forced(op: str, name: str | None) -> None:
+def ask_again() -> None:
+    """Have every module ask for its kernel anew."""
     global epoch
+    epoch += 1
+
+
+def _set_forced(op: str, name: str | None) -> None:
     if name is None:
         _forced.pop(op, None)
     else:
         _forced[op] = name
-    epoch += 1
+    ask_again()
 
 
 def force(op: str, name: str | None) -> contextlib.AbstractContextManager[None]:

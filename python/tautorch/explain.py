@@ -83,6 +83,7 @@ def warmup(model: nn.Module, x: Batch) -> nn.Module:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"warmup: model must be an nn.Module, got {type(model).__name__}")
+    dispatch.ask_again()  # layers on CUDA would repeat what they ran before anything was measured
     with training_modes_kept(model), torch.no_grad(), tuning.measuring():
         model.eval()
         call_model("warmup", model, x)

@@ -335,6 +335,32 @@ def test_module_compiles_whole(kernel: str) -> None:
         assert torch.equal(torch.compile(layer, fullgraph=True)(x), want)
 
 
+@torch.no_grad()
+def test_a_module_repeats_its_launch(kernel: str) -> None:
+    module = Int8Linear.from_float(torch.nn.Linear(256, 128)).cuda()
+    side = torch.cuda.Stream()
+    for rows in (5, 16, 300):
+        x = torch.randn(rows, 256, device="cuda", dtype=torch.bfloat16)
+        want = module._through_op(x)
+        for _ in range(3):
+            assert torch.equal(module(x), want) and dispatch.last_used(OP) in ROWS
+        assert rows in module._gpu_calls[x.dtype][10]
+        torch.cuda.synchronize()
+        with torch.cuda.stream(side):
+            for _ in range(2):
+                assert torch.equal(module(x), want)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = module(x)
+        y.zero_()
+        graph.replay()
+        assert torch.equal(y, want)
+    module.weight.neg_()
+    module.bias.neg_()
+    assert torch.equal(module(x), -want)
+
+
 def test_module_gradient() -> None:
     layer = Int8Linear.from_float(torch.nn.Linear(48, 32))
     x = torch.randn(4, 48)

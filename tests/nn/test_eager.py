@@ -206,13 +206,13 @@ def test_images() -> None:
 
 def test_wrong_arguments() -> None:
     layer = ready_layer()
-    for state in ((), STATE[:4], [*STATE], (*STATE[:1], None, *STATE[2:]), (*STATE[:3], 1, STATE[4])):
+    for state in ((), STATE[:4], [*STATE], (*STATE[:1], None, *STATE[2:]), (*STATE[:3], 1, *STATE[4:])):
         with pytest.raises(TypeError, match="eager_call: "):
             _C.eager_call(state, vars(layer), X)  # type: ignore[arg-type]
     with pytest.raises(KeyError, match="_parameters"):
         _C.eager_call(STATE, {}, X)
     with pytest.raises(KeyError, match="bias"):
-        _C.is_plain(STATE, {}, X)
+        _C.where_plain(STATE, {}, X)
     with pytest.raises(TypeError, match="eager_call: no dict"):
         _C.eager_call(STATE, 1, X)  # type: ignore[arg-type]
     for call in ([], (b"", 16, 5, 0, torch.float32), None):

@@ -12,7 +12,7 @@ is_compiling = torch.compiler.is_compiling
 # What ``_C.eager_call`` asks x and torch. In plain eager CPU inference nothing but the numbers depends on the
 # call. Not so while tracing, under autocast, a dispatch or function mode, a functorch transform (its tensors
 # look plain), forward-mode or reverse-mode differentiation, nor for meta tensors, other devices and tensor
-# subclasses.
+# subclasses. The same on CUDA.
 _torch = torch._C
 STATE = (
     Tensor,
@@ -26,6 +26,9 @@ STATE = (
     torch.is_grad_enabled,
     vars(torch.autograd.forward_ad),
     vars(dispatch),
+    "is_cpu",
+    "is_cuda",
+    getattr(_torch, "_cuda_isCurrentStreamCapturing", None),  # what a graph captures goes the way round
 )
 
 # What ``_C.direct_call`` asks besides: whether calling a module is calling its forward and nothing else.
@@ -44,7 +47,12 @@ USUAL = (
 
 def plain(x: Tensor, bias: Tensor | None) -> bool:
     """Whether x with this bias is such a call, outside of ``torch.compile`` and ``torch.export``."""
-    return not is_compiling() and _C.is_plain(STATE, {"bias": bias}, x)
+    return not is_compiling() and _C.where_plain(STATE, {"bias": bias}, x) == 1
+
+
+def plain_on_cuda(x: Tensor, bias: Tensor | None) -> bool:
+    """The same for a CUDA device."""
+    return not is_compiling() and _C.where_plain(STATE, {"bias": bias}, x) == 2
 
 
 def autocast_input(x: Tensor) -> Tensor:

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from tautorch import _C
 from tautorch.ops import library as lib
+from tautorch.ops._gpu_product import launches
 
-from .eager import STATE, USUAL, is_compiling
+from .eager import STATE, USUAL, is_compiling, plain_on_cuda
 from .layer import LayerModule
 
 _direct_call, _eager_call, _run_rows = _C.direct_call, _C.eager_call, _C.run_rows
@@ -95,10 +96,16 @@ class LinearModule(LayerModule):
             call = _eager_call(STATE, self.__dict__, x) or self._fresh_call(x)
             if call is not None:
                 out: Tensor | None = _run_rows(self.run, call, x)
-                if out is None:
+                if out is None and type(call[0]) is bytes:  # a plan of the CPU
                     out = lib.run_linear(self.run, call, x)
                 if out is not None:
                     return out
+            if plain_on_cuda(x, self._parameters["bias"]):
+                with launches() as found:
+                    y = self._through_op(self._checked(x))
+                if found:
+                    self._remember(found[-1])
+                return y
         # graphs, gradients, the reference backend, and every error
         return self._through_op(self._checked(x))
 

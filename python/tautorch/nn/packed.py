@@ -19,9 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from tautorch import _C, dispatch
+from tautorch.ops._gpu_product import Launch
 from tautorch.ops.library import Stamp, stamp, without_pool_if_forked
 
 _unchanged = _C.unchanged
+_MOST_ROW_COUNTS = 512  # that a module on CUDA remembers its launches for
 
 # Held while a module changes state. One for all: packing is rare, and a lock of its own could not be copied.
 _lock = threading.RLock()
@@ -65,6 +67,7 @@ class PackedModule(nn.Module):
     _epoch: int
     _keep: list[Tensor]
     _plans: dict[Any, Any]
+    _gpu_calls: dict[Any, Any]
 
     def __init__(self) -> None:
         super().__init__()
@@ -98,7 +101,8 @@ class PackedModule(nn.Module):
         d["_seen"] = []  # (store, name, tensor) of every tensor the plans were made from
         d["_stamps"] = []  # (tensor, stamp) of each of these
         d["_handed"] = {}  # canonical tensors given out: name -> (weak reference, version)
-        d["_plans"] = {}  # what forward runs, by x's dtype
+        d["_plans"] = {}  # what forward runs on the CPU, by x's dtype
+        d["_gpu_calls"] = {}  # and on CUDA
 
     def ready(self) -> bool:
         """Whether the plans made earlier still hold."""
@@ -156,7 +160,7 @@ class PackedModule(nn.Module):
             self._handed = handed
         packed = buffers["packed"]
         assert packed is not None
-        self._keep, self._plans = [packed], {}
+        self._keep, self._plans, self._gpu_calls = [packed], {}, {}
         for name in self.fp32_names:
             self._check_finite(name)
         self._make_plans(packed)
@@ -164,6 +168,28 @@ class PackedModule(nn.Module):
         self._plans = {dtype: (*call, self._keep) for dtype, call in self._plans.items()}
         self._watch()
         self._epoch = dispatch.epoch
+
+    def _remember(self, launch: Launch) -> None:
+        """Have the next call on CUDA with as many rows repeat this one."""
+        with _lock:
+            ready = self.ready()
+            call = self._gpu_calls.get(launch.x_dtype) if ready else None
+            if not ready:
+                self._epoch = -1  # other threads go the way round
+                self._keep, self._plans, self._gpu_calls = [], {}, {}
+                if any(t is not None and t.is_inference() for t in self._tensors()):
+                    return  # an edit could not be seen
+                self._watch()
+                self._epoch = dispatch.epoch
+            if call is None or (call[6], call[7]) != (launch.device, launch.stream):
+                call = self._gpu_calls[launch.x_dtype] = launch.call()
+            known = call[10]
+            if len(known) >= _MOST_ROW_COUNTS:
+                known.clear()
+            known[launch.rows] = launch.known
+
+    def _tensors(self) -> list[Tensor | None]:
+        return [*self._buffers.values(), *self._parameters.values()]
 
     def _watch(self) -> None:
         """Remember which tensors the plans were made from."""
@@ -247,7 +273,7 @@ class PackedModule(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         self.unpack_()
         state = self.__dict__.copy()
-        for name in ("_epoch", "_keep", "_seen", "_stamps", "_handed", "_plans"):
+        for name in ("_epoch", "_keep", "_seen", "_stamps", "_handed", "_plans", "_gpu_calls"):
             state.pop(name, None)
         return state
 

@@ -2,12 +2,56 @@
 
 from __future__ import annotations
 
+import contextlib
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
 import torch
 from torch import Tensor
 
 from tautorch import dispatch
 
 from . import library as lib
+
+_local = threading.local()
+# The device's current stream as an integer; a CPU build of torch has none.
+_raw_stream: Callable[[int], int] | None = getattr(torch._C, "_cuda_getCurrentRawStream", None)
+
+
+class Launch(NamedTuple):
+    """A call that may be repeated on other x of as many contiguous rows; see ``_C.run_rows``."""
+
+    op: str
+    k: int
+    n: int
+    x_dtype: torch.dtype
+    dtype: torch.dtype
+    device: int
+    stream: int
+    run: Callable[..., int]
+    rows: int
+    #: plan, kernel, bytes of the workspace, what ``dispatch`` notes, the tensors that the plan points to
+    known: tuple[bytes, int, int, tuple[str, int], list[Tensor]]
+
+    def call(self) -> tuple[Any, ...]:
+        """For ``_C.run_rows``, which repeats what its dict knows."""
+        codes = lib.DTYPE_CODE
+        return (
+            self.op, self.k, self.n, codes[self.x_dtype], self.dtype, codes[self.dtype], self.device,
+            self.stream, _raw_stream, self.run, {}, dispatch._last_python, torch.uint8,
+        )  # fmt: skip
+
+
+@contextlib.contextmanager
+def launches() -> Iterator[list[Launch]]:
+    """Inside, what ``product`` launches on this thread and may be repeated is listed."""
+    before, found = getattr(_local, "found", None), list[Launch]()
+    _local.found = found
+    try:
+        yield found
+    finally:
+        _local.found = before
 
 
 def product(
@@ -20,11 +64,12 @@ def product(
     dtype: torch.dtype,
     weight_only: bool,
     stream: int,
+    held: Sequence[Tensor],
 ) -> Tensor:
     """``x`` [..., K] by the extension's kernels of ``op``: [..., n] of ``dtype``.
 
-    ``kernel`` is an index into ``kernels``; -1 chooses by shape. The caller holds what the plan points
-    to until this returns: memory that is freed then goes back to the stream's pool, behind the kernel.
+    ``kernel`` is an index into ``kernels``; -1 chooses by shape. ``held`` is what the plan points to, which
+    lives until this returns: memory that is freed then goes back to the stream's pool, behind the kernel.
     """
     ext, k, m, index = dispatch.cuda, x.shape[-1], x.shape[:-1].numel(), x.get_device()
     rows = x.reshape(m, k)
@@ -52,4 +97,8 @@ def product(
     workspace = torch.empty(size, dtype=torch.uint8, device=x.device)
     ran = getattr(ext, f"{op}_run")(*asked, y.data_ptr(), ldy, workspace.data_ptr(), stream)
     dispatch.note_used(op, kernels[ran])
+    found = getattr(_local, "found", None)
+    if found is not None and _raw_stream is not None and m and ldy == n and x.is_contiguous():
+        known = plan, ran, size, (kernels[ran], 0), list(held)
+        found.append(Launch(op, k, n, x.dtype, dtype, index, stream, getattr(ext, f"{op}_run"), m, known))
     return (y if ldy == n else y[:, :n].contiguous()).view(*x.shape[:-1], n)

@@ -85,7 +85,7 @@ def _extension(
     kernels, dtype = ext.int8_linear_kernels(), tail.dtype(x)
 
     def run(chosen: int) -> Tensor:
-        return product(OP, kernels, chosen, plan, x, n, dtype, tail.weight_only, stream)
+        return product(OP, kernels, chosen, plan, x, n, dtype, tail.weight_only, stream, [*keep, *held])
 
     if kernel != "cuda":
         chosen = kernels.index(kernel)
@@ -94,9 +94,7 @@ def _extension(
     else:
         problem = _facts(index)[0], x.shape[:-1].numel(), n, k, False, lib.DTYPE_CODE[x.dtype]
         chosen = _measured(kernels, problem, x, dtype, run)
-    y = run(chosen)
-    del keep, held
-    return y
+    return run(chosen)
 
 
 @dataclass(frozen=True)

@@ -48,9 +48,8 @@ def run(
     packed = packed_places(OP, values, places, shape, order, index, stream, dtype)
     plan = ext.sparse_linear_plan(packed.data_ptr(), *shape, order, codes)
     chosen = -1 if kernel == "cuda" else kernels.index(kernel)
-    y = product(OP, kernels, chosen, plan, x, out_features, tail.dtype(x), floats, stream)
-    del keep
-    return y
+    held = [packed, *keep]
+    return product(OP, kernels, chosen, plan, x, out_features, tail.dtype(x), floats, stream, held)
 
 
 def packed_places(

@@ -40,9 +40,8 @@ def run(
     plan = ext.sparse_linear_plan(packed.data_ptr(), *shape, ORDER, codes)
     stream = torch.cuda.current_stream(index).cuda_stream
     chosen = kernels.index(kernel)
-    y = product(OP, kernels, chosen, plan, x, out_features, tail.dtype(x), False, stream)
-    del keep
-    return y
+    held = [packed, *keep]
+    return product(OP, kernels, chosen, plan, x, out_features, tail.dtype(x), False, stream, held)
 
 
 def _packed(layout: tuple[Tensor, Tensor | None, Tensor], pattern: str, shape: tuple[int, int]) -> Tensor:
