@@ -17,6 +17,10 @@ struct SparseScales {
     int32_t correction;
     float least;   // results are at least this: 0 for relu, -inf for none
     int64_t count; // outputs left; a last group of 4 may have fewer
+    // What will be written next, to be fetched meanwhile: `lines` rows of line_bytes, line_step bytes apart.
+    const char *line;
+    int64_t line_step, line_bytes;
+    int lines;
 };
 
 // Float rows, x_step bytes apart, times `count` whole float panels that follow each other, with bias and

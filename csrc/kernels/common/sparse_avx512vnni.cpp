@@ -48,6 +48,16 @@ template <int GS> struct GroupScales {
         }
     }
 };
+
+// Part `part` of `parts` of the lines that are written next, in memory or in caches further out.
+inline void fetch_lines(const SparseScales &s, int64_t part, int64_t parts) {
+    for (int64_t r = s.lines * part / parts; r < s.lines * (part + 1) / parts; ++r) {
+        const char *line = s.line + r * s.line_step;
+        for (int64_t b = 0; b < s.line_bytes; b += 64)
+            asm volatile("prefetchw %0" : : "m"(line[b]));
+    }
+}
+
 // Scaled: the sums leave as floats; otherwise `scales` is null.
 template <int GS, bool Scaled>
 void panel64(const uint8_t *x, const uint32_t *start, const uint16_t *idx, const int8_t *values, int64_t g0,
@@ -62,6 +72,8 @@ void panel64(const uint8_t *x, const uint32_t *start, const uint16_t *idx, const
         if constexpr (U == 2)
             for (int j = 0; j < 4; ++j)
                 c[1][0][j] = _mm512_setzero_si512();
+        if constexpr (Scaled)
+            fetch_lines(*scales, g - g0, g1 - g0);
         const uint16_t *i = idx + 4 * int64_t{start[g]}, *end = idx + 4 * int64_t{start[g + 1]};
         const int8_t *v = values + 4 * GS * int64_t{start[g]};
         const auto step = [&](int at, __m512i(&acc)[GS][4]) __attribute__((always_inline)) {
