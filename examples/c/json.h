@@ -126,6 +126,31 @@ static int json_word(char c) {
     return c == '+' || c == '-' || c == '.' || (c >= '0' && c <= '9') || (c >= 'a' && c <= 'z') || c == 'E';
 }
 
+static int json_by_key(const void *a, const void *b) {
+    const json_node *x = *(const json_node *const *)a, *y = *(const json_node *const *)b;
+    if (x->key_length != y->key_length)
+        return x->key_length < y->key_length ? -1 : 1;
+    return memcmp(x->key, y->key, x->key_length);
+}
+
+/* Whether no two members of an object have one name: readers would differ in which of them counts. */
+static int json_distinct(const json *j, int32_t object) {
+    size_t count = 0, n = 0;
+    for (int32_t i = j->nodes[object].child; i >= 0; i = j->nodes[i].next)
+        ++count;
+    const json_node **members = malloc((count + 1) * sizeof *members);
+    if (!members)
+        return 0;
+    for (int32_t i = j->nodes[object].child; i >= 0; i = j->nodes[i].next)
+        members[n++] = &j->nodes[i];
+    qsort(members, count, sizeof *members, json_by_key);
+    int distinct = 1;
+    for (size_t i = 1; i < count; ++i)
+        distinct = distinct && json_by_key(&members[i - 1], &members[i]) != 0;
+    free(members);
+    return distinct;
+}
+
 static int32_t json_value(json *j, int depth) {
     json_space(j);
     if (depth > JSON_DEPTH || j->at == j->end)
@@ -163,11 +188,11 @@ static int32_t json_value(json *j, int depth) {
         *(last < 0 ? &j->nodes[node].child : &j->nodes[last].next) = child;
         last = child;
     } while (json_take(j, ','));
-    return json_take(j, close) ? node : -1;
+    return json_take(j, close) && (c == '[' || json_distinct(j, node)) ? node : -1;
 }
 
-/* The root is node 0. Returns 0 for what is not one JSON value of at most JSON_DEPTH levels. json_free it
- * either way. */
+/* The root is node 0. Returns 0 for what is not one JSON value of at most JSON_DEPTH levels, and for an
+ * object that has a name twice. json_free it either way. */
 static int json_parse(json *j, char *text, size_t length) {
     json fresh = {NULL, 0, 0, text, text + length};
     *j = fresh;

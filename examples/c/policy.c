@@ -51,23 +51,23 @@ static void *keep(layer *l, void *data) {
     return l->keep[l->kept++] = data;
 }
 
-/* The tensor `module`.`name` of this dtype with `count` elements (-1: any number), kept by l; NULL where
- * there is none and it is not needed. */
+/* The tensor `module`.`name` of this dtype with `count` elements, kept by l; NULL where there is none and it
+ * is not needed. */
 static void *vector(const policy *p, layer *l, const char *module, const char *name, const char *dtype,
-                    int64_t count, int needed, tensor *out) {
+                    int64_t count, int needed) {
     char full[300];
     if (snprintf(full, sizeof full, "%s.%s", module, name) >= (int)sizeof full)
         fail("layer %s: the name is too long", module);
-    tensor local, *t = out ? out : &local;
-    const int found = safetensors_read(&p->file, full, t);
+    tensor t;
+    const int found = safetensors_read(&p->file, full, &t);
     if (found < 0 || (found == 0 && needed))
         fail("%s: %s", full, found < 0 ? "damaged" : "not in the file");
     if (found == 0)
         return NULL;
-    if (strcmp(t->dtype, dtype) != 0 || (count >= 0 && (uint64_t)count != t->count))
-        fail("%s: expected %lld values of %s, got %zu of %s", full, (long long)count, dtype, t->count,
-             t->dtype);
-    return keep(l, t->data ? t->data : malloc(1));
+    if (strcmp(t.dtype, dtype) != 0 || (uint64_t)count != t.count)
+        fail("%s: expected %lld values of %s, got %zu of %s", full, (long long)count, dtype, t.count,
+             t.dtype);
+    return keep(l, t.data ? t.data : malloc(1));
 }
 
 static void *packed_memory(layer *l, size_t bytes) {
@@ -125,8 +125,7 @@ static void *pack_sparse(const policy *p, layer *l, const char *module, int32_t 
     if (crow.count != groups + 1)
         fail("layer %s: expected %zu crow_indices, got %zu", module, groups + 1, crow.count);
     w.entries = (int64_t)col.count;
-    w.values =
-        vector(p, l, module, "values", kind == TT_WEIGHTS_INT8 ? "I8" : "F32", w.entries * w.group, 1, NULL);
+    w.values = vector(p, l, module, "values", kind == TT_WEIGHTS_INT8 ? "I8" : "F32", w.entries * w.group, 1);
     uint32_t *start = malloc((groups + 1) * sizeof *start);
     uint16_t *index = malloc((col.count + 1) * sizeof *index);
     if (!start || !index)
@@ -179,32 +178,32 @@ static void add_linear(policy *p, layer *l, const char *class, const char *modul
     t.inputs = k;
     t.outputs = n;
     t.activation = activation_of(j, config, module);
-    t.bias = vector(p, l, module, "bias", "F32", n, 0, NULL);
+    t.bias = vector(p, l, module, "bias", "F32", n, 0);
     if (int8 && json_is(j, quant, "static")) {
-        t.x_scale = *(float *)vector(p, l, module, "x_scale", "F32", 1, 1, NULL);
+        t.x_scale = *(float *)vector(p, l, module, "x_scale", "F32", 1, 1);
         if (t.x_scale == 0)
             fail("layer %s: its x_scale is 0", module); /* to tt_linear_plan: none given */
-        const int32_t *zero = vector(p, l, module, "x_zero_point", "I32", 1, 0, NULL);
+        const int32_t *zero = vector(p, l, module, "x_zero_point", "I32", 1, 0);
         t.x_zero_point = zero ? *zero : 0;
     }
     if (strcmp(class, "tautorch.nn.LowRankLinear") == 0) {
         if (rank < 1 || rank > MOST_INPUTS || !json_is(j, json_get(j, config, "residual"), "null"))
             fail("layer %s: this example runs low-rank layers without a residual", module);
         size_t up_bytes = 0;
-        t.packed = pack_dense(p, l, module, kind, rank, k,
-                              vector(p, l, module, "down", type, rank * k, 1, NULL), &t.packed_bytes);
-        const void *up = pack_dense(p, l, module, kind, n, rank,
-                                    vector(p, l, module, "up", type, n * rank, 1, NULL), &up_bytes);
-        t.weight_scale = int8 ? vector(p, l, module, "up_scale", "F32", n, 1, NULL) : NULL;
-        const float *down_scale = int8 ? vector(p, l, module, "down_scale", "F32", rank, 1, NULL) : NULL;
+        t.packed = pack_dense(p, l, module, kind, rank, k, vector(p, l, module, "down", type, rank * k, 1),
+                              &t.packed_bytes);
+        const void *up =
+            pack_dense(p, l, module, kind, n, rank, vector(p, l, module, "up", type, n * rank, 1), &up_bytes);
+        t.weight_scale = int8 ? vector(p, l, module, "up_scale", "F32", n, 1) : NULL;
+        const float *down_scale = int8 ? vector(p, l, module, "down_scale", "F32", rank, 1) : NULL;
         check(tt_lowrank_plan(&t, up, up_bytes, down_scale, &l->plan), module);
     } else {
-        t.weight_scale = int8 ? vector(p, l, module, "weight_scale", "F32", n, 1, NULL) : NULL;
+        t.weight_scale = int8 ? vector(p, l, module, "weight_scale", "F32", n, 1) : NULL;
         if (strcmp(class, "tautorch.nn.SparseLinear") == 0)
             t.packed = pack_sparse(p, l, module, config, kind, n, k, &t.packed_bytes);
         else
-            t.packed = pack_dense(p, l, module, kind, n, k,
-                                  vector(p, l, module, "weight", type, n * k, 1, NULL), &t.packed_bytes);
+            t.packed = pack_dense(p, l, module, kind, n, k, vector(p, l, module, "weight", type, n * k, 1),
+                                  &t.packed_bytes);
         check(tt_linear_plan(&t, &l->plan), module);
     }
     l->outputs = p->outputs = n;

@@ -98,7 +98,7 @@ static int safetensors_read(const safetensors *f, const char *name, tensor *t) {
     }
     const int32_t first = j->nodes[offsets].child, second = first < 0 ? -1 : j->nodes[first].next;
     const int64_t begin = json_integer(j, first), end = json_integer(j, second);
-    if (begin < 0 || end < begin || (uint64_t)end > f->size - f->data ||
+    if (begin < 0 || end < begin || j->nodes[second].next >= 0 || (uint64_t)end > f->size - f->data ||
         (uint64_t)(end - begin) != (uint64_t)t->count * size)
         return -1;
     if (t->count == 0)

@@ -188,7 +188,8 @@ def test_damaged_files(program: Path, tmp_path: Path) -> None:
         *(b"\\udc00", b"\n"),
     )
     quoted = [b'{"a' + string + b'":1}' for string in strings] + [b'{"\\', b'{"\\u', b'{"\\ud8ff\\u']
-    for junk in (b"[" * 4000, b"{}" * 3, b'{"a":1,}', b"\0" * 50, b'"x"', *quoted):
+    twice = b'{"b":[{"a":1,"c":2,"\\u0061":3}]}'
+    for junk in (b"[" * 4000, b"{}" * 3, b'{"a":1,}', b"\0" * 50, b'"x"', twice, *quoted):
         bad.write_bytes(struct.pack("<Q", len(junk)) + junk)
         assert "no JSON object" in refused(program, bad)
     lie(lambda h: h.pop("__metadata__"), "not written by tautorch.save")
@@ -196,6 +197,7 @@ def test_damaged_files(program: Path, tmp_path: Path) -> None:
     lie(lambda h: h["0.weight"].update(data_offsets=[0, 64 * 17 - 1]), "0.weight: damaged")
     lie(lambda h: h["0.weight"].update(data_offsets=[len(body), len(body) + 64 * 17]), "0.weight: damaged")
     lie(lambda h: h["0.weight"].update(data_offsets=[-1, 64 * 17 - 1]), "0.weight: damaged")
+    lie(lambda h: h["0.weight"].update(data_offsets=[*h["0.weight"]["data_offsets"], 0]), "0.weight: damaged")
     lie(lambda h: h["0.weight"].update(shape=[2**40, 2**40]), "0.weight: damaged")
     lie(lambda h: h["0.weight"].update(dtype="F999"), "0.weight: damaged")
     lie(lambda h: h["0.bias"].update(dtype="I32"), "0.bias: expected 64 values of F32")
