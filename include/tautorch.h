@@ -23,9 +23,10 @@
  * buffers must be as large as they are said to be.
  *
  * Memory. Nothing is allocated but (a) a thread-local workspace of each thread that runs plans, which grows
- * to what the largest call needed and is freed when the thread ends, (b) messages, (c) the threads of
- * tt_set_threads and (d) lists while tt_sparse_pack runs. Plans hold addresses: packed weights, scales and
- * biases must stay where and as they are for as long as a plan is run; no call looks at them again.
+ * to what the largest call needed, is made smaller (if over 16 MB) after a thousand calls that needed little
+ * of it, and is freed when the thread ends, (b) messages, (c) the threads of tt_set_threads and (d) lists
+ * while tt_sparse_pack runs. Plans hold addresses: packed weights, scales and biases must stay where and as
+ * they are for as long as a plan is run; no call looks at them again.
  *
  * Threads. Everything runs on the calling thread until tt_set_threads or tt_set_thread_pool. Any number of
  * threads may pack, plan and run at once, the same plan too; while one runs on the pool, others run on
