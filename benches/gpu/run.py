@@ -17,7 +17,6 @@ import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -27,7 +26,7 @@ from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT))
-from benches.gpu.tested import LOST, Recorder, watch  # noqa: E402
+from benches.gpu.tested import LIMIT, LOST, Recorder, end, watch  # noqa: E402
 
 BUILD = ROOT / "build" / "gpu"
 PACKAGE = ROOT / "python"
@@ -116,9 +115,9 @@ def run_within(seconds: float, command: list[str], env: dict[str, str], log: Pat
         try:
             return process.wait(timeout=seconds)
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
             return None
+        finally:
+            end(process)
 
 
 # ---- stages -----------------------------------------------------------------------------------------------
@@ -155,29 +154,27 @@ def test(state: State, deadline: float, only: str) -> str:
     outcomes = state.done("test")
     outcomes.update({name: "again" for name, outcome in outcomes.items() if outcome == "failed"})
     state.save()
-    code: int | None = LOST
-    while code is None or code == LOST or code < 0:
-        left = deadline - 15 - time.monotonic()
-        if left < 15:
-            break
+    code: int | None = LIMIT
+    while (left := deadline - 15 - time.monotonic()) >= 15:
         command = [sys.executable, str(Path(__file__).resolve()), "--stage", "test-part"]
         command += ["--limit", f"{left:.0f}", "--only", only]
         code, name = watch(command, environment(), deadline, BUILD / "running")
         state = State()
         outcomes = state.done("test")
-        crashed = code is not None and code < 0
-        if crashed or name:
-            how = f"ended by signal {-code}" if code else "hung and was ended"
-            print(f"  {name or 'the tests'}: {how}", flush=True)
-            if not name:
-                break
-            outcomes[name] = "failed"
+        if name:
+            how = "hung and was ended" if code is None else f"ended the process ({code})"
+            print(f"  {name}: {how}", flush=True)
+            outcomes[name], code = "failed", LIMIT  # where no time is left for those behind it
             state.save()
+        elif code != LOST:
+            break
     counts = {o: list(outcomes.values()).count(o) for o in ("passed", "failed", "skipped")}
-    text = ", ".join(f"{n} {o}" for o, n in counts.items() if n)
-    if state.data.get("left", 0) > 0 or code is None:
+    text = ", ".join(f"{n} {o}" for o, n in counts.items() if n) or "nothing ran"
+    if code in (None, LIMIT, LOST):
         return f"{text}; stopped at the limit with {state.data.get('left', 0)} left; run the stage again"
-    if counts["failed"] or code not in (0, 5):
+    if code not in (0, 1, 5):
+        raise Cannot(f"test: {text}; pytest ended with {code}, see above")
+    if counts["failed"] or code == 1:
         raise Cannot(f"test: {text}")
     return text
 
@@ -195,7 +192,7 @@ def test_part(state: State, deadline: float, only: str) -> int:
     select = ["-k", only] if only else []
     files = [str(ROOT / "tests" / "gpu"), str(ROOT / "tests" / "triton_kernels")]
     code = pytest.main(["-q", "-p", "no:cacheprovider", "--rootdir", str(ROOT), *select, *files], [recorder])
-    return LOST if recorder.lost else int(code)
+    return recorder.status or int(code)
 
 
 def sanitize(state: State, deadline: float, only: str) -> str:
@@ -327,9 +324,7 @@ def main() -> int:
     failed = False
     for name in STAGES if given.stage == "all" else (given.stage,):
         try:
-            state = State()
-            text = STAGES[name](state, time.monotonic() + given.limit, given.only)
-            state.save()
+            text = STAGES[name](State(), time.monotonic() + given.limit, given.only)
             print(f"{name}: {text}")
         except Cannot as why:
             print(why)

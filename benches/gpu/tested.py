@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 PATIENCE = 180.0  # seconds for one test: some compile several kernels
-LOST = 3  # exit status of a process that has lost the device
-DONE = ("passed", "skipped")
+# Exit statuses beside pytest's own (0 to 5): the device is lost; the limit came before the last test.
+LOST, LIMIT = 101, 102
 
 
 class Recorder:
@@ -30,14 +30,17 @@ class Recorder:
         self, outcomes: dict[str, str], save: Callable[[int], None], deadline: float, running: Path
     ) -> None:
         self.outcomes, self.save, self.deadline, self.running = outcomes, save, deadline, running
-        self.left, self.lost = 0, False
+        self.left = 0
+        self.status: int | None = None  # LOST or LIMIT, where that ended the session
 
     def pytest_collection_modifyitems(self, config: Any, items: list[Any]) -> None:
         todo = [i for i in items if self.outcomes.get(i.nodeid, "again") == "again"]
         todo.sort(key=lambda i: (i.nodeid in self.outcomes, i.get_closest_marker("gpu") is None))
         config.hook.pytest_deselected(items=[i for i in items if i not in todo])
         items[:] = todo
-        self.left = len(todo)
+
+    def pytest_collection_finish(self, session: Any) -> None:
+        self.left = len(session.items)  # -k has been heeded only now
         self.save(self.left)
 
     def pytest_sessionstart(self, session: Any) -> None:
@@ -50,14 +53,15 @@ class Recorder:
         if report.when == "call" or report.outcome != "passed":
             self.outcomes[report.nodeid] = report.outcome
         if report.outcome == "failed" and device_is_lost():
-            self.lost = True
+            self.status = LOST
             self.session.shouldstop = "the device's context is lost"
 
     def pytest_runtest_logfinish(self, nodeid: str) -> None:
         self.left -= 1
         self.save(self.left)
         self.running.unlink(missing_ok=True)
-        if time.monotonic() > self.deadline:
+        if time.monotonic() > self.deadline and self.left and self.status is None:
+            self.status = LIMIT
             self.session.shouldstop = "the stage's limit"
 
 
@@ -82,18 +86,29 @@ def watch(
     running.unlink(missing_ok=True)
     process = subprocess.Popen(command, env=env, start_new_session=True)
     name, waited, last = "", 0.0, time.monotonic()
-    while process.poll() is None:
-        time.sleep(0.2)
-        now, before = time.monotonic(), name
-        name = test_of(running)
-        # Where this process was stopped, the other may have been too: time that was not seen counts little.
-        waited = waited + min(now - last, 1.0) if name == before else 0.0
-        last = now
-        if now > deadline or (name and waited > patience):
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-            return None, "" if now > deadline else name  # at the limit nothing is known about the test
+    try:
+        while process.poll() is None:
+            time.sleep(0.2)
+            now, before = time.monotonic(), name
+            name = test_of(running)
+            # Where this process was stopped, the other may have been too: time that was not seen counts
+            # little.
+            waited = waited + min(now - last, 1.0) if name == before else 0.0
+            last = now
+            if now > deadline:
+                return None, ""  # nothing is known about the test
+            if name and waited > patience:
+                return None, name
+    finally:
+        end(process)
     return process.returncode, test_of(running)
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    """End a leader of a session with all that it started, unless it has ended."""
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def test_of(running: Path) -> str:

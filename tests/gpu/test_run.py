@@ -134,8 +134,10 @@ def test_a_command_past_its_limit_is_ended_with_its_children(run: ModuleType, tm
 
 
 @pytest.fixture
-def tested(run: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
-    """The test stage over the tests of a file, its processes as they are: what it says."""
+def tested(
+    run: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., str]:
+    """The test stage over the tests of a file, its processes as they are: what it says, and its status."""
     program = (
         "import importlib.util, pathlib, sys, pytest\n"
         f"spec = importlib.util.spec_from_file_location('gpu_run', {str(SCRIPT)!r})\n"
@@ -145,7 +147,8 @@ def tested(run: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         f"sys.path.insert(0, {str(tmp_path)!r})\n"
         "plain = pytest.main\n"
         f"files = ['-q', '-p', 'no:cacheprovider', '-c', '/dev/null', {str(tmp_path)!r}]\n"
-        "pytest.main = lambda _, plugins: plain(files, plugins)\n"
+        "only = lambda given: given[given.index('-k') :][:2] if '-k' in given else []\n"
+        "pytest.main = lambda given, plugins: plain(files + only(given), plugins)\n"
         "sys.exit(run.main())\n"
     )
     (tmp_path / "stage.py").write_text(program)
@@ -158,16 +161,16 @@ def tested(run: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(run, "watch", watched)
     monkeypatch.setattr(run, "need_gpu", lambda stage: None)
     monkeypatch.setattr(run, "need_extension", lambda stage: None)
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
 
-    def stage(source: str, seconds: float = 60) -> str:
+    def stage(source: str, *arguments: str) -> str:
         head = "import os, pathlib, signal, time\n"
         head += "def note(name):\n    pathlib.Path(__file__).with_name('ran').open('a').write(name + ' ')\n"
         (tmp_path / "test_it.py").write_text(head + source)
         (tmp_path / "ran").unlink(missing_ok=True)
-        try:
-            return str(run.test(run.State(), time.monotonic() + 15 + seconds, ""))
-        except run.Cannot as why:
-            return f"cannot: {why}"
+        monkeypatch.setattr(sys, "argv", ["run.py", "--stage", "test", "--limit", "120", *arguments])
+        status = run.main()
+        return f"{status} {capsys.readouterr().out.splitlines()[-1]}"
 
     return stage
 
@@ -178,11 +181,12 @@ def test_a_test_that_hangs_or_crashes_costs_itself_alone(tested: Callable[..., s
         "def test_crashes():\n    note('crashes')\n    os.kill(os.getpid(), signal.SIGSEGV)\n"
         "def test_good():\n    note('good')\n"
     )
-    assert tested(tests) == "cannot: test: 1 passed, 2 failed"
+    assert tested(tests) == "1 test: 1 passed, 2 failed"
     assert (tmp_path / "ran").read_text() == "hangs crashes good "
     mended = tests.replace("time.sleep(60)", "pass").replace("os.kill(os.getpid(), signal.SIGSEGV)", "pass")
-    assert tested(mended) == "3 passed"
+    assert tested(mended) == "0 test: 3 passed"
     assert (tmp_path / "ran").read_text() == "hangs crashes "
+    assert tested(mended) == "0 test: 3 passed" and not (tmp_path / "ran").exists(), "what was done is kept"
 
 
 def test_a_lost_device_ends_the_process_and_not_the_stage(tested: Callable[..., str], tmp_path: Path) -> None:
@@ -196,11 +200,21 @@ def test_a_lost_device_ends_the_process_and_not_the_stage(tested: Callable[..., 
         "@pytest.mark.gpu\n"
         "def test_next():\n    note(stage.device_is_lost.__name__)\n"
     )
-    assert tested(tests) == "cannot: test: 2 passed, 1 failed"
+    assert tested(tests) == "1 test: 2 passed, 1 failed"
     assert (tmp_path / "ran").read_text() == "illegal device_is_lost host "
     tests += "def test_late():\n    note('late')\n"
-    assert tested(tests.replace("assert False", "pass")) == "4 passed"
+    assert tested(tests.replace("assert False", "pass")) == "0 test: 4 passed"
     assert (tmp_path / "ran").read_text() == "late illegal "
+
+
+def test_a_word_selects_and_what_no_test_can_tell_is_an_error(
+    tested: Callable[..., str], tmp_path: Path
+) -> None:
+    tests = "def test_one():\n    os._exit(0)\ndef test_two():\n    note('two')\ndef test_three(): pass\n"
+    assert tested(tests, "--only", "two") == "0 test: 1 passed", "no test is left"
+    assert tested(tests) == "1 test: 2 passed, 1 failed", "one ended its process, with status 0"
+    (tmp_path / "test_bad.py").write_text("import nothing_here\n")
+    assert tested(tests + "def test_four(): pass\n") == ("1 test: 2 passed; pytest ended with 2, see above")
 
 
 def test_sanitizing_takes_rows_together_and_goes_on(
