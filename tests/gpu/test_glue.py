@@ -231,3 +231,12 @@ def test_quantize_rows(extension: Extension, after: str, dtype: torch.dtype) -> 
     fused = extension.calls.count("quantize_rows_after")
     assert fused == (0 if after == "none" else 9)
     assert fused + extension.calls.count("quantize_rows") == len(inputs) - 1  # no rows, no launch
+
+
+def test_every_operator_has_a_kernel_on_cuda() -> None:
+    """Those of backward graphs too; without one, a gradient fails on a device alone."""
+    names = [n for n in torch._C._dispatch_get_all_op_names() if n.startswith("tautorch::")]
+    here = {n for n in names if torch._C._dispatch_has_kernel_for_dispatch_key(n, "CPU")}
+    assert {"tautorch::int8_linear", "tautorch::float_conv2d_weight"} <= here
+    there = {n for n in here if torch._C._dispatch_has_kernel_for_dispatch_key(n, "CUDA")}
+    assert here - there == set()

@@ -21,7 +21,7 @@ struct alignas(16) Piece {
 // A warp's part of a stage, as it is in shared memory.
 template <int kRowTiles> struct Slot {
     uint32_t maps[32];
-    alignas(16) uint8_t values[kBitmapValues]; // up to 11 bytes past a unit's end are read and not used
+    alignas(16) uint8_t values[kBitmapValues]; // up to 12 bytes past a unit's end are read and not used
     Piece x[kRowTiles][32];
 };
 

@@ -162,6 +162,8 @@ void mma_sp_m16n8k32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[
 }
 
 inline uint32_t byte_perm(uint32_t low, uint32_t high, uint32_t which) {
+    if (which & 0x8888)
+        abort(); // prmt would repeat a byte's sign
     const uint64_t both = uint64_t{high} << 32 | low;
     uint32_t d = 0;
     for (int i = 0; i < 4; ++i)
