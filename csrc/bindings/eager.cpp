@@ -56,6 +56,13 @@ Where plain(PyObject *state, PyObject *parameters, PyObject *x) {
     const Names &n = names();
     if (integer(entry(item(state, 3), n.level)) >= 0)
         return nowhere;
+    // Held, as attributes of tensors may run anything. Where something else stands for the parameter (a
+    // replica's tensor, a parametrisation, a pruned or flattened one), a plan does not know of it.
+    if (!PyDict_Check(parameters))
+        throw py::type_error("eager_call: no dict");
+    const Ref bias = py::reinterpret_borrow<Ref>(value_of(parameters, n.bias));
+    if (!bias)
+        return nowhere;
     // A function mode, if there were one, would be asked for an attribute too.
     Where where = on_cpu;
     if (!says(x, item(state, 5))) {
@@ -65,8 +72,8 @@ Where plain(PyObject *state, PyObject *parameters, PyObject *x) {
     }
     if (!answered(item(state, 2)))
         return where;
-    PyObject *const bias = entry(parameters, n.bias);
-    return !says(x, n.requires_grad) && (bias == Py_None || !says(bias, n.requires_grad)) ? where : nowhere;
+    return !says(x, n.requires_grad) && (bias.is_none() || !says(bias.ptr(), n.requires_grad)) ? where
+                                                                                               : nowhere;
 }
 
 // A module's call for x's dtype; nothing where x has to take the way round: not plain inference (see
@@ -86,11 +93,6 @@ Ref call_of(PyObject *state, PyObject *module, PyObject *x) {
     return py::reinterpret_borrow<Ref>(PyDict_Check(plans) ? value_of(plans, dtype.ptr()) : nullptr);
 }
 
-PyObject *dtype_name() {
-    static PyObject *const name = PyTuple_Pack(1, names().dtype);
-    return name;
-}
-
 Ref address(PyObject *tensor) {
     PyObject *self[1] = {tensor};
     return steal(PyObject_VectorcallMethod(names().data_ptr, self, 1, nullptr));
@@ -98,8 +100,8 @@ Ref address(PyObject *tensor) {
 
 // The same for a call on CUDA, as ops/_gpu_product.py makes it: (operator, k, n, code of x's dtype, output
 // dtype, its code, device, stream, what tells the device's stream, <op>_run, what is known by the number of
-// rows, names of the kernels that ran, torch.uint8). Nothing for another stream, for rows not seen before,
-// for x off 16 bytes.
+// rows, names of the kernels that ran, torch.uint8). Nothing for another device or stream, for rows not seen
+// before, for x off 16 bytes.
 Ref gpu_rows(PyObject *call, PyObject *x, int64_t rows, PyObject **sizes, Py_ssize_t dims) {
     constexpr Py_ssize_t kCall = 13, kKnown = 4;
     if (PyTuple_GET_SIZE(call) != kCall || !PyDict_Check(item(call, 10)))
@@ -111,7 +113,10 @@ Ref gpu_rows(PyObject *call, PyObject *x, int64_t rows, PyObject **sizes, Py_ssi
         return {};
     if (!PyTuple_Check(known.ptr()) || PyTuple_GET_SIZE(known.ptr()) < kKnown)
         throw py::type_error("run_rows: what is known must be a tuple of 4 or more");
-    PyObject *device[1] = {item(call, 6)};
+    PyObject *self[1] = {x}, *device[1] = {item(call, 6)};
+    if (integer(steal(PyObject_VectorcallMethod(names().get_device, self, 1, nullptr)).ptr()) !=
+        integer(device[0]))
+        return {};
     const Ref stream = steal(PyObject_Vectorcall(item(call, 8), device, 1, nullptr)), from = address(x);
     if (integer(stream.ptr()) != integer(item(call, 7)) || integer(from.ptr()) % 16)
         return {};
@@ -120,9 +125,9 @@ Ref gpu_rows(PyObject *call, PyObject *x, int64_t rows, PyObject **sizes, Py_ssi
     const int64_t step = rows > 1 || x_code == int8_code ? k : (k + 15) / 16 * 16;
     const bool same = x_code == integer(item(call, 5));
     Ref out = steal(PyObject_VectorcallMethod(names().new_empty, sizes, static_cast<size_t>(dims) + 1,
-                                              same ? nullptr : dtype_name()));
+                                              same ? nullptr : names().dtype_only));
     PyObject *bytes[3] = {x, item(known.ptr(), 2), item(call, 12)};
-    const Ref workspace = steal(PyObject_VectorcallMethod(names().new_empty, bytes, 2, dtype_name()));
+    const Ref workspace = steal(PyObject_VectorcallMethod(names().new_empty, bytes, 2, names().dtype_only));
     const Ref row = steal(PyLong_FromLongLong(step)), one = steal(PyLong_FromLong(1)),
               to = address(out.ptr()), work = address(workspace.ptr());
     PyObject *const all[13] = {item(known.ptr(), 0),
@@ -172,7 +177,7 @@ Ref rows_of(PyObject *run, PyObject *call, PyObject *x) {
         return gpu_rows(call, x, rows, sizes, dims);
     const bool same = integer(item(call, 3)) == integer(item(call, 5));
     Ref out = steal(PyObject_VectorcallMethod(n.new_empty, sizes, static_cast<size_t>(dims) + 1,
-                                              same ? nullptr : dtype_name()));
+                                              same ? nullptr : names().dtype_only));
     const Ref from = address(x), into = address(out.ptr()), m = steal(PyLong_FromLongLong(rows));
     PyObject *const all[7] = {item(call, 0), from.ptr(), item(call, 3), m.ptr(),
                               item(call, 1), into.ptr(), item(call, 5)};
@@ -200,11 +205,9 @@ Ref images_of(PyObject *makers, PyObject *run, PyObject *call, PyObject *x) {
     const int64_t height = outputs(2, 3, 5), width = outputs(3, 4, 6);
     if (height < 1 || width < 1)
         return {};
-    static PyObject *const format_name = PyTuple_Pack(1, n.memory_format), *const both_names = PyTuple_Pack(
-                                                                               2, n.dtype, n.memory_format);
     PyObject *self[2] = {x, channels_last};
     bool last = !is_true(steal(PyObject_VectorcallMethod(n.is_contiguous, self, 1, nullptr)));
-    if (last && !is_true(steal(PyObject_VectorcallMethod(n.is_contiguous, self, 1, format_name))))
+    if (last && !is_true(steal(PyObject_VectorcallMethod(n.is_contiguous, self, 1, n.format_only))))
         return {};
     if (!last && integer(item(call, 1)) == 1) { // of one channel x is both; its strides tell, as in torch
         const Ref strides = steal(PyObject_CallMethodNoArgs(x, n.stride));
@@ -216,9 +219,9 @@ Ref images_of(PyObject *makers, PyObject *run, PyObject *call, PyObject *x) {
     PyObject *sizes[7] = {x,        item(shape.ptr(), 0), item(call, 2), oh.ptr(),
                           ow.ptr(), item(call, 8),        channels_last};
     const bool same = integer(item(call, 7)) == integer(item(call, 9));
-    Ref out = steal(
-        !last && same ? PyObject_VectorcallMethod(n.new_empty, sizes, 5, nullptr)
-                      : PyObject_Vectorcall(item(makers, 0), sizes + 1, 4, last ? both_names : dtype_name()));
+    Ref out = steal(!last && same ? PyObject_VectorcallMethod(n.new_empty, sizes, 5, nullptr)
+                                  : PyObject_Vectorcall(item(makers, 0), sizes + 1, 4,
+                                                        last ? n.dtype_and_format : n.dtype_only));
     if (integer(item(shape.ptr(), 0)) == 0)
         return out;
     const Ref from = address(x), into = address(out.ptr());
@@ -233,13 +236,14 @@ Ref images_of(PyObject *makers, PyObject *run, PyObject *call, PyObject *x) {
 bool empty_dict(PyObject *p) { return PyDict_Check(p) && PyDict_GET_SIZE(p) == 0; }
 
 // Whether calling the module is calling its own forward and nothing else. As nn/eager.py has it: `usual` is
-// (nn.Module, its __call__, hooks of all modules).
+// (nn.Module, its __call__, its _call_impl, hooks of all modules).
 bool unhooked(PyObject *usual, PyObject *forward, PyObject *module, PyObject *type) {
-    if (!PyTuple_Check(usual) || PyTuple_GET_SIZE(usual) != 3 || !PyTuple_Check(item(usual, 2)))
-        throw py::type_error("direct_call: usual must be a tuple of 3");
+    if (!PyTuple_Check(usual) || PyTuple_GET_SIZE(usual) != 4 || !PyTuple_Check(item(usual, 3)))
+        throw py::type_error("direct_call: usual must be a tuple of 4");
     const Names &n = names();
     if (steal(PyObject_GetAttr(type, n.forward)).ptr() != forward || value_of(module, n.forward) ||
-        steal(PyObject_GetAttr(item(usual, 0), n.call)).ptr() != item(usual, 1))
+        steal(PyObject_GetAttr(item(usual, 0), n.call)).ptr() != item(usual, 1) ||
+        steal(PyObject_GetAttr(type, n.call_impl)).ptr() != item(usual, 2) || value_of(module, n.call_impl))
         return false;
     PyObject *const compiled = value_of(module, n.compiled_call);
     if (compiled && compiled != Py_None)
@@ -247,8 +251,8 @@ bool unhooked(PyObject *usual, PyObject *forward, PyObject *module, PyObject *ty
     for (PyObject *name : {n.forward_hooks, n.forward_pre_hooks, n.backward_hooks, n.backward_pre_hooks})
         if (!empty_dict(entry(module, name)))
             return false;
-    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(item(usual, 2)); ++i)
-        if (!empty_dict(item(item(usual, 2), i)))
+    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(item(usual, 3)); ++i)
+        if (!empty_dict(item(item(usual, 3), i)))
             return false;
     return true;
 }
@@ -325,6 +329,7 @@ PyMethodDef kRunImages = {"run_images", as_function(run_images), METH_FASTCALL,
 } // namespace
 
 void bind_eager(py::module_ &m) {
+    names();
     for (PyMethodDef *def : {&kWherePlain, &kEagerCall, &kDirectCall, &kRunRows, &kRunImages})
         PyModule_AddObject(m.ptr(), def->ml_name, PyCFunction_New(def, nullptr));
 }

@@ -29,17 +29,22 @@ struct Names {
     PyObject *data_ptr = of("data_ptr"), *version = of("_version"), *dtype = of("dtype"),
              *shape = of("shape"), *stride = of("stride"), *is_cpu = of("is_cpu"),
              *requires_grad = of("requires_grad"), *is_contiguous = of("is_contiguous"),
-             *new_empty = of("new_empty"), *memory_format = of("memory_format");
+             *new_empty = of("new_empty"), *memory_format = of("memory_format"),
+             *get_device = of("get_device");
     // of modules and of packages
     PyObject *parameters = of("_parameters"), *bias = of("bias"), *seen = of("_seen"),
              *stamps = of("_stamps"), *handed = of("_handed"), *plans = of("_plans"),
              *gpu_calls = of("_gpu_calls"), *own_epoch = of("_epoch"), *epoch = of("epoch"),
              *level = of("_current_level"), *forward = of("forward"), *call = of("__call__"),
-             *run = of("run"), *compiled_call = of("_compiled_call_impl"),
+             *run = of("run"), *call_impl = of("_call_impl"), *compiled_call = of("_compiled_call_impl"),
              *forward_hooks = of("_forward_hooks"), *forward_pre_hooks = of("_forward_pre_hooks"),
              *backward_hooks = of("_backward_hooks"), *backward_pre_hooks = of("_backward_pre_hooks");
+    // names of keyword arguments
+    PyObject *dtype_only = PyTuple_Pack(1, dtype), *format_only = PyTuple_Pack(1, memory_format),
+             *dtype_and_format = PyTuple_Pack(2, dtype, memory_format);
 };
 
+// Made when the module is: a thread that waited here for another one would hold the GIL.
 inline const Names &names() {
     static const Names n;
     return n;

@@ -38,6 +38,8 @@ template <class T> void run_linear(Args &a, int slot, void (*op)(const T &)) {
     check_call(p.args.quant, x_dtype, out_dtype, p.args.m);
     if (p.args.m < 0)
         throw py::value_error("rows must not be negative");
+    if (!p.args.x && p.args.m * p.macs > 0)
+        throw py::value_error("x has no memory");
     p.args.x_stride = p.args.x ? stride : 0; // rows of no elements lie nowhere
     p.args.quant.dtype = static_cast<DType>(x_dtype);
     p.args.out.epilogue.out_dtype = static_cast<DType>(out_dtype);
@@ -61,6 +63,8 @@ template <class T> void run_conv(Args &a, int slot, void (*op)(const T &)) {
     a.done();
     check_call(p.args.quant, x_dtype, out_dtype, g.batch);
     check_image(g);
+    if (!p.args.x && g.batch * p.macs > 0)
+        throw py::value_error("x has no memory");
     // One pixel, or one channel, lies in memory the same way in both layouts. As channels last it needs no
     // transposition: 2.1 us become 0.4 for 64 channels.
     p.args.channels_last |= g.height * g.width == 1 || g.channels == 1;

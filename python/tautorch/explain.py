@@ -123,7 +123,7 @@ def _watched(layers: dict[str, PackedModule], seen: dict[str, _Seen]) -> Iterato
             what = f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
             if what not in note.inputs:
                 note.inputs.append(what)
-            note.direct = note.direct and plain(tensor, layer._parameters["bias"])
+            note.direct = note.direct and plain(tensor, layer._parameters)
 
     def after(name: str, layer: PackedModule) -> None:
         used = dispatch.last_used(layer.op)

@@ -127,6 +127,7 @@ def edit(change: Callable[[Int8Linear], object]) -> Callable[[Int8Linear], None]
         lambda la: setattr(la.weight_scale, "data", la.weight_scale * 3),
         lambda la: la.bias.add_(1),
         lambda la: setattr(la, "bias", nn.Parameter(la.bias + 1, requires_grad=False)),
+        lambda la: setattr(la, "bias", None),
         lambda la: la.x_scale.mul_(2),
         lambda la: la.load_state_dict({k: v.clone() for k, v in la.state_dict().items()}),
     ],
@@ -160,6 +161,42 @@ def test_other_streams_captures_and_choices_go_round(device: Device) -> None:
         made.check(x, 2)
         assert dispatch.last_used("int8_linear") == "tile_a"
     made.check(x, 3)
+
+
+def test_other_devices_go_round(device: Device) -> None:
+    """A kernel of one device must not read x of another."""
+    made, x = Layer(40, 32), torch.randn(5, 40)
+    made.check(x, 1)
+    calls = made.layer._gpu_calls
+    calls[x.dtype] = (*calls[x.dtype][:6], x.get_device() + 1, *calls[x.dtype][7:])
+    made.check(x, 2)
+    assert calls[x.dtype][6] == x.get_device()
+    made.check(x, 2)
+
+
+def test_an_edit_during_a_launch_is_seen(device: Device) -> None:
+    """What was prepared from the weight before the edit must not be repeated."""
+    made, x = Layer(40, 32), torch.randn(5, 40)
+    way_round = made.layer._through_op
+
+    def edited(x: Tensor) -> Tensor:
+        y = way_round(x)
+        assert made.layer._buffers["weight"] is not None
+        made.layer._buffers["weight"].neg_()  # by another thread
+        return y
+
+    made.layer._through_op = edited  # type: ignore[method-assign]
+    made.layer(x)
+    made.layer._through_op = way_round  # type: ignore[method-assign]
+    made.check(x, 2)
+    made.check(x, 2)
+
+
+def test_launches_of_x_off_16_bytes_are_not_remembered(device: Device) -> None:
+    made = Layer(40, 32)
+    made.check(torch.randn(201)[1:].view(5, 40), 1)
+    made.check(torch.randn(5, 40), 2)
+    made.check(torch.randn(5, 40), 2)
 
 
 def test_gradients_go_round(device: Device) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import register_parametrization
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -54,17 +55,17 @@ def vmapped(question: Callable[[Tensor], bool]) -> bool:
 )
 def test_plain(x: Tensor, context: Callable[[], AbstractContextManager[Any]], want: bool) -> None:
     with context():
-        assert plain(x, None) is want
+        assert plain(x, {"bias": None}) is want
 
 
 def test_plain_asks_the_bias_and_transforms() -> None:
     bias = nn.Parameter(torch.zeros(3))
-    assert not plain(X, bias)
+    assert not plain(X, {"bias": bias})
     with torch.no_grad():
-        assert plain(X, bias)
-    assert not vmapped(lambda x: plain(x, None))
+        assert plain(X, {"bias": bias})
+    assert not vmapped(lambda x: plain(x, {"bias": None}))
     seen: list[bool] = []
-    torch.jit.trace(lambda x: (seen.append(plain(x, None)), x + 1)[1], X, check_trace=False)
+    torch.jit.trace(lambda x: (seen.append(plain(x, {"bias": None})), x + 1)[1], X, check_trace=False)
     assert seen == [False]
 
 
@@ -147,6 +148,10 @@ def test_calling_is_noticed(make: Callable[[], nn.Module]) -> None:
         assert torch.equal(layer(x), 2 * want)
     with patched(layer, "_compiled_call_impl", lambda x: 2 * want):
         assert torch.equal(layer(x), 2 * want)
+    impl = nn.Module._call_impl
+    for owner in (layer, type(layer), nn.Module):
+        with patched(owner, "_call_impl", lambda *args: 2 * impl(layer, args[-1])):
+            assert torch.equal(layer(x), 2 * want)
     seen: list[int] = []
     with (
         layer.register_full_backward_hook(lambda *_: seen.append(1)),
@@ -162,6 +167,54 @@ def test_a_subclass_keeps_its_forward() -> None:
     other = Doubled(16, 5)
     other.load_state_dict(layer.state_dict())
     assert torch.equal(other(X), 2 * layer(X)) and torch.equal(other(X), 2 * layer(X))
+
+
+class PlusOne(nn.Module):
+    def forward(self, bias: Tensor) -> Tensor:
+        return bias + 1
+
+
+def replica(layer: nn.Module) -> nn.Module:
+    """What ``nn.DataParallel`` makes: its tensors are plain attributes, all else is shared."""
+    other = layer._replicate_for_data_parallel()  # type: ignore[operator]
+    other.bias = layer.bias + 1  # type: ignore[operator]
+    return other  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("make", [ready_layer, ready_conv])
+def test_something_else_stands_for_the_bias(make: Callable[[], nn.Module]) -> None:
+    layer = make()
+    x = X if isinstance(layer, Int8Linear) else torch.randn(2, 4, 7, 5)
+    want, other = layer(x), replica(layer)
+    for _ in range(2):
+        torch.testing.assert_close(other(x), want + 1)
+        assert torch.equal(layer(x), want)
+    register_parametrization(layer, "bias", PlusOne())
+    for _ in range(2):
+        torch.testing.assert_close(layer(x), want + 1)
+
+
+@pytest.mark.parametrize(
+    ("layer", "x"),
+    [
+        (Int8Linear.from_float(nn.Linear(16, 5, bias=False)), X),
+        (Int8Conv2d.from_float(nn.Conv2d(4, 5, 1, bias=False)), torch.randn(1, 4, 2, 3)),
+    ],
+)
+def test_a_first_bias_is_seen(layer: Int8Linear | Int8Conv2d, x: Tensor) -> None:
+    want = layer(x)
+    assert torch.equal(layer(x), want)
+    layer.bias = nn.Parameter(torch.ones(5), requires_grad=False)
+    torch.testing.assert_close(layer(x), want + 1)
+
+
+def test_lazy_negation() -> None:
+    """A view of one column is taken as it lies; its negative bit is not in memory."""
+    layer = Int8Linear.from_float(nn.Linear(1, 5)).requires_grad_(False)
+    z = torch.randn(4, 1, dtype=torch.cfloat)
+    x = z.conj().imag
+    assert x.is_neg()
+    assert torch.equal(layer(x), layer(-z.imag.clone()))
 
 
 def test_rows() -> None:
@@ -211,18 +264,19 @@ def test_wrong_arguments() -> None:
             _C.eager_call(state, vars(layer), X)  # type: ignore[arg-type]
     with pytest.raises(KeyError, match="_parameters"):
         _C.eager_call(STATE, {}, X)
-    with pytest.raises(KeyError, match="bias"):
-        _C.where_plain(STATE, {}, X)
+    with pytest.raises(TypeError, match="eager_call: no dict"):
+        _C.where_plain(STATE, None, X)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="eager_call: no dict"):
         _C.eager_call(STATE, 1, X)  # type: ignore[arg-type]
     for call in ([], (b"", 16, 5, 0, torch.float32), None):
         with pytest.raises(TypeError, match="run_rows: "):
             _C.run_rows(layer.run, call, X)  # type: ignore[arg-type]
+    assert _C.where_plain(STATE, {}, X) == 0
     good = (STATE, USUAL, Int8Linear.forward, None, Int8Linear, vars(layer), (X,), {})
     assert _C.direct_call(*good) is not None
     for at, bad in ((6, (X, X)), (6, ()), (7, {"y": 1}), (2, plain), (5, {**vars(layer), "forward": plain})):
         assert _C.direct_call(*good[:at], bad, *good[at + 1 :]) is None
-    for at, bad in ((1, USUAL[:2]), (0, ()), (3, (1,)), (4, int)):
+    for at, bad in ((1, USUAL[:3]), (0, ()), (3, (1,)), (4, int)):
         with pytest.raises((TypeError, AttributeError)):
             _C.direct_call(*good[:at], bad, *good[at + 1 :])
     with pytest.raises(TypeError, match="takes 8 arguments"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -36,6 +38,7 @@ _module = nn.modules.module
 USUAL = (
     nn.Module,
     nn.Module.__call__,
+    nn.Module._call_impl,
     (
         _module._global_forward_hooks,
         _module._global_forward_pre_hooks,
@@ -45,14 +48,14 @@ USUAL = (
 )
 
 
-def plain(x: Tensor, bias: Tensor | None) -> bool:
-    """Whether x with this bias is such a call, outside of ``torch.compile`` and ``torch.export``."""
-    return not is_compiling() and _C.where_plain(STATE, {"bias": bias}, x) == 1
+def plain(x: Tensor, parameters: dict[str, Any]) -> bool:
+    """Whether x and a module's own ``bias`` make such a call, outside of ``torch.compile``."""
+    return not is_compiling() and _C.where_plain(STATE, parameters, x) == 1
 
 
-def plain_on_cuda(x: Tensor, bias: Tensor | None) -> bool:
+def plain_on_cuda(x: Tensor, parameters: dict[str, Any]) -> bool:
     """The same for a CUDA device."""
-    return not is_compiling() and _C.where_plain(STATE, {"bias": bias}, x) == 2
+    return not is_compiling() and _C.where_plain(STATE, parameters, x) == 2
 
 
 def autocast_input(x: Tensor) -> Tensor:

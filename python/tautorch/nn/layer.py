@@ -134,9 +134,14 @@ class LayerModule(PackedModule):
         """The torch operator on x."""
         raise NotImplementedError
 
+    def _own_bias(self) -> Tensor | None:
+        """``self.bias`` in less time where it is a parameter; replicas and parametrisations have others."""
+        parameters = self._parameters
+        return parameters["bias"] if "bias" in parameters else self.bias  # noqa: SIM401 -- reads it only then
+
     def _fresh_call(self, x: Tensor) -> tuple[Any, ...] | None:
         """What ``_C.eager_call`` gives once the plans are made; None where x goes through the operator."""
-        if not plain(x, self._parameters["bias"]):
+        if not plain(x, self._parameters):
             return None
         if not self.ready():
             self.prepare()

@@ -100,11 +100,12 @@ class LinearModule(LayerModule):
                     out = lib.run_linear(self.run, call, x)
                 if out is not None:
                     return out
-            if plain_on_cuda(x, self._parameters["bias"]):
+            if plain_on_cuda(x, self._parameters):
+                watched = self._watch_on(x.device)
                 with launches() as found:
                     y = self._through_op(self._checked(x))
-                if found:
-                    self._remember(found[-1])
+                if found and watched is not None:
+                    self._remember(found[-1], watched)
                 return y
         # graphs, gradients, the reference backend, and every error
         return self._through_op(self._checked(x))

@@ -304,7 +304,7 @@ class LowRankLinear(LowRankModule, LinearModule):
         return weight, None, None, residual.weight_scale, None
 
     def _through_op(self, x: Tensor) -> Tensor:
-        buffers, bias = self._buffers, self._parameters["bias"]  # by name nn.Module takes 0.3 us each
+        buffers, bias = self._buffers, self._own_bias()  # by name nn.Module takes 0.3 us each
         y: Tensor = torch.ops.tautorch.lowrank_linear(
             autocast_input(x), *self._operands(), bias, buffers["down_scale"], buffers["up_scale"],
             self.out_features, self.rank, *self._residual_operands(), buffers["x_scale"],

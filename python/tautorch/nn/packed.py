@@ -169,18 +169,30 @@ class PackedModule(nn.Module):
         self._watch()
         self._epoch = dispatch.epoch
 
-    def _remember(self, launch: Launch) -> None:
-        """Have the next call on CUDA with as many rows repeat this one."""
+    def _watch_on(self, device: torch.device) -> object:
+        """Before a launch there: watch the tensors, so that an edit while it is prepared shows.
+
+        Returns:
+            What ``_remember`` takes; None for tensors elsewhere, or whose edits could not be seen.
+        """
+        if not self.ready():
+            with _lock:
+                if not self.ready():
+                    tensors = [t for t in self._tensors() if t is not None]
+                    if any(t.is_inference() or t.device != device for t in tensors):
+                        return None
+                    self._epoch = -1  # other threads go the way round
+                    self._keep, self._plans, self._gpu_calls = [], {}, {}
+                    self._watch()
+                    self._epoch = dispatch.epoch
+        return self._stamps
+
+    def _remember(self, launch: Launch, watched: object) -> None:
+        """Have the next call on CUDA with as many rows repeat this one, if nothing changed since."""
         with _lock:
-            ready = self.ready()
-            call = self._gpu_calls.get(launch.x_dtype) if ready else None
-            if not ready:
-                self._epoch = -1  # other threads go the way round
-                self._keep, self._plans, self._gpu_calls = [], {}, {}
-                if any(t is not None and t.is_inference() for t in self._tensors()):
-                    return  # an edit could not be seen
-                self._watch()
-                self._epoch = dispatch.epoch
+            if self._stamps is not watched or not self.ready():
+                return
+            call = self._gpu_calls.get(launch.x_dtype)
             if call is None or (call[6], call[7]) != (launch.device, launch.stream):
                 call = self._gpu_calls[launch.x_dtype] = launch.call()
             known = call[10]
@@ -199,7 +211,7 @@ class PackedModule(nn.Module):
         for store in (self._buffers, self._parameters):
             for name, tensor in store.items():
                 if tensor is None:
-                    if name in self.packed_names:  # stays None until someone puts a tensor there
+                    if name == "bias" or name in self.packed_names:  # until someone puts a tensor there
                         seen.append((store, name, None))
                     continue
                 seen.append((store, name, tensor))
@@ -293,6 +305,11 @@ class PackedModule(nn.Module):
                 self._buffers = dict(sorted(self._buffers.items(), key=lambda item: item[1] is None))
                 self._reset()
         yield from super().named_modules(memo, prefix, remove_duplicate)
+
+    def _replicate_for_data_parallel(self) -> PackedModule:
+        replica: PackedModule = super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
+        replica._reset()  # its tensors are others
+        return replica
 
     # ---- what users ask ---------------------------------------------------------------------------------
 

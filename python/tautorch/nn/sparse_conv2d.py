@@ -142,7 +142,7 @@ class SparseConv2d(SparseModule, ConvModule):
         return plan(packed, self.geometry, codes)
 
     def _through_op(self, x: Tensor) -> Tensor:
-        buffers, bias = self._buffers, self._parameters["bias"]  # by name nn.Module takes 0.3 us each
+        buffers, bias = self._buffers, self._own_bias()  # by name nn.Module takes 0.3 us each
         values, crow, col = self._operands()
         y: Tensor = torch.ops.tautorch.sparse_conv2d(
             x, values, crow, col, buffers["weight_scale"], bias, self.pattern, *self.geometry.operands(),

@@ -499,7 +499,7 @@ def check_pack(
 
 def rows_of(x: Tensor) -> tuple[Tensor, int, int]:
     """x as rows without a copy where strides allow: (tensor, number of rows, row stride in elements)."""
-    k = x.shape[-1]
+    k, x = x.shape[-1], x.resolve_neg()
     if x.dim() == 2 and (x.stride(1) == 1 or k == 1):
         return x, x.shape[0], x.stride(0)
     x = x.reshape(x.shape[:-1].numel(), k)
