@@ -208,6 +208,15 @@ def test_a_first_bias_is_seen(layer: Int8Linear | Int8Conv2d, x: Tensor) -> None
     torch.testing.assert_close(layer(x), want + 1)
 
 
+@pytest.mark.parametrize("make", [ready_layer, ready_conv])
+def test_x_without_memory_is_refused(make: Callable[[], nn.Module]) -> None:
+    layer = make()
+    x = torch.randn(3, 16) if isinstance(layer, Int8Linear) else torch.randn(2, 4, 7, 5)
+    x.untyped_storage().resize_(0)
+    with pytest.raises(ValueError, match="x has no memory"):
+        layer(x)
+
+
 def test_lazy_negation() -> None:
     """A view of one column is taken as it lies; its negative bit is not in memory."""
     layer = Int8Linear.from_float(nn.Linear(1, 5)).requires_grad_(False)
