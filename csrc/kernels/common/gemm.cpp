@@ -86,12 +86,12 @@ namespace {
 int64_t row_step(const void *const *rows, int count) {
     if (count < 2)
         return 0;
-    const auto at = [rows](int r) { return static_cast<const char *>(rows[r]); };
-    const int64_t step = at(1) - at(0);
+    const auto at = [rows](int r) { return reinterpret_cast<intptr_t>(rows[r]); };
+    const intptr_t step = at(1) - at(0);
+    intptr_t differs = 0; // to the end, so that it goes by vectors
     for (int r = 2; r < count; ++r)
-        if (at(r) - at(r - 1) != step)
-            return 0;
-    return step;
+        differs |= at(r) - at(r - 1) - step;
+    return differs != 0 ? 0 : step;
 }
 
 // Whether a tile had better take all panels before the next rows begin: what an output costs then weighs as
@@ -196,10 +196,11 @@ void gemm_block_taps(const Isa &isa, const uint8_t *packed, int64_t group, const
         (part.tap0 * round_up(h.k, h.kr) + part.k0) * (h.kind == PackKind::dense_f32 ? 4 : 1);
     const bool fused = isa.product_i8 && h.kind == PackKind::dense_i8;
     ProductI8 task = {};
+    const int64_t step = taps == 1 ? row_step(pointers, rows) : 0;
     if (fused) {
         task.rows = pointers;
         task.ld = ld;
-        task.row_step = taps == 1 ? row_step(pointers, rows) : 0;
+        task.row_step = step;
         task.count = rows;
         task.taps = taps;
         task.kq = kq;
@@ -208,9 +209,8 @@ void gemm_block_taps(const Isa &isa, const uint8_t *packed, int64_t group, const
         task.panels = 1;
     }
     const bool floats = h.kind == PackKind::dense_f32 && !row_scale && !out.epilogue.w_scale;
-    if (const int64_t step = row_step(pointers, rows); (fused || floats) && taps == 1 && h.taps == 1 &&
-                                                       k == h.k && !out_row && (rows == 1 || step != 0) &&
-                                                       row_by_row(out, k)) {
+    if ((fused || floats) && taps == 1 && h.taps == 1 && k == h.k && !out_row && (rows == 1 || step != 0) &&
+        row_by_row(out, k)) {
         const int64_t panel = panel_data(packed, group, 1) - panel_data(packed, group, 0);
         const int64_t whole = std::min(p1, h.n / h.nr),
                       most = std::max<int64_t>(2, kFromL2 / std::max<int64_t>(1, panel));

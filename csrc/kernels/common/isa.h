@@ -21,6 +21,7 @@ struct SparseScales {
     const char *line;
     int64_t line_step, line_bytes;
     int lines;
+    bool turned; // leave sums as sparse_rows takes them, not as [outputs][64]
 };
 
 // Float rows, x_step bytes apart, times `count` whole float panels that follow each other, with bias and
@@ -118,6 +119,10 @@ struct Isa {
     void (*sparse_i8_scaled)(const uint8_t *x, const uint32_t *start, const uint16_t *idx,
                              const int8_t *values, int64_t g0, int64_t g1, bool add, int32_t *acc,
                              const SparseScales &scales) = nullptr;
+    // Its turned sums: 16 rows of the panel, of which `rows` are there, from row 16 * block on, to rows of
+    // `cols` floats, `step` floats apart.
+    void (*sparse_rows)(const float *turned, int block, int rows, int cols, float *to,
+                        int64_t step) = nullptr;
 
     // Groups of few channels. Null where there is none.
     void (*grouped_i8)(const GroupedI8 &) = nullptr;

@@ -18,10 +18,11 @@ struct PanelStore {
     const Output &out;
     const void *acc;
     int w;
+    bool turned;                                     // acc is as sparse_i8_scaled turns it
     const uint32_t *line[kTileN / 16][kTileOutputs]; // [rows / 16][output]
 
-    PanelStore(const Isa &isa, const Output &out, const void *acc, int w)
-        : isa(isa), out(out), acc(acc), w(w) {
+    PanelStore(const Isa &isa, const Output &out, const void *acc, int w, bool turned = false)
+        : isa(isa), out(out), acc(acc), w(w), turned(turned) {
         for (int b = 0; b < w / 16; ++b)
             for (int i = 0; i < kTileOutputs; ++i)
                 line[b][i] = static_cast<const uint32_t *>(acc) + i * w + 16 * b;
@@ -33,19 +34,28 @@ struct PanelStore {
         const Epilogue &e = out.epilogue;
         const bool plain = e.acc_float && e.out_dtype == DType::f32 && e.activation == Activation::none &&
                            !e.w_scale && !e.bias && !e.addend && !scale;
-        alignas(64) uint32_t turned[16 * kTileOutputs];
+        alignas(64) uint32_t part[16 * kTileOutputs];
         for (int b = 0; 16 * b < rows; ++b) {
-            isa.transpose_32(line[b], static_cast<int>(round_up(cols, 16)), 16, turned, kTileOutputs);
             const int64_t m = m0 + 16 * b;
             const int lines = std::min(16, rows - 16 * b);
             char *to = static_cast<char *>(out.data) + (m * out.row_stride + n0) * size_of(e.out_dtype);
+            if (turned && plain) {
+                isa.sparse_rows(static_cast<const float *>(acc), b, lines, cols,
+                                reinterpret_cast<float *>(to), out.row_stride);
+                continue;
+            }
+            if (turned)
+                isa.sparse_rows(static_cast<const float *>(acc), b, lines, cols,
+                                reinterpret_cast<float *>(part), kTileOutputs);
+            else
+                isa.transpose_32(line[b], static_cast<int>(round_up(cols, 16)), 16, part, kTileOutputs);
             if (plain)
                 for (int r = 0; r < lines; ++r)
-                    std::memcpy(to + 4 * r * out.row_stride, turned + r * kTileOutputs,
+                    std::memcpy(to + 4 * r * out.row_stride, part + r * kTileOutputs,
                                 static_cast<size_t>(4 * cols));
             else
-                isa.epilogue(e, turned, kTileOutputs, lines, cols, false, n0,
-                             scale ? scale + 16 * b : nullptr, to, out.row_stride);
+                isa.epilogue(e, part, kTileOutputs, lines, cols, false, n0, scale ? scale + 16 * b : nullptr,
+                             to, out.row_stride);
         }
     }
 };

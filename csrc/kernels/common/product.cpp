@@ -65,7 +65,7 @@ void run_panel(const Isa &isa, const uint8_t *packed, int64_t group, const void 
     }
     const float least =
         !e.addend && e.activation == Activation::relu ? 0.0f : -std::numeric_limits<float>::infinity();
-    const PanelStore store(isa, rest, acc, w);
+    const PanelStore store(isa, rest, acc, w, scaled && !out.along_m);
     const int64_t size = size_of(e.out_dtype), row_bytes = out.row_stride * size;
     // Zen 4, 4x1, float out: fetching the lines of a tile while its lists run takes 10 to 25 % off where the
     // output is 8 MB and more, 5 to 20 % at 2 MB where lists are long, and adds 3 % there where they are
@@ -82,11 +82,12 @@ void run_panel(const Isa &isa, const uint8_t *packed, int64_t group, const void 
             const uint8_t *x = static_cast<const uint8_t *>(panel) + b * block_inputs(h) * w;
             const int8_t *values = reinterpret_cast<const int8_t *>(data);
             if (scaled && b + 1 == h.blocks)
-                isa.sparse_i8_scaled(
-                    x, start + b * lists, index, values, s, end, b > 0, acc,
-                    {scale, e.w_scale ? e.w_scale + n0 : nullptr, e.bias && !e.addend ? e.bias + n0 : nullptr,
-                     e.correction ? e.colsum + n0 : nullptr, e.correction, least, cols,
-                     base + m0 * row_bytes + n0 * size, row_bytes, cols * size, fetch ? rows : 0});
+                isa.sparse_i8_scaled(x, start + b * lists, index, values, s, end, b > 0, acc,
+                                     {scale, e.w_scale ? e.w_scale + n0 : nullptr,
+                                      e.bias && !e.addend ? e.bias + n0 : nullptr,
+                                      e.correction ? e.colsum + n0 : nullptr, e.correction, least, cols,
+                                      base + m0 * row_bytes + n0 * size, row_bytes, cols * size,
+                                      fetch ? rows : 0, !out.along_m});
             else
                 isa.sparse_i8(h.gs, w, x, start + b * lists, index, values, s, end, b > 0, acc);
         }

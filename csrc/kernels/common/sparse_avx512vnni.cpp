@@ -58,6 +58,18 @@ inline void fetch_lines(const SparseScales &s, int64_t part, int64_t parts) {
     }
 }
 
+// 4 x 4 in every 128-bit lane.
+inline __attribute__((always_inline)) void turn_lanes(__m512 (&y)[4]) {
+    const __m512d a = _mm512_castps_pd(_mm512_unpacklo_ps(y[0], y[1])),
+                  b = _mm512_castps_pd(_mm512_unpackhi_ps(y[0], y[1])),
+                  c = _mm512_castps_pd(_mm512_unpacklo_ps(y[2], y[3])),
+                  d = _mm512_castps_pd(_mm512_unpackhi_ps(y[2], y[3]));
+    y[0] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, c));
+    y[1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, c));
+    y[2] = _mm512_castpd_ps(_mm512_unpacklo_pd(b, d));
+    y[3] = _mm512_castpd_ps(_mm512_unpackhi_pd(b, d));
+}
+
 // Scaled: the sums leave as floats; otherwise `scales` is null.
 template <int GS, bool Scaled>
 void panel64(const uint8_t *x, const uint32_t *start, const uint16_t *idx, const int8_t *values, int64_t g0,
@@ -100,16 +112,23 @@ void panel64(const uint8_t *x, const uint32_t *start, const uint16_t *idx, const
             // max gives back its second operand where either is NaN.
             const __m512 least = _mm512_set1_ps(scales->least);
             const GroupScales<GS> s(*scales, (g - g0) * GS);
-            for (int r = 0; r < GS; ++r) {
-                const __m512 w = _mm512_set1_ps(s.w[r]), b = _mm512_set1_ps(s.b[r]);
-                const __m512i from = _mm512_set1_epi32(s.from[r]);
-                for (int j = 0; j < 4; ++j) {
-                    const __m512 y = _mm512_cvtepi32_ps(_mm512_add_epi32(c[0][r][j], from));
-                    const __m512 scaled =
-                        _mm512_mul_ps(_mm512_mul_ps(y, _mm512_loadu_ps(scales->rows + 16 * j)), w);
-                    _mm512_storeu_ps(reinterpret_cast<float *>(out + r * 64 + 16 * j),
-                                     _mm512_max_ps(least, _mm512_add_ps(scaled, b)));
+            float *to = reinterpret_cast<float *>(out);
+#pragma GCC unroll 4
+            for (int j = 0; j < 4; ++j) {
+                __m512 y[4];
+#pragma GCC unroll 4
+                for (int r = 0; r < 4; ++r) {
+                    const __m512i sum = _mm512_add_epi32(c[0][r][j], _mm512_set1_epi32(s.from[r]));
+                    const __m512 scaled = _mm512_mul_ps(
+                        _mm512_mul_ps(_mm512_cvtepi32_ps(sum), _mm512_loadu_ps(scales->rows + 16 * j)),
+                        _mm512_set1_ps(s.w[r]));
+                    y[r] = _mm512_max_ps(least, _mm512_add_ps(scaled, _mm512_set1_ps(s.b[r])));
                 }
+                if (scales->turned)
+                    turn_lanes(y);
+#pragma GCC unroll 4
+                for (int r = 0; r < 4; ++r)
+                    _mm512_storeu_ps(to + (scales->turned ? 64 * j + 16 * r : 64 * r + 16 * j), y[r]);
             }
         } else {
             for (int r = 0; r < GS; ++r)
@@ -170,6 +189,37 @@ void sparse_i8_avx512vnni(int gs, int w, const uint8_t *x, const uint32_t *start
         (gs == 4 ? panel64<4, false> : panel64<1, false>)(x, start, idx, values, g0, g1, add, acc, nullptr);
     else
         (gs == 4 ? panel16<4> : panel16<1>)(x, start, idx, values, g0, g1, add, acc);
+}
+
+void sparse_rows_avx512vnni(const float *turned, int block, int rows, int cols, float *to, int64_t step) {
+    constexpr int64_t kList = 4 * 64;
+    for (int i = 0; i < 4; ++i) {
+        // Rows i, 4 + i, 8 + i and 12 + i: four rows a multiple of 4 KB apart share a set of L1 that has 8
+        // ways. All 16 at once lose to copies of whole rows.
+        const float *from = turned + 64 * block + 16 * i;
+        for (int n = 0; n < cols; n += 16, from += 4 * kList) {
+            const int left = cols - n;
+            __m512 z[4];
+#pragma GCC unroll 4
+            for (int q = 0; q < 4; ++q)
+                z[q] = 4 * q < left ? _mm512_loadu_ps(from + q * kList) : _mm512_setzero_ps();
+            const __m512 a = _mm512_shuffle_f32x4(z[0], z[1], 0x44),
+                         b = _mm512_shuffle_f32x4(z[2], z[3], 0x44),
+                         c = _mm512_shuffle_f32x4(z[0], z[1], 0xee),
+                         d = _mm512_shuffle_f32x4(z[2], z[3], 0xee);
+            const __m512 y[4] = {_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd),
+                                 _mm512_shuffle_f32x4(c, d, 0x88), _mm512_shuffle_f32x4(c, d, 0xdd)};
+            const __mmask16 there = left >= 16 ? 0xffff : static_cast<__mmask16>((1u << left) - 1);
+#pragma GCC unroll 4
+            for (int l = 0; l < 4; ++l) {
+                float *out = to + (4 * l + i) * step + n;
+                if (rows == 16 && left >= 16)
+                    _mm512_storeu_ps(out, y[l]);
+                else if (4 * l + i < rows)
+                    _mm512_mask_storeu_ps(out, there, y[l]);
+            }
+        }
+    }
 }
 
 void sparse_i8_scaled_avx512vnni(const uint8_t *x, const uint32_t *start, const uint16_t *idx,

@@ -25,4 +25,6 @@ void sparse_i8_scaled_avx512vnni(const uint8_t *x, const uint32_t *start, const 
                                  const int8_t *values, int64_t g0, int64_t g1, bool add, int32_t *acc,
                                  const SparseScales &scales);
 
+void sparse_rows_avx512vnni(const float *turned, int block, int rows, int cols, float *to, int64_t step);
+
 } // namespace tautorch
