@@ -39,6 +39,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, help=f"slices of each contestant a case; {ROUNDS}")
     parser.add_argument("--slice-ms", type=float, help=f"length of a slice; {SLICE_MS:g}")
     parser.add_argument("--output", type=Path, help="results file; benches/results/<machine>-peers.json")
+    parser.add_argument(
+        "--quieter", action="store_true",
+        help="a row gives way only to one whose contestants together took less time (for shared machines)",
+    )  # fmt: skip
     parser.add_argument("--setup", action="store_true", help="install the peers and stop")
     options = parser.parse_args(arguments)
     for part in options.parts:
@@ -87,7 +91,7 @@ def main() -> int:
         path = RESULTS / f"{name.replace(' ', '-').lower()}-peers.json"
     about = results.about(name, versions, rounds, slice_ms)
     print(f"{name}; " + ", ".join(f"{key} {value}" for key, value in about["versions"].items()), flush=True)
-    kept = results.Results(path, about)
+    kept = results.Results(path, about, options.quieter)
     session = Session(
         workers, kept, threads=options.threads, rounds=rounds, seconds=slice_ms / 1e3,
         quick=options.quick, say=lambda line: print(line, flush=True), only=options.only,

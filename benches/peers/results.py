@@ -110,12 +110,28 @@ def us(seconds: float) -> float:
     return round(seconds * 1e6, 2 if seconds < 1e-3 else 1)
 
 
+def _times(row: Row) -> dict[str, float]:
+    """Microseconds of everybody in a row."""
+    others = {**row["peers"], **row["own"]}
+    return {"ours": row["us"], **{name: other["us"] for name, other in others.items() if "us" in other}}
+
+
+def quieter(row: Row, before: Row) -> bool:
+    """Whether its contestants together took less time; or others took part."""
+    mine, theirs = _times(row), _times(before)
+    return mine.keys() != theirs.keys() or sum(mine.values()) < sum(theirs.values())
+
+
 @dataclass
 class Results:
-    """Rows in a JSON file; a row replaces the one of the same part and case, and the others stay."""
+    """Rows in a JSON file; a row replaces the one of the same part and case, and the others stay.
+
+    `quieter`: only where it is the quieter one, whoever of its contestants gains by that.
+    """
 
     path: Path | None
     about: dict[str, Any]
+    quieter: bool = False
     rows: list[Row] = field(default_factory=list)
 
     def add(self, row: Row) -> None:
@@ -125,9 +141,13 @@ class Results:
             return
         old: dict[str, Any] = json.loads(self.path.read_text()) if self.path.exists() else {}
         key = (row["part"], row["case"])
-        rows = [r for r in old.get("rows", []) if (r["part"], r["case"]) != key] + [row]
+        rows = {(r["part"], r["case"]): r for r in old.get("rows", [])}
+        if not (self.quieter and key in rows) or quieter(row, rows[key]):
+            rows.pop(key, None)  # to the end
+            rows[key] = row
         versions = {**old.get("versions", {}), **self.about["versions"]}
-        text = json.dumps({**self.about, "versions": versions, "rows": rows}, indent=1)
+        head = {**self.about, "versions": versions, "quieter": self.quieter or old.get("quieter", False)}
+        text = json.dumps({**head, "rows": list(rows.values())}, indent=1)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         temporary = self.path.with_suffix(".tmp")
         temporary.write_text(text + "\n")

@@ -64,6 +64,11 @@ ASKED = {
     ("fp32", "4x1: best dense fp32"): "4x1 float32 against the best dense float32",
 }
 
+QUIETER = (
+    " Others work on the same host: of several runs, each row is from the one in which its contestants "
+    "together took the least time."
+)
+
 
 def machine(results: dict[str, Any], benches: dict[str, Any] | None, plots: dict[str, str]) -> str:
     """The section of one machine; `plots`: path of each plot, `benches`: what `make bench` left there."""
@@ -74,7 +79,8 @@ def machine(results: dict[str, Any], benches: dict[str, Any] | None, plots: dict
         f"## {results['machine']}",
         "",
         f"Measured {' and '.join([dates[0], dates[-1]] if len(dates) > 1 else dates)} with {versions}; "
-        f"{results['threads']} threads, {results['rounds']} rounds of {results['slice_ms']:g} ms.",
+        f"{results['threads']} threads, {results['rounds']} rounds of {results['slice_ms']:g} ms."
+        + (QUIETER if results.get("quieter") else ""),
         "",
         *_asked(rows, benches),
         *_behind(rows),

@@ -75,6 +75,22 @@ def test_rows_are_merged_one_by_one(tmp_path: Path) -> None:
     assert kept["versions"] == {"old": "1", "new": "2"}
 
 
+def test_of_several_runs_the_quieter_row_is_kept_whoever_gains(tmp_path: Path) -> None:
+    path = tmp_path / "r.json"
+
+    def run(**seconds: float) -> float:
+        Results(path, {"versions": {}}, quieter=True).add(make_row(a_case(), timed(**seconds), {}, 1))
+        kept = json.loads(path.read_text())
+        assert kept["quieter"]
+        (row,) = kept["rows"]
+        return float(row["us"])
+
+    assert run(ours=5e-6, A=9e-6, B=9e-6) == 5.0
+    assert run(ours=3e-6, A=12e-6, B=9e-6) == 5.0  # better for us, but busier
+    assert run(ours=6e-6, A=4e-6, B=9e-6) == 6.0
+    assert run(ours=7e-6, A=30e-6) == 7.0  # B is gone: not the same contest
+
+
 def test_summary_and_table_show_losses() -> None:
     case = a_case(targets=[Target("best peer", 1.0, ("A", "B"))], lost={"C": "no wheel"})
     rows = [
