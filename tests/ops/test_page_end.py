@@ -30,7 +30,7 @@ KERNEL = "avx512vnni"
 pytestmark = pytest.mark.skipif(not _C.isas().get(KERNEL, False), reason=f"this CPU cannot run {KERNEL}")
 
 # Around vectors of 16 and strips of 32 and 64 outputs, halves of them filled and not.
-K, OUTPUTS = 96, (1, 7, 15, 16, 17, 24, 31, 33, 40, 48, 57, 63, 65, 72, 80, 100)
+K, OUTPUTS = 96, (1, 7, 15, 16, 17, 24, 31, 33, 40, 48, 57, 63, 65, 72, 80, 100, 131)
 FORMS = {
     "lists": ("4x1", entries.LISTS),
     "sell": ("4x1", entries.SELL),
@@ -101,6 +101,7 @@ def _check_linear(run: Callable[[Tensor, Tensor, Tensor, torch.dtype], Tensor], 
             want = run(x, scale, bias, dtype)
             with patch.object(lib, "run_linear", _run_to_page_end):
                 got = run(x_end, *ends, dtype)
+            assert (got.data_ptr() + got.nbytes) % mmap.PAGESIZE == 0  # not another output
             assert torch.equal(got, want)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -132,3 +134,38 @@ def test_automatic_keeps_what_pays() -> None:
         info = lib.pack_info(entries.pack(*layout, "unstructured", (512, 1024), kernel=KERNEL, op="test"))
         assert int(info["slots"]) > 0
         assert (int(info["blocks"]) > 0) == lists
+
+
+@pytest.mark.skipif(not _C.isas().get(KERNEL, False), reason=f"this CPU cannot run {KERNEL}")
+@pytest.mark.parametrize("activation", ["none", "relu", "silu"])
+@pytest.mark.parametrize("k", [96, 4097, 8209], ids=["one block", "two", "three"])
+@pytest.mark.parametrize("pattern", ["unstructured", "4x1"])
+def test_scaled_outputs_of_lists(pattern: str, k: int, activation: str) -> None:
+    """More than 32 rows: sums of 4x1 are scaled and turned where they are, over those of earlier blocks."""
+    for n in (1, 7, 129, 257):
+        w, mask = weight(n, k, pattern, 0.3)
+        layout = encode(w, mask, pattern, 1)
+        lists = entries.pack(
+            *layout, pattern, (n, k), kernel=KERNEL, op="test", form=entries.LISTS
+        )  # fmt: skip
+        if k > 4096:
+            assert lib.pack_info(lists)["blocks"] > 1
+        scale, bias = torch.rand(n) * 1e-3, torch.randn(n)
+        for m in (33, 64, 97):
+            x = torch.randn(m, k)
+            x[m // 2, k // 2] = float("nan")
+            for codes in (False, True):
+                options: dict[str, Any] = {"pattern": pattern, "out_features": n, "activation": activation}
+                if codes:
+                    options["out_scale"] = torch.tensor([0.1])
+                    options["out_zero_point"] = torch.tensor([-5], dtype=torch.int32)
+                for dtype in (torch.int8,) if codes else (torch.float32, torch.bfloat16):
+                    with dispatch.force("sparse_linear", KERNEL):
+                        got = sparse_linear(x, lists, None, None, scale, bias, out_dtype=dtype, **options)
+                    with dispatch.force("sparse_linear", "scalar"):
+                        want = sparse_linear(x, *layout, scale, bias, out_dtype=dtype, **options)
+                    if activation == "silu":  # a series, by vectors and not
+                        near = {"rtol": 1e-2, "atol": 1.0 if codes else 1e-4}
+                        torch.testing.assert_close(got, want, equal_nan=True, **near)
+                    else:
+                        torch.testing.assert_close(got, want, equal_nan=True, rtol=0, atol=0)

@@ -196,7 +196,8 @@ void gemm_block_taps(const Isa &isa, const uint8_t *packed, int64_t group, const
         (part.tap0 * round_up(h.k, h.kr) + part.k0) * (h.kind == PackKind::dense_f32 ? 4 : 1);
     const bool fused = isa.product_i8 && h.kind == PackKind::dense_i8;
     ProductI8 task = {};
-    const int64_t step = taps == 1 ? row_step(pointers, rows) : 0;
+    const bool floats = h.kind == PackKind::dense_f32 && !row_scale && !out.epilogue.w_scale;
+    const int64_t step = taps == 1 && (fused || floats) ? row_step(pointers, rows) : 0;
     if (fused) {
         task.rows = pointers;
         task.ld = ld;
@@ -208,7 +209,6 @@ void gemm_block_taps(const Isa &isa, const uint8_t *packed, int64_t group, const
         task.out_row = out_row;
         task.panels = 1;
     }
-    const bool floats = h.kind == PackKind::dense_f32 && !row_scale && !out.epilogue.w_scale;
     if ((fused || floats) && taps == 1 && h.taps == 1 && k == h.k && !out_row && (rows == 1 || step != 0) &&
         row_by_row(out, k)) {
         const int64_t panel = panel_data(packed, group, 1) - panel_data(packed, group, 0);

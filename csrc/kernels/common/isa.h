@@ -119,8 +119,9 @@ struct Isa {
     void (*sparse_i8_scaled)(const uint8_t *x, const uint32_t *start, const uint16_t *idx,
                              const int8_t *values, int64_t g0, int64_t g1, bool add, int32_t *acc,
                              const SparseScales &scales) = nullptr;
-    // Its turned sums: 16 rows of the panel, of which `rows` are there, from row 16 * block on, to rows of
-    // `cols` floats, `step` floats apart.
+    // Its turned sums, of each list [block][i][l][output]: row 16 * block + 4 * l + i. The 16 rows of a
+    // block, of which `rows` are there, to rows of `cols` floats, `step` floats apart. Where sparse_i8_scaled
+    // is.
     void (*sparse_rows)(const float *turned, int block, int rows, int cols, float *to,
                         int64_t step) = nullptr;
 

@@ -23,7 +23,7 @@ struct PanelStore {
 
     PanelStore(const Isa &isa, const Output &out, const void *acc, int w, bool turned = false)
         : isa(isa), out(out), acc(acc), w(w), turned(turned) {
-        for (int b = 0; b < w / 16; ++b)
+        for (int b = 0; !turned && b < w / 16; ++b)
             for (int i = 0; i < kTileOutputs; ++i)
                 line[b][i] = static_cast<const uint32_t *>(acc) + i * w + 16 * b;
     }

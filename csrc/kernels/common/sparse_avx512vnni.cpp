@@ -109,6 +109,7 @@ void panel64(const uint8_t *x, const uint32_t *start, const uint16_t *idx, const
             for (int j = 0; j < 4; ++j)
                 c[0][0][j] = _mm512_add_epi32(c[0][0][j], c[1][0][j]);
         if constexpr (Scaled) {
+            static_assert(GS == 4);
             // max gives back its second operand where either is NaN.
             const __m512 least = _mm512_set1_ps(scales->least);
             const GroupScales<GS> s(*scales, (g - g0) * GS);
@@ -194,8 +195,8 @@ void sparse_i8_avx512vnni(int gs, int w, const uint8_t *x, const uint32_t *start
 void sparse_rows_avx512vnni(const float *turned, int block, int rows, int cols, float *to, int64_t step) {
     constexpr int64_t kList = 4 * 64;
     for (int i = 0; i < 4; ++i) {
-        // Rows i, 4 + i, 8 + i and 12 + i: four rows a multiple of 4 KB apart share a set of L1 that has 8
-        // ways. All 16 at once lose to copies of whole rows.
+        // Rows i, 4 + i, 8 + i and 12 + i: four rows a multiple of 4 KB apart fit a set of L1 (8 ways on
+        // Zen 4). All 16 at once lose to copies of whole rows.
         const float *from = turned + 64 * block + 16 * i;
         for (int n = 0; n < cols; n += 16, from += 4 * kList) {
             const int left = cols - n;
