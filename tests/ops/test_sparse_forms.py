@@ -145,9 +145,7 @@ def test_scaled_outputs_of_lists(pattern: str, k: int, activation: str) -> None:
     for n in (1, 7, 129, 257):
         w, mask = weight(n, k, pattern, 0.3)
         layout = encode(w, mask, pattern, 1)
-        lists = entries.pack(
-            *layout, pattern, (n, k), kernel=KERNEL, op="test", form=entries.LISTS
-        )  # fmt: skip
+        lists = entries.pack(*layout, pattern, (n, k), kernel=KERNEL, op="test", form=entries.LISTS)
         if k > 4096:
             assert lib.pack_info(lists)["blocks"] > 1
         scale, bias = torch.rand(n) * 1e-3, torch.randn(n)
