@@ -264,7 +264,7 @@ void product(const LinearArgs &a, const Output &out) {
     if (h.kind == PackKind::sparse_i8 && !sell_preferred(h, a.m)) {
         constexpr int64_t kMostParts = 4; // that each quantise the same rows
         const int64_t parts = div_up(lists_threads(h, a.m), RowBlocks{a.m}.count());
-        if (parts > 1 && parts <= kMostParts)
+        if (parts <= kMostParts)
             return own_rows_product(*find_isa(h.isa), a, out, parts);
     }
     product(a.packed, source_of(a), out);
