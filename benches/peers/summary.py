@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 from benches.peers.results import Row
 
@@ -31,6 +32,19 @@ def verdicts(rows: list[Row]) -> dict[tuple[str, str], list[tuple[Row, dict[str,
         for target in row["targets"]:
             found.setdefault((row["part"], target["what"]), []).append((row, target))
     return found
+
+
+def read_bandwidth(benches: dict[str, Any] | None) -> float | None:
+    """The fastest read of packed weights that `make bench` found, GB/s."""
+    rows = [r for r in (benches or {}).get("rows", []) if "GB_s" in r]
+    return max((r["GB_s"] for r in rows), default=None)
+
+
+def limit_us(row: Row, read_gb_s: float) -> float:
+    """What a dense row would take with an empty call and the arithmetic or the bytes alone."""
+    weights = row["k"] * row["n"]
+    products, bytes_read = 2e-3 * row["m"] * weights / row["peak_gops"], 1e-3 * weights / read_gb_s
+    return float(row["empty_us"] + max(products, bytes_read))
 
 
 def lines(rows: list[Row]) -> list[str]:

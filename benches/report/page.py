@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
-from benches.peers.summary import GEOMEAN_WANTED, behind, geomean, verdicts
+from benches.peers.summary import GEOMEAN_WANTED, behind, geomean, limit_us, read_bandwidth, verdicts
 from benches.report.plots import distinct, shape
 
 Row = dict[str, Any]
@@ -83,7 +84,8 @@ def machine(results: dict[str, Any], benches: dict[str, Any] | None, plots: dict
         + (QUIETER if results.get("quieter") else ""),
         "",
         *_asked(rows, benches),
-        *_behind(rows),
+        *_possible(rows, benches),
+        *_behind(rows, benches),
     ]
     for title, part, names, table in (
         ("Dense int8", "dense", ("dense-ratios", "dense-peers", "share-over-m"), _dense),
@@ -137,22 +139,55 @@ def _asked(rows: list[Row], benches: dict[str, Any] | None) -> list[str]:
             f"| {ASKED.get(key, ': '.join(key))} | {want} "
             f"| {_met(met == len(targets))}: {met} of {len(targets)} | {min(got):.2f} | {geomean(got):.2f} |"
         )
-    for row in (benches or {}).get("rows", []):
-        if "target" in row:
-            want, _, verdict = row["target"].rpartition(": ")
-            if verdict not in ("met", "MISSED"):
-                continue  # a row that shows a target but does not judge it
-            text.append(
-                f"| `make bench`: {row['bench']}, {row['case']} | {want} | {_met(verdict == 'met')} | | |"
-            )
+    for (what, want), mine in _bench_targets(benches).items():
+        met = sum(row["target"].endswith(": met") for row in mine)
+        text.append(f"| `make bench`: {what} | {want} | {_met(met == len(mine))}: {met} of {len(mine)} | | |")
     return [*text, ""]
+
+
+def _bench_targets(benches: dict[str, Any] | None) -> dict[tuple[str, str], list[Row]]:
+    """The judged rows of `make bench` by (what, asked), sizes left out."""
+    found: dict[tuple[str, str], list[Row]] = {}
+    for row in (benches or {}).get("rows", []):
+        want, _, verdict = row.get("target", "").rpartition(": ")
+        if verdict in ("met", "MISSED"):  # else a row that shows a target but does not judge it
+            what = re.split(r"(?<=[ ,])\d", row["case"])[0].strip(" ,")
+            found.setdefault((f"{row['bench']}, {what}", want), []).append(row)
+    return found
 
 
 def _met(met: bool) -> str:
     return "met" if met else "**missed**"
 
 
-def _behind(rows: list[Row]) -> list[str]:
+def _possible(rows: list[Row], benches: dict[str, Any] | None) -> list[str]:
+    """Dense layers beside what nothing but an empty call and the machine's limits would reach, by M."""
+    read = read_bandwidth(benches)
+    dense = [row for row in rows if row["part"] == "dense" and "ratio" in row and "empty_us" in row]
+    if not dense or read is None:
+        return []
+    text = [
+        "### What is possible",
+        "",
+        "Dense int8 against the best peer, geometric means over the shapes. The limit is an empty call and "
+        "then nothing but products at the int8 peak, or the weight's bytes at the fastest read found by "
+        f"`make bench` ({read:.0f} GB/s, weights in cache), whichever takes longer: no quantisation, no "
+        "output, no join.",
+        "",
+        "| M | reached | the limit would be | share of the limit |",
+        "|---|---|---|---|",
+    ]
+    by_m: dict[str, list[Row]] = {}
+    for row in sorted(dense, key=lambda row: row["m"]):
+        by_m.setdefault(str(row["m"]), []).append(row)
+    for m, mine in [*by_m.items(), ("all", dense)]:
+        reached = geomean(row["ratio"] for row in mine)
+        share = geomean(limit_us(row, read) / row["us"] for row in mine)
+        text.append(f"| {m} | {reached:.2f} | {reached / share:.2f} | {share:.0%} |")
+    return [*text, ""]
+
+
+def _behind(rows: list[Row], benches: dict[str, Any] | None) -> list[str]:
     """Every point where a peer is faster, and every peer that did not run."""
     losses = behind(rows)
     compared = sum("ratio" in row for row in rows)
@@ -179,12 +214,24 @@ def _behind(rows: list[Row]) -> list[str]:
         for row, target in found
         if not target["met"] and target["what"] not in ("best peer", "torch.ao")
     ]
-    if missed:
-        text += ["", f"<details><summary>Other targets missed: {len(missed)} rows</summary>", ""]
+    benched = [
+        (row, want)
+        for (_, want), mine in _bench_targets(benches).items()
+        for row in mine
+        if row["target"].endswith(": MISSED")
+    ]
+    if missed or benched:
+        text += [
+            "",
+            f"<details><summary>Other targets missed: {len(missed) + len(benched)} rows</summary>",
+            "",
+        ]
         text += ["| case | target | asked | reached |", "|---|---|---|---|"]
         for row, target in missed:
             what = ASKED.get((row["part"], str(target["what"])), target["what"])
             text.append(f"| {row['case']} | {what} | {target['want']:g} | {target['got']:.2f} |")
+        for row, want in benched:
+            text.append(f"| {row['case']} | `make bench`: {row['bench']} | {want} | {_reached(row)} |")
         text += ["", "</details>"]
     lost: dict[tuple[str, str], int] = {}
     for row in rows:
@@ -195,6 +242,11 @@ def _behind(rows: list[Row]) -> list[str]:
         text += ["", "Peers that could not run some rows:", ""]
         text += [f"- {name}: {why} ({count} rows)" for (name, why), count in lost.items()]
     return [*text, ""]
+
+
+def _reached(row: Row) -> str:
+    """The figure of a row of `make bench` that its target is about, by the names its benches use."""
+    return next((str(row[key]) for key in ("share", "ratio", "gain") if key in row), "")
 
 
 # ---- tables -----------------------------------------------------------------------------------------------

@@ -80,12 +80,37 @@ def test_without_losses_the_page_says_so(folder: Path) -> None:
 
 def test_targets_of_make_bench_are_beside(folder: Path) -> None:
     write(folder, results())
-    rows = [{"bench": "core", "case": "fork-join", "us": 2.0, "target": "<= 1 us: MISSED"}]
-    rows += [{"bench": "core", "case": "other", "us": 2.0}]
+    rows: list[dict[str, object]] = [
+        {"bench": "core", "case": "fork-join, 2 threads", "us": 2.0, "target": "<= 1 us: MISSED"},
+        {"bench": "core", "case": "other", "us": 2.0},
+        {"bench": "b", "case": "2 threads, 8 rows of 512", "gain": 1.5, "target": ">= 1.8x: MISSED"},
+        {"bench": "b", "case": "2 threads, 64 rows of 1024", "gain": 1.9, "target": ">= 1.8x: met"},
+    ]
     write(folder, {"machine": "Made-up CPU 2 threads", "rows": rows}, "made-up.json")
     report(folder / "results", folder / "docs")
     page = (folder / "docs" / "performance.md").read_text()
-    assert "| `make bench`: core, fork-join | <= 1 us | **missed** |" in page and "core, other" not in page
+    assert "| `make bench`: core, fork-join | <= 1 us | **missed**: 0 of 1 |" in page
+    assert "core, other" not in page
+    assert "| `make bench`: b, 2 threads | >= 1.8x | **missed**: 1 of 2 |" in page
+    assert "| 2 threads, 8 rows of 512 | `make bench`: b | >= 1.8x | 1.5 |" in page
+    assert "### What is possible" not in page  # no bandwidth was measured
+
+
+def test_what_is_possible_is_beside_what_was_reached(folder: Path) -> None:
+    kept = results()
+    dense = [row for row in kept["rows"] if row["part"] == "dense" and row["m"] in (1, 128)][:2]
+    dense[0] |= {"m": 1, "k": 1000, "n": 2000, "us": 40.0, "empty_us": 5.0, "peak_gops": 500, "ratio": 1.5}
+    dense[1] |= {"m": 100, "k": 1000, "n": 2000, "us": 900.0, "empty_us": 5.0, "peak_gops": 500, "ratio": 1.1}
+    kept["rows"] = dense
+    write(folder, kept)
+    rows = [{"bench": "b", "case": "read", "GB_s": 100}, {"bench": "b", "case": "read", "GB_s": 20}]
+    write(folder, {"machine": "Made-up CPU 2 threads", "rows": rows}, "made-up.json")
+    report(folder / "results", folder / "docs")
+    page = (folder / "docs" / "performance.md").read_text()
+    # 5 + 2 MB at 100 GB/s = 25 us of 40; 5 + 400 MOP at 500 GOPS = 805 us of 900.
+    assert "| 1 | 1.50 | 2.40 | 62% |" in page
+    assert "| 100 | 1.10 | 1.23 | 89% |" in page
+    assert "| all | 1.28 | 1.72 | 75% |" in page
 
 
 def test_plots_of_a_machine_that_is_gone_go_too(folder: Path) -> None:

@@ -126,9 +126,10 @@ int64_t lists_threads(const PackHeader &h, int64_t m) {
     return work < 1'000'000 ? 1 : max_threads();
 }
 
-// Rows of a matrix, fewer blocks of them than threads: `parts` threads quantise the same rows, each for
-// itself, and take a part of the outputs. Lines that one core wrote and another reads cost as much, and
-// at times far more: 64 x 4096 x 1024, 95 % zeros, 80 us like this, 83 or 200 us with a common panel.
+// Rows of a matrix: who multiplies a block of them quantises it, too. Where there are fewer blocks than threads,
+// `parts` threads quantise the same rows, each for itself, and take a part of the outputs. Lines that one core
+// wrote and another reads cost as much, and at times far more: 64 x 4096 x 1024, 95 % zeros, 80 us like this, 83
+// or 200 us with a common panel.
 void own_rows_product(const Isa &isa, const LinearArgs &a, const Output &out, int64_t parts) {
     const PackHeader &h = header_of(a.packed);
     const RowBlocks blocks{a.m, isa.narrow_panels};
