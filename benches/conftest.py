@@ -5,6 +5,7 @@ from __future__ import annotations
 import pathlib
 from collections.abc import Iterator
 
+import benches.bound  # noqa: F401  (before torch)
 import pytest
 import torch
 

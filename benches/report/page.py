@@ -25,6 +25,8 @@ How the figures come about (`make bench-peers`):
   one each time. Peers that need packages of their own run in a process of their own, which is stopped while
   others are timed. A figure is the median over rounds of the slices' medians; a ratio is taken within a
   round, and then the median over rounds.
+- **Cores.** torch's threads are bound to one core each (`OMP_PROC_BIND=true`), as the other runtimes bind
+  theirs: left to itself, Linux at times keeps two threads on one core for tenths of a second.
 - **Peers at their best.** torch.ao with every engine; OpenVINO with static and dynamic quantisation, blocking
   and asynchronous calls, both memory layouts; ONNX Runtime with dynamic and static MatMulInteger; DeepSparse
   with both of its int8 forms. The fastest counts in each row. Static quantisation, where it is the faster
