@@ -142,7 +142,14 @@ def test_row_quantiser_at_its_ends(kernel: str) -> None:
 
 
 # Sizes that are cut along rows, along outputs (few rows, many weights), or not at all.
-CUT_LINEAR = [(4, 700, 900), (1, 1500, 1300), (47, 260, 300), (200, 130, 300), (400, 65, 210)]
+CUT_LINEAR = [
+    (4, 700, 900),
+    (1, 1500, 1300),
+    (47, 260, 300),
+    (144, 130, 600),
+    (200, 130, 300),
+    (400, 65, 210),
+]
 CUT_CONV = [
     ((1, 256, 4, 4), (130, 256, 3, 3), {"padding": 1}),
     ((2, 16, 49, 48), (24, 16, 3, 3), {"stride": 2}),

@@ -126,28 +126,33 @@ int64_t lists_threads(const PackHeader &h, int64_t m) {
     return work < 1'000'000 ? 1 : max_threads();
 }
 
-// Rows of a matrix: who multiplies a block of them quantises it, too. Where there are fewer blocks than threads,
-// `parts` threads quantise the same rows, each for itself, and take a part of the outputs. Lines that one core
-// wrote and another reads cost as much, and at times far more: 64 x 4096 x 1024, 95 % zeros, 80 us like this, 83
-// or 200 us with a common panel.
-void own_rows_product(const Isa &isa, const LinearArgs &a, const Output &out, int64_t parts) {
+// Rows of a matrix: who multiplies a block of them quantises it, too. Where there are fewer blocks than
+// threads, `parts` threads quantise the same rows, each for itself, and take a part of the outputs. Lines
+// that one core wrote and another reads cost as much, and at times far more: 64 x 4096 x 1024, 95 % zeros, 80
+// us like this, 83 or 200 us with a common panel.
+void own_rows_product(const Isa &isa, const LinearArgs &a, const Output &out, int64_t threads) {
     const PackHeader &h = header_of(a.packed);
     const RowBlocks blocks{a.m, isa.narrow_panels};
-    const int64_t groups = div_up(h.n, h.gs);
+    const int64_t groups = div_up(h.n, h.gs), count = blocks.count(), parts = div_up(threads, count),
+                  tasks = parts > 1 ? count * parts : threads;
     const uint32_t *start = reinterpret_cast<const uint32_t *>(a.packed + h.start_off);
-    parallel_tasks(blocks.count() * parts, [&](int64_t t) {
-        const int64_t i = t / parts, p = t % parts;
-        const int64_t m0 = blocks.begin(i);
+    const auto run = [&](int64_t i, int64_t s0, int64_t s1) {
         const int rows = blocks.rows(i), w = blocks.width(i);
-        const Source x = block_source(isa, a.quant, operand_of(a.packed), a.x, a.x_stride, m0, rows, h.k,
-                                      h.kr, Scratch::rows, Scratch::scales);
+        const Source x = block_source(isa, a.quant, operand_of(a.packed), a.x, a.x_stride, blocks.begin(i),
+                                      rows, h.k, h.kr, Scratch::rows, Scratch::scales);
         const Pointers pointers(h.taps * kTileN);
         void *panel = scratch(Scratch::inner, static_cast<size_t>(h.k * w));
         build_panel(isa, h, x, 0, 0, rows, w, pointers.at, panel);
         float scales[kTileN] = {};
         const float *scale = x.row_scales(0, rows, scales) ? scales : nullptr;
-        run_panel(isa, a.packed, 0, panel, w, balanced(start, groups, parts, p),
-                  balanced(start, groups, parts, p + 1), out, a.m, m0, rows, scale);
+        run_panel(isa, a.packed, 0, panel, w, s0, s1, out, a.m, blocks.begin(i), rows, scale);
+    };
+    parallel_tasks(tasks, [&](int64_t t) {
+        if (parts > 1)
+            return run(t / parts, balanced(start, groups, parts, t % parts),
+                       balanced(start, groups, parts, t % parts + 1));
+        for (int64_t i = chunk_begin(count, tasks, t); i < chunk_begin(count, tasks, t + 1); ++i)
+            run(i, 0, groups);
     });
 }
 
@@ -264,9 +269,9 @@ void product(const LinearArgs &a, const Output &out) {
         return strips_linear(a, out);
     if (h.kind == PackKind::sparse_i8 && !sell_preferred(h, a.m)) {
         constexpr int64_t kMostParts = 4; // that each quantise the same rows
-        const int64_t parts = div_up(lists_threads(h, a.m), RowBlocks{a.m}.count());
-        if (parts <= kMostParts)
-            return own_rows_product(*find_isa(h.isa), a, out, parts);
+        const int64_t threads = lists_threads(h, a.m);
+        if (threads <= kMostParts * RowBlocks{a.m}.count())
+            return own_rows_product(*find_isa(h.isa), a, out, threads);
     }
     product(a.packed, source_of(a), out);
 }
