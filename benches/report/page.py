@@ -83,7 +83,7 @@ def machine(results: dict[str, Any], benches: dict[str, Any] | None, plots: dict
         "",
         f"Measured {' and '.join([dates[0], dates[-1]] if len(dates) > 1 else dates)} with {versions}; "
         f"{results['threads']} threads, {results['rounds']} rounds of {results['slice_ms']:g} ms."
-        + (QUIETER if results.get("quieter") else ""),
+        + (QUIETER if results.get("quieter") or (benches or {}).get("quieter") else ""),
         "",
         *_asked(rows, benches),
         *_possible(rows, benches),

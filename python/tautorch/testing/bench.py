@@ -27,9 +27,10 @@ from tautorch import _C, timing
 
 @dataclass
 class Table:
-    """Rows of one bench session."""
+    """Rows of one bench session. `quieter`: of those kept in the file, only rows that took longer give way."""
 
     timed: bool
+    quieter: bool = False
     rows: list[dict[str, Any]] = field(default_factory=list)
 
     def add(self, bench: str, case: str, **figures: Any) -> None:
@@ -93,20 +94,42 @@ class Table:
         old: list[dict[str, Any]] = []
         if path.exists():
             old = json.loads(path.read_text())["rows"]
-        fresh = {(r["bench"], r["case"]) for r in self.rows}
-        rows = [r for r in old if (r["bench"], r["case"]) not in fresh] + self.rows
+        kept = {(r["bench"], r["case"]): r for r in old}
+        for row in self.rows:
+            key = (row["bench"], row["case"])
+            if not (self.quieter and key in kept) or _quieter(row, kept[key]):
+                kept.pop(key, None)  # to the end
+                kept[key] = row
+        rows = list(kept.values())
         about = {
             "machine": machine(),
             "date": time.strftime("%Y-%m-%d"),
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
             "tautorch": tautorch.__version__,
+            "quieter": self.quieter,
         }
         folder.mkdir(parents=True, exist_ok=True)
         temporary = path.with_suffix(".tmp")
         temporary.write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
         os.replace(temporary, path)
         return path
+
+
+def _quieter(row: dict[str, Any], before: dict[str, Any]) -> bool:
+    """Whether all sides of a row together took less time; or it says other things or no times."""
+    took, took_before = _took(row), _took(before)
+    return row.keys() != before.keys() or took is None or took_before is None or took < took_before
+
+
+def _took(row: dict[str, Any]) -> float | None:
+    """Microseconds of ours and of those it is held against: their ratios to ours are `ratio` or `vs ...`."""
+    if "one_us" in row:
+        return float(row["one_us"] + row["two_us"])
+    if "us" not in row:
+        return None
+    ratios = [row.get("ratio", 0.0), *(float(v.split("x")[0]) for k, v in row.items() if k.startswith("vs "))]
+    return float(row["us"] * (1 + sum(ratios)))
 
 
 def _text(value: Any) -> str:
