@@ -37,6 +37,20 @@ def test_quieter_keeps_the_row_whose_sides_together_took_less(tmp_path: Path) ->
     assert us(9.0, "3.00") == 10.0  # 36: ours gained, the machine did not
     assert us(14.0, "1.00") == 14.0  # 28
     assert us(50.0, "1.00", note="another column") == 50.0
+    assert us(48.0, "1.00", note="another column") == 48.0
+    assert us(49.0, "1.00", note="another column") == 48.0
+
+
+def test_quieter_reads_ratios_with_and_without_an_interval(tmp_path: Path) -> None:
+    for us, ratio, text, left in (
+        (10.0, 1.5, "2.00x", 10.0),
+        (11.0, 1.0, "1.50x [1, 2]", 11.0),
+        (12.0, 1.5, "2", 11.0),
+    ):
+        table = Table(timed=True, quieter=True)
+        table.add("b", "a", us=us, ratio=ratio, **{"vs peer": text, "vs net": 1.0})
+        path = table.write(tmp_path)
+        assert path is not None and json.loads(path.read_text())["rows"][0]["us"] == left
 
 
 def test_quieter_goes_by_both_times_of_a_thread_pair(tmp_path: Path) -> None:

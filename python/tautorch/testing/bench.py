@@ -27,7 +27,7 @@ from tautorch import _C, timing
 
 @dataclass
 class Table:
-    """Rows of one bench session. `quieter`: of those kept in the file, only rows that took longer give way."""
+    """Rows of one bench session. `quieter`: of those in the file, only rows that took longer give way."""
 
     timed: bool
     quieter: bool = False
@@ -128,8 +128,8 @@ def _took(row: dict[str, Any]) -> float | None:
         return float(row["one_us"] + row["two_us"])
     if "us" not in row:
         return None
-    ratios = [row.get("ratio", 0.0), *(float(v.split("x")[0]) for k, v in row.items() if k.startswith("vs "))]
-    return float(row["us"] * (1 + sum(ratios)))
+    others = [str(v) for k, v in row.items() if k == "ratio" or k.startswith("vs ")]
+    return float(row["us"] * (1 + sum(float(v.split("x")[0]) for v in others)))
 
 
 def _text(value: Any) -> str:
