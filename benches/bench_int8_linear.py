@@ -238,7 +238,7 @@ def test_geometric_mean(table: Table) -> None:
     ratios = [float(r["ratio"]) for r in table.rows if r["bench"] == "int8_linear" and "best" in r]
     if len(ratios) == len(ROWS) * len(SHAPES):
         mean = statistics.geometric_mean(ratios)
-        table.add("int8_linear", "dynamic, geometric mean over the grid", ratio=round(mean, 2),
+        table.add("int8_linear", "dynamic, geometric mean of a run", ratio=round(mean, 2),
                   **verdict(mean, 1.4, ">= 1.4x the best of torch"))  # fmt: skip
 
 

@@ -13,7 +13,6 @@ import time
 import warnings
 from pathlib import Path
 
-import benches.bound  # noqa: F401  (before torch)
 import torch
 from benches.peers import results, table
 from benches.peers.environments import PEERS, NotHad, prepare

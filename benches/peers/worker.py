@@ -13,8 +13,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benches import bound
-
 SERVE = Path(__file__).with_name("workers") / "serve.py"
 
 
@@ -85,9 +83,7 @@ class Worker:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=self._errors,
-                env={name: value for name, value in os.environ.items() if name != "OMP_PROC_BIND"},
             )
-            bound.unbind(self._process.pid)
         return self._process
 
     def _line(self, timeout: float) -> bytes:

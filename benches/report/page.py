@@ -25,8 +25,6 @@ How the figures come about (`make bench-peers`):
   one each time. Peers that need packages of their own run in a process of their own, which is stopped while
   others are timed. A figure is the median over rounds of the slices' medians; a ratio is taken within a
   round, and then the median over rounds.
-- **Cores.** torch's threads are bound to one core each (`OMP_PROC_BIND=true`), as the other runtimes bind
-  theirs: left to itself, Linux at times keeps two threads on one core for tenths of a second.
 - **Peers at their best.** torch.ao with every engine; OpenVINO with static and dynamic quantisation, blocking
   and asynchronous calls, both memory layouts; ONNX Runtime with dynamic and static MatMulInteger; DeepSparse
   with both of its int8 forms. The fastest counts in each row. Static quantisation, where it is the faster
@@ -67,6 +65,9 @@ ASKED = {
     ("fp32", "4x1: best dense fp32"): "4x1 float32 against the best dense float32",
 }
 
+SIZES = re.compile(r"\b\d+(x\d+){2,}\b|\b\d+ rows of \d+\b|\b\d+ x \d+\^2")
+"""What differs among the rows of one bench."""
+
 QUIETER = (
     " Others work on the same host: of several runs, each row is from the one in which its contestants "
     "together took the least time."
@@ -83,7 +84,7 @@ def machine(results: dict[str, Any], benches: dict[str, Any] | None, plots: dict
         "",
         f"Measured {' and '.join([dates[0], dates[-1]] if len(dates) > 1 else dates)} with {versions}; "
         f"{results['threads']} threads, {results['rounds']} rounds of {results['slice_ms']:g} ms."
-        + (QUIETER if results.get("quieter") or (benches or {}).get("quieter") else ""),
+        + (QUIETER if results.get("quieter") else ""),
         "",
         *_asked(rows, benches),
         *_possible(rows, benches),
@@ -148,12 +149,12 @@ def _asked(rows: list[Row], benches: dict[str, Any] | None) -> list[str]:
 
 
 def _bench_targets(benches: dict[str, Any] | None) -> dict[tuple[str, str], list[Row]]:
-    """The judged rows of `make bench` by (what, asked), sizes left out."""
+    """The judged rows of `make bench` by (what, asked); sizes are left out."""
     found: dict[tuple[str, str], list[Row]] = {}
     for row in (benches or {}).get("rows", []):
         want, _, verdict = row.get("target", "").rpartition(": ")
         if verdict in ("met", "MISSED"):  # else a row that shows a target but does not judge it
-            what = re.split(r"(?<=[ ,])\d", row["case"])[0].strip(" ,")
+            what = " ".join(SIZES.sub("", row["case"]).replace(" ,", ",").split()).strip(" ,")
             found.setdefault((f"{row['bench']}, {what}", want), []).append(row)
     return found
 
@@ -174,7 +175,7 @@ def _possible(rows: list[Row], benches: dict[str, Any] | None) -> list[str]:
         "Dense int8 against the best peer, geometric means over the shapes. The limit is an empty call and "
         "then nothing but products at the int8 peak, or the weight's bytes at the fastest read found by "
         f"`make bench` ({read:.0f} GB/s, weights in cache), whichever takes longer: no quantisation, no "
-        "output, no join.",
+        "output, no join. Of weights that fit the second-level caches more bytes arrive than that.",
         "",
         "| M | reached | the limit would be | share of the limit |",
         "|---|---|---|---|",
@@ -190,7 +191,7 @@ def _possible(rows: list[Row], benches: dict[str, Any] | None) -> list[str]:
 
 
 def _behind(rows: list[Row], benches: dict[str, Any] | None) -> list[str]:
-    """Every point where a peer is faster, and every peer that did not run."""
+    """Every point where a peer is faster, every target that is missed, and every peer that did not run."""
     losses = behind(rows)
     compared = sum("ratio" in row for row in rows)
     text = ["### Where a peer is faster", ""]
@@ -233,7 +234,7 @@ def _behind(rows: list[Row], benches: dict[str, Any] | None) -> list[str]:
             what = ASKED.get((row["part"], str(target["what"])), target["what"])
             text.append(f"| {row['case']} | {what} | {target['want']:g} | {target['got']:.2f} |")
         for row, want in benched:
-            text.append(f"| {row['case']} | `make bench`: {row['bench']} | {want} | {_reached(row)} |")
+            text.append(f"| {row['case']} | `make bench`: {row['bench']} | {want} | {_reached(row, want)} |")
         text += ["", "</details>"]
     lost: dict[tuple[str, str], int] = {}
     for row in rows:
@@ -246,9 +247,10 @@ def _behind(rows: list[Row], benches: dict[str, Any] | None) -> list[str]:
     return [*text, ""]
 
 
-def _reached(row: Row) -> str:
+def _reached(row: Row, want: str) -> str:
     """The figure of a row of `make bench` that its target is about, by the names its benches use."""
-    return next((str(row[key]) for key in ("share", "ratio", "gain") if key in row), "")
+    peer = f"vs {want.partition('x ')[2]}"
+    return next((str(row[key]) for key in (peer, "share", "ratio", "gain", "us") if key in row), "")
 
 
 # ---- tables -----------------------------------------------------------------------------------------------

@@ -85,14 +85,24 @@ def test_targets_of_make_bench_are_beside(folder: Path) -> None:
         {"bench": "core", "case": "other", "us": 2.0},
         {"bench": "b", "case": "2 threads, 8 rows of 512", "gain": 1.5, "target": ">= 1.8x: MISSED"},
         {"bench": "b", "case": "2 threads, 64 rows of 1024", "gain": 1.9, "target": ">= 1.8x: met"},
+        {
+            "bench": "b",
+            "case": "4x1 90% int8 64x4096x4096",
+            "us": 9.0,
+            "vs fp32": "9.00x [8, 9]",
+            "vs Dense": "7.02x [6.8, 7.2]",
+            "target": ">= 8.0x Dense: MISSED",
+        },
     ]
     write(folder, {"machine": "Made-up CPU 2 threads", "rows": rows}, "made-up.json")
     report(folder / "results", folder / "docs")
     page = (folder / "docs" / "performance.md").read_text()
-    assert "| `make bench`: core, fork-join | <= 1 us | **missed**: 0 of 1 |" in page
+    assert "| `make bench`: core, fork-join, 2 threads | <= 1 us | **missed**: 0 of 1 |" in page
     assert "core, other" not in page
     assert "| `make bench`: b, 2 threads | >= 1.8x | **missed**: 1 of 2 |" in page
     assert "| 2 threads, 8 rows of 512 | `make bench`: b | >= 1.8x | 1.5 |" in page
+    assert "| 4x1 90% int8 64x4096x4096 | `make bench`: b | >= 8.0x Dense | 7.02x [6.8, 7.2] |" in page
+    assert "| `make bench`: b, 4x1 90% int8 | >= 8.0x Dense | **missed**: 0 of 1 |" in page
     assert "### What is possible" not in page  # no bandwidth was measured
 
 

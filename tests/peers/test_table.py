@@ -48,7 +48,7 @@ def test_quieter_reads_ratios_with_and_without_an_interval(tmp_path: Path) -> No
         (12.0, 1.5, "2", 11.0),
     ):
         table = Table(timed=True, quieter=True)
-        table.add("b", "a", us=us, ratio=ratio, **{"vs peer": text, "vs net": 1.0})
+        table.add("b", "a", us=us, ratio=ratio, **{"vs peer": text, "vs peer, net": 99.0})
         path = table.write(tmp_path)
         assert path is not None and json.loads(path.read_text())["rows"][0]["us"] == left
 
@@ -64,3 +64,13 @@ def test_quieter_goes_by_both_times_of_a_thread_pair(tmp_path: Path) -> None:
     assert gain(100, 50) == 2.0
     assert gain(120, 40) == 2.0
     assert gain(90, 50) == 1.8
+
+
+def test_quieter_replaces_rows_without_two_times_and_stays_said(tmp_path: Path) -> None:
+    for us, quieter in ((10.0, True), (20.0, True), (30.0, False)):
+        table = Table(timed=True, quieter=quieter)
+        table.add("b", "read", us=us, share="80%")
+        path = table.write(tmp_path)
+        assert path is not None
+        kept = json.loads(path.read_text())
+        assert kept["rows"][0]["us"] == us and kept["rows"][0]["date"] and kept["quieter"] is True

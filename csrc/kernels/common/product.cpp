@@ -107,6 +107,10 @@ struct RowBlocks {
     int64_t count() const { return wide() + (m % 64 > 32 ? 0 : div_up(m % 64, 16)); }
     int width(int64_t i) const { return i < wide() ? 64 : narrow && m - begin(i) <= 4 ? 4 : 16; }
     int64_t begin(int64_t i) const { return i < wide() ? i * 64 : wide() * 64 + (i - wide()) * 16; }
+    // The block that begins nearest to row r.
+    int64_t nearest(int64_t r) const {
+        return r < wide() * 64 ? (r + 32) / 64 : std::min(count(), wide() + (r - wide() * 64 + 8) / 16);
+    }
     int rows(int64_t i) const { return static_cast<int>(std::min<int64_t>(width(i), m - begin(i))); }
 };
 
@@ -133,8 +137,9 @@ int64_t lists_threads(const PackHeader &h, int64_t m) {
 void own_rows_product(const Isa &isa, const LinearArgs &a, const Output &out, int64_t threads) {
     const PackHeader &h = header_of(a.packed);
     const RowBlocks blocks{a.m, isa.narrow_panels};
-    const int64_t groups = div_up(h.n, h.gs), count = blocks.count(), parts = div_up(threads, count),
-                  tasks = parts > 1 ? count * parts : threads;
+    const int64_t groups = div_up(h.n, h.gs), count = blocks.count(),
+                  parts = std::max<int64_t>(1, threads / count),
+                  tasks = parts > 1 ? count * parts : std::min(threads, count);
     const uint32_t *start = reinterpret_cast<const uint32_t *>(a.packed + h.start_off);
     const auto run = [&](int64_t i, int64_t s0, int64_t s1) {
         const int rows = blocks.rows(i), w = blocks.width(i);
@@ -151,7 +156,10 @@ void own_rows_product(const Isa &isa, const LinearArgs &a, const Output &out, in
         if (parts > 1)
             return run(t / parts, balanced(start, groups, parts, t % parts),
                        balanced(start, groups, parts, t % parts + 1));
-        for (int64_t i = chunk_begin(count, tasks, t); i < chunk_begin(count, tasks, t + 1); ++i)
+        const auto first = [&](int64_t t) {
+            return t == tasks ? count : blocks.nearest(chunk_begin(a.m, tasks, t));
+        };
+        for (int64_t i = first(t); i < first(t + 1); ++i)
             run(i, 0, groups);
     });
 }
@@ -270,7 +278,8 @@ void product(const LinearArgs &a, const Output &out) {
     if (h.kind == PackKind::sparse_i8 && !sell_preferred(h, a.m)) {
         constexpr int64_t kMostParts = 4; // that each quantise the same rows
         const int64_t threads = lists_threads(h, a.m);
-        if (threads <= kMostParts * RowBlocks{a.m}.count())
+        // One thread's products may still be worth more than one thread's quantisation.
+        if ((threads > 1 || max_threads() == 1) && threads / RowBlocks{a.m}.count() <= kMostParts)
             return own_rows_product(*find_isa(h.isa), a, out, threads);
     }
     product(a.packed, source_of(a), out);

@@ -27,7 +27,11 @@ from tautorch import _C, timing
 
 @dataclass
 class Table:
-    """Rows of one bench session. `quieter`: of those in the file, only rows that took longer give way."""
+    """Rows of one bench session.
+
+    `quieter`: a row of the file gives way only to one whose sides took less time (ours and what it is held
+    against: on a shared machine, whoever gains by it). Rows without two such times are always replaced.
+    """
 
     timed: bool
     quieter: bool = False
@@ -91,11 +95,10 @@ class Table:
         if not self.timed or not self.rows:
             return None
         path = folder / f"{machine().replace(' ', '-').lower()}.json"
-        old: list[dict[str, Any]] = []
-        if path.exists():
-            old = json.loads(path.read_text())["rows"]
-        kept = {(r["bench"], r["case"]): r for r in old}
+        before: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+        kept = {(r["bench"], r["case"]): r for r in before.get("rows", [])}
         for row in self.rows:
+            row["date"] = time.strftime("%Y-%m-%d")
             key = (row["bench"], row["case"])
             if not (self.quieter and key in kept) or _quieter(row, kept[key]):
                 kept.pop(key, None)  # to the end
@@ -107,7 +110,8 @@ class Table:
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
             "tautorch": tautorch.__version__,
-            "quieter": self.quieter,
+            "threads_bound": os.environ.get("OMP_PROC_BIND", "false"),
+            "quieter": self.quieter or bool(before.get("quieter")),
         }
         folder.mkdir(parents=True, exist_ok=True)
         temporary = path.with_suffix(".tmp")
@@ -117,18 +121,18 @@ class Table:
 
 
 def _quieter(row: dict[str, Any], before: dict[str, Any]) -> bool:
-    """Whether all sides of a row together took less time; or it says other things or no times."""
+    """Whether its sides took less time; or one of the two says other things or no times."""
     took, took_before = _took(row), _took(before)
-    return row.keys() != before.keys() or took is None or took_before is None or took < took_before
+    return row.keys() != before.keys() or took is None or took_before is None or not took >= took_before
 
 
 def _took(row: dict[str, Any]) -> float | None:
-    """Microseconds of ours and of those it is held against: their ratios to ours are `ratio` or `vs ...`."""
+    """Microseconds of ours and of those that `ratio` or `vs ...` are of; None if there is no such pair."""
     if "one_us" in row:
         return float(row["one_us"] + row["two_us"])
-    if "us" not in row:
+    others = [str(v) for k, v in row.items() if k == "ratio" or (k.startswith("vs ") and ", net" not in k)]
+    if "us" not in row or not others:
         return None
-    others = [str(v) for k, v in row.items() if k == "ratio" or k.startswith("vs ")]
     return float(row["us"] * (1 + sum(float(v.split("x")[0]) for v in others)))
 
 
