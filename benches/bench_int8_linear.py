@@ -121,7 +121,8 @@ def test_bandwidth(table: Table, k: int, n: int, layers: int) -> None:
             net_after = (times["call"] - times["after"]) / layers + reading
             case = f"dynamic 1x{k}x{n}, weights in {'L3' if layers == 1 else 'memory'}"
             table.add("int8_linear", case, us=round((net + times["empty"]) * 1e6, 1),
-                      net_us=round(net * 1e6, 1), GB_s=round(n * k / reading / 1e9),
+                      net_us=round(net * 1e6, 1), read_us=round(reading * 1e6, 1),
+                      GB_s=round(n * k / reading / 1e9),
                       share=f"{reading / net:.1%}", after_a_read=f"{reading / net_after:.1%}",
                       **verdict(reading / net, 0.85, ">= 85 % of read bandwidth"))  # fmt: skip
 

@@ -66,6 +66,14 @@ def test_quieter_goes_by_both_times_of_a_thread_pair(tmp_path: Path) -> None:
     assert gain(90, 50) == 1.8
 
 
+def test_quieter_goes_by_the_call_and_the_read_beside_it(tmp_path: Path) -> None:
+    for us, read_us, left in ((30.0, 24.0, 30.0), (29.0, 28.0, 30.0), (31.0, 20.0, 31.0)):
+        table = Table(timed=True, quieter=True)
+        table.add("b", "read", us=us, read_us=read_us, share="80%")
+        path = table.write(tmp_path)
+        assert path is not None and json.loads(path.read_text())["rows"][0]["us"] == left
+
+
 def test_quieter_replaces_rows_without_two_times_and_stays_said(tmp_path: Path) -> None:
     for us, quieter in ((10.0, True), (20.0, True), (30.0, False)):
         table = Table(timed=True, quieter=quieter)

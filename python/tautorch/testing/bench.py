@@ -128,8 +128,9 @@ def _quieter(row: dict[str, Any], before: dict[str, Any]) -> bool:
 
 def _took(row: dict[str, Any]) -> float | None:
     """Microseconds of ours and of those that `ratio` or `vs ...` are of; None if there is no such pair."""
-    if "one_us" in row:
-        return float(row["one_us"] + row["two_us"])
+    for pair in (("one_us", "two_us"), ("us", "read_us")):
+        if all(name in row for name in pair):
+            return float(sum(row[name] for name in pair))
     others = [str(v) for k, v in row.items() if k == "ratio" or (k.startswith("vs ") and ", net" not in k)]
     if "us" not in row or not others:
         return None
