@@ -92,17 +92,12 @@ struct Job {
     int64_t padded_taps() const { return depthwise ? round_up(h.taps, 4) : h.taps; }
 
     void run(const ConvBand &band, int64_t m0, int64_t m1, int64_t p0, int64_t p1) const;
-    // A block's rows of operands, if they are copied: pixels of an image read in place, or windows.
+    // A block's windows, one after another.
     const char *operands(const ConvBand &band, int64_t m, int rows) const {
-        if (windows) {
-            char *out = static_cast<char *>(
-                scratch(Scratch::rows, static_cast<size_t>(kBlockRows * window_bytes() + 64)));
-            band.windows(m, rows, window_bytes(), out);
-            return out;
-        }
-        void *copy = scratch(Scratch::image, static_cast<size_t>(kBlockRows * c.pixel));
-        isa.quantize(band.pixel(m), DType::i8, rows * c.pixel, 1.0f, 0, -128, 127, isa.act, copy);
-        return static_cast<const char *>(copy);
+        char *out = static_cast<char *>(
+            scratch(Scratch::rows, static_cast<size_t>(kBlockRows * window_bytes() + 64)));
+        band.windows(m, rows, window_bytes(), out);
+        return out;
     }
     int64_t window_bytes() const { return round_up(h.k, h.kr) * operand_bytes(c.kind); }
     void run_depthwise(const ConvBand &band, int64_t m0, int rows, int64_t p0, int64_t p1,
@@ -162,8 +157,14 @@ void Job::run(const ConvBand &band, int64_t m0, int64_t m1, int64_t p0, int64_t 
             grouped_product(isa, a.packed, band, m, rows, offset, scale, out);
             continue;
         }
-        if (c.in_place || windows)
-            block.fill(operands(band, m, rows), windows ? window_bytes() : c.pixel, h, rows);
+        if (c.in_place) {
+            gemm_stored(isa, a.packed, band.pixel(m),
+                        scratch(Scratch::image, static_cast<size_t>(kBlockRows * c.pixel)), rows, p0, p1, out,
+                        m, scale, m + step < m1 ? band.pixel(m + step) : nullptr);
+            continue;
+        }
+        if (windows)
+            block.fill(operands(band, m, rows), window_bytes(), h, rows);
         else
             block.fill(band, h, m, rows, fused && direct_output(out));
         if (block.sorted && scale) {
@@ -172,7 +173,6 @@ void Job::run(const ConvBand &band, int64_t m0, int64_t m1, int64_t p0, int64_t 
             for (int r = 0; r < rows; ++r)
                 scales[r] = in_order[block.index[r]];
         }
-        const void *ahead = c.in_place && m + step < m1 ? band.pixel(m + step) : nullptr;
         // Groups lie beside each other in a pixel. What is read past the end of a group has weight 0.
         for (int64_t g = 0; g < groups(); ++g) {
             for (int64_t t = 0; t < taps; ++t) {
@@ -189,7 +189,7 @@ void Job::run(const ConvBand &band, int64_t m0, int64_t m1, int64_t p0, int64_t 
                     gemm_block_taps(isa, a.packed, g, pointers + run.taps.tap0 * kBlockRows + run.first,
                                     kBlockRows, run.rows, run.taps, p, p + together, out, m + at,
                                     scale ? scale + run.first : nullptr,
-                                    block.sorted ? block.index + run.first : nullptr, ahead);
+                                    block.sorted ? block.index + run.first : nullptr);
                 }
         }
     }

@@ -195,6 +195,17 @@ inline bool leaves_as_codes(const Epilogue &e, const float *row_scale, int rows)
     return true;
 }
 
+// int8 -> the unsigned operand: q + 128 is q with its top bit turned.
+inline void turn_top_bits(const char *q, int64_t bytes, void *out) {
+    const __m512i top = _mm512_set1_epi8(-128);
+    char *to = static_cast<char *>(out);
+    int64_t i = 0;
+    for (; i + 64 <= bytes; i += 64)
+        _mm512_storeu_si512(to + i, _mm512_xor_si512(_mm512_loadu_si512(q + i), top));
+    const __mmask64 rest = (uint64_t{1} << (bytes - i)) - 1;
+    _mm512_mask_storeu_epi8(to + i, rest, _mm512_xor_si512(_mm512_maskz_loadu_epi8(rest, q + i), top));
+}
+
 inline void prefetch_to_write(const char *p) { asm volatile("prefetchw %0" : : "m"(*p)); }
 
 } // namespace

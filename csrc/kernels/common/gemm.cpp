@@ -102,6 +102,10 @@ bool row_by_row(const Output &out, int64_t k) {
            (e.activation == Activation::none || e.activation == Activation::relu);
 }
 constexpr int64_t kFromL2 = 384 * 1024; // bytes of weights read again for every six rows: of Zen 4's 1 MB
+int64_t panels_at_once(const uint8_t *packed, int64_t group) {
+    const int64_t panel = panel_data(packed, group, 1) - panel_data(packed, group, 0);
+    return std::max<int64_t>(2, kFromL2 / std::max<int64_t>(1, panel));
+}
 
 // One panel times a block of rows through product_i8: straight to the output where that runs along rows and
 // the activation is done in registers, otherwise a tile at a time through memory.
@@ -123,11 +127,43 @@ void fused_panel(const Isa &isa, ProductI8 p, const Output &out, int64_t m0, int
     tile.out = reinterpret_cast<char *>(acc);
     tile.row_bytes = kTileN * 4;
     for (int t0 = 0; t0 < p.count; t0 += kTileRows) {
-        tile.rows = p.rows + t0;
+        const void *first = static_cast<const char *>(p.rows[0]) + t0 * p.row_step;
+        tile.rows = p.even() ? &first : p.rows + t0;
         tile.count = std::min(kTileRows, p.count - t0);
+        tile.raw = p.raw ? p.raw + t0 * p.row_step : nullptr;
         isa.product_i8(tile);
         store_tile(isa, out, acc, kTileN, false, m0 + t0, tile.count, n0, p.cols,
                    p.row_scale ? p.row_scale + t0 : nullptr);
+    }
+}
+
+// Panels [p0, p1) of one group. Bytes of the pack before `skipped` weights of each output are left out.
+void fused_panels(const Isa &isa, const uint8_t *packed, int64_t group, ProductI8 task, int64_t skipped,
+                  int64_t p0, int64_t p1, const Output &out, int64_t m0, const void *ahead) {
+    const PackHeader &h = header_of(packed);
+    task.panels = 1;
+    if (task.even() && h.taps == 1 && skipped == 0 && task.kq == div_up(h.k, h.kr) && !task.out_row &&
+        row_by_row(out, h.k)) {
+        const int64_t whole = std::min(p1, h.n / h.nr), most = panels_at_once(packed, group);
+        for (; p0 < whole; p0 += task.panels) {
+            task.panels = std::min(most, whole - p0);
+            task.panel = task.next = reinterpret_cast<const int8_t *>(panel_data(packed, group, p0));
+            task.width = task.cols = h.nr;
+            fused_panel(isa, task, out, m0, group * h.n + p0 * h.nr);
+            task.raw = nullptr;
+        }
+        task.panels = 1;
+    }
+    for (int64_t p = p0; p < p1; ++p) {
+        task.width = panel_width(h, p);
+        task.cols = static_cast<int>(std::min<int64_t>(task.width, h.n - p * h.nr));
+        task.panel = reinterpret_cast<const int8_t *>(panel_data(packed, group, p) + skipped * task.width);
+        task.gap = (div_up(h.k, h.kr) - task.kq) * h.kr * task.width;
+        task.next = p + 1 < p1 ? task.panel + task.kq * 4 * task.width
+                    : ahead    ? static_cast<const int8_t *>(ahead)
+                               : task.panel;
+        fused_panel(isa, task, out, m0, group * h.n + p * h.nr);
+        task.raw = nullptr;
     }
 }
 
@@ -189,61 +225,41 @@ void gemm_block(const Isa &isa, const uint8_t *packed, int64_t group, const void
 
 void gemm_block_taps(const Isa &isa, const uint8_t *packed, int64_t group, const void *const *pointers,
                      int64_t ld, int rows, const Taps &part, int64_t p0, int64_t p1, const Output &out,
-                     int64_t m0, const float *row_scale, const int32_t *out_row, const void *ahead) {
+                     int64_t m0, const float *row_scale, const int32_t *out_row) {
     const PackHeader &h = header_of(packed);
     const int64_t taps = part.tap1 - part.tap0, k = part.k1 - part.k0, kq = div_up(k, h.kr);
     const int64_t skipped =
         (part.tap0 * round_up(h.k, h.kr) + part.k0) * (h.kind == PackKind::dense_f32 ? 4 : 1);
-    const bool fused = isa.product_i8 && h.kind == PackKind::dense_i8;
-    ProductI8 task = {};
-    const bool floats = h.kind == PackKind::dense_f32 && !row_scale && !out.epilogue.w_scale;
-    const int64_t step = taps == 1 && (fused || floats) ? row_step(pointers, rows) : 0;
-    if (fused) {
+    if (isa.product_i8 && h.kind == PackKind::dense_i8) {
+        ProductI8 task = {};
         task.rows = pointers;
         task.ld = ld;
-        task.row_step = step;
+        task.row_step = taps == 1 ? row_step(pointers, rows) : 0;
         task.count = rows;
         task.taps = taps;
         task.kq = kq;
         task.row_scale = row_scale;
         task.out_row = out_row;
-        task.panels = 1;
+        return fused_panels(isa, packed, group, task, skipped, p0, p1, out, m0, nullptr);
     }
-    if ((fused || floats) && taps == 1 && h.taps == 1 && k == h.k && !out_row && (rows == 1 || step != 0) &&
-        row_by_row(out, k)) {
-        const int64_t panel = panel_data(packed, group, 1) - panel_data(packed, group, 0);
-        const int64_t whole = std::min(p1, h.n / h.nr),
-                      most = std::max<int64_t>(2, kFromL2 / std::max<int64_t>(1, panel));
-        for (; p0 < whole; p0 += task.panels) {
-            const uint8_t *data = panel_data(packed, group, p0);
-            const int64_t n0 = group * h.n + p0 * h.nr;
-            task.panels = std::min(most, whole - p0);
-            if (floats) {
-                float_rows(isa, h, data, task.panels, out, pointers[0], step, rows, m0, n0);
-                continue;
+    if (h.kind == PackKind::dense_f32 && !row_scale && !out.epilogue.w_scale && taps == 1 && h.taps == 1 &&
+        k == h.k && row_by_row(out, k)) {
+        const int64_t step = row_step(pointers, rows);
+        if (rows == 1 || step != 0) {
+            const int64_t whole = std::min(p1, h.n / h.nr), most = panels_at_once(packed, group);
+            while (p0 < whole) {
+                const int64_t count = std::min(most, whole - p0);
+                float_rows(isa, h, panel_data(packed, group, p0), count, out, pointers[0], step, rows, m0,
+                           group * h.n + p0 * h.nr);
+                p0 += count;
             }
-            task.panel = task.next = reinterpret_cast<const int8_t *>(data);
-            task.width = task.cols = h.nr;
-            fused_panel(isa, task, out, m0, n0);
         }
-        task.panels = 1;
     }
     alignas(64) int32_t acc[kTileRows * kTileN];
     for (int64_t p = p0; p < p1; ++p) {
         const int width = panel_width(h, p);
         const int cols = static_cast<int>(std::min<int64_t>(width, h.n - p * h.nr));
         const uint8_t *data = panel_data(packed, group, p) + skipped * width;
-        if (fused) {
-            task.panel = reinterpret_cast<const int8_t *>(data);
-            task.width = width;
-            task.gap = (div_up(h.k, h.kr) - kq) * h.kr * width;
-            task.next = p + 1 < p1 ? task.panel + kq * 4 * width
-                        : ahead    ? static_cast<const int8_t *>(ahead)
-                                   : task.panel;
-            task.cols = cols;
-            fused_panel(isa, task, out, m0, group * h.n + p * h.nr);
-            continue;
-        }
         for (int t0 = 0; t0 < rows; t0 += kTileRows) {
             const int tile = std::min(kTileRows, rows - t0);
             if (h.kind != PackKind::dense_i8) {
@@ -262,6 +278,21 @@ void gemm_block_taps(const Isa &isa, const uint8_t *packed, int64_t group, const
                        row_scale ? row_scale + t0 : nullptr);
         }
     }
+}
+
+void gemm_stored(const Isa &isa, const uint8_t *packed, const char *x, void *operands, int rows, int64_t p0,
+                 int64_t p1, const Output &out, int64_t m0, const float *row_scale, const void *ahead) {
+    const PackHeader &h = header_of(packed);
+    const void *const first = operands;
+    ProductI8 task = {};
+    task.rows = &first;
+    task.row_step = h.k;
+    task.count = rows;
+    task.taps = 1;
+    task.kq = h.k / h.kr;
+    task.row_scale = row_scale;
+    task.raw = x;
+    fused_panels(isa, packed, 0, task, 0, p0, p1, out, m0, ahead);
 }
 
 int64_t threads_for(int64_t macs, int64_t weight_bytes) {

@@ -27,6 +27,9 @@ struct ProductI8 : ToOutput {
     int64_t gap;        // bytes of the panel that are left out after each tap
     int width;          // a multiple of 16, at most 64
     const int8_t *next; // the panel after this one, or this one again: fetched into L2 meanwhile
+    // Even rows that are not there yet: int8, one after another, to be copied to rows[0] with their top bits
+    // turned. Or null.
+    const char *raw;
 
     // More than 1: whole panels of 64 outputs that follow each other, for even rows and float output.
     int64_t panels;

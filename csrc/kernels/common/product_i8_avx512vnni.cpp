@@ -140,11 +140,20 @@ void strip(const ProductI8 &p, const Tile *tiles, int most, int i) {
 } // namespace
 
 void product_i8_avx512vnni(const ProductI8 &given) {
-    if (given.panels > 1)
-        return product_i8_rows_avx512vnni(given);
     ProductI8 p = given;
-    if (const int done = product_i8_codes_avx512vnni(p)) {
-        p.rows += done;
+    const int done = p.panels > 1 ? 0 : product_i8_codes_avx512vnni(p);
+    if (p.raw && done == 0)
+        turn_top_bits(p.raw, p.count * 4 * p.kq, const_cast<void *>(p.rows[0]));
+    if (p.panels > 1)
+        return product_i8_rows_avx512vnni(p);
+    const void *rest;
+    if (done > 0) {
+        if (p.even()) {
+            rest = static_cast<const char *>(p.rows[0]) + done * p.row_step;
+            p.rows = &rest;
+        } else {
+            p.rows += done;
+        }
         p.row_scale += done;
         p.count -= done;
         if (p.out_row)

@@ -102,11 +102,25 @@ char *line(const ProductI8 &p, int64_t i, int r) {
     return p.out + (p.out_row ? p.out_row[r] : r) * p.row_bytes + i;
 }
 
+// 24 bytes, in the integer units, which products leave alone.
+__attribute__((always_inline)) inline void turn(const char *from, char *to) {
+#pragma GCC unroll 3
+    for (int i = 0; i < 24; i += 8) {
+        uint64_t v;
+        std::memcpy(&v, from + i, 8);
+        v ^= 0x8080808080808080u;
+        std::memcpy(to + i, &v, 8);
+    }
+}
+
 // Products of the rows from r0 on, while the sums of the rows from r1 on leave. Even rows: `ahead` is fetched
-// into L2 meanwhile, half as many bytes as the rows have.
-template <bool Even, Form F>
+// into L2 meanwhile, half as many bytes as the rows have. Turn: six rows from `next` on are made of p.raw.
+template <bool Even, Form F, bool Turn = false>
 __attribute__((always_inline)) inline void tile(const ProductI8 &p, const Scales &e, int64_t i, Sums &c,
-                                                int r0, const Sums &before, int r1, const int8_t *ahead) {
+                                                int r0, const Sums &before, int r1, const int8_t *ahead,
+                                                int next) {
+    const char *from = Turn ? p.raw + next * p.row_step : nullptr;
+    char *to = Turn ? static_cast<char *>(const_cast<void *>(p.rows[0])) + next * p.row_step : nullptr;
     const int64_t width = 4 * p.width;
     const int8_t *b = p.panel + 4 * i;
 #pragma GCC unroll 6
@@ -115,9 +129,11 @@ __attribute__((always_inline)) inline void tile(const ProductI8 &p, const Scales
         c[r][1] = e.start[1];
     }
     // Steps ask for a line several times, which costs less than a test.
-    const auto fetch = [ahead](int64_t q) __attribute__((always_inline)) {
+    const auto fetch = [=](int64_t q) __attribute__((always_inline)) {
         if (Even)
             _mm_prefetch(reinterpret_cast<const char *>(ahead + 12 * q), _MM_HINT_T1);
+        if (Turn)
+            turn(from + 24 * q, to + 24 * q);
     };
     for (int64_t t = 0; t < (Even ? 1 : p.taps); ++t, b += p.gap) {
         const Rows<Even> x(p, t, r0);
@@ -131,7 +147,8 @@ __attribute__((always_inline)) inline void tile(const ProductI8 &p, const Scales
                 }
                 finish_row<F>(e, before[q][0], before[q][1], p.row_scale[r1 + q], line(p, i, r1 + q));
                 asm volatile("prefetchw %0" : : "m"(*line(p, i, r0 + q)));
-                fetch(q);
+                if (!Turn || q < p.kq)
+                    fetch(q);
             }
         for (; q < p.kq; ++q, b += width) {
             step<Even, F>(c, b, x, q);
@@ -140,8 +157,8 @@ __attribute__((always_inline)) inline void tile(const ProductI8 &p, const Scales
     }
 }
 
-// The first `count` rows, a multiple of kRows.
-template <bool Even, Form F>
+// The first `count` rows, a multiple of kRows. Turn: all rows of p are made of p.raw on the way.
+template <bool Even, Form F, bool Turn = false>
 __attribute__((noinline)) void strip(const ProductI8 &p, const Scales &e, int64_t i, int count) {
     Sums a, b;
 #pragma GCC unroll 6
@@ -155,25 +172,32 @@ __attribute__((noinline)) void strip(const ProductI8 &p, const Scales &e, int64_
     const int64_t part = p.next == p.panel ? 0 : 2 * p.kq; // a row's share of what is fetched
     const int8_t *next = p.next + i / 32 * count * part;
     const auto ahead = [=](int r) { return next + r * part; };
+    char *operands = Turn ? static_cast<char *>(const_cast<void *>(p.rows[0])) : nullptr;
+    if (Turn)
+        turn_top_bits(p.raw, kRows * p.row_step, operands);
+    const auto next_rows = [count](int r) { return r + kRows < count ? r + kRows : 0; };
     // The first tile finds none before it: what it writes, it writes over.
-    tile<Even, F>(p, e, i, a, 0, b, 0, ahead(0));
+    tile<Even, F, Turn>(p, e, i, a, 0, b, 0, ahead(0), next_rows(0));
     int r = kRows;
     for (; r + kRows < count; r += 2 * kRows) {
-        tile<Even, F>(p, e, i, b, r, a, r - kRows, ahead(r));
-        tile<Even, F>(p, e, i, a, r + kRows, b, r, ahead(r + kRows));
+        tile<Even, F, Turn>(p, e, i, b, r, a, r - kRows, ahead(r), next_rows(r));
+        tile<Even, F, Turn>(p, e, i, a, r + kRows, b, r, ahead(r + kRows), next_rows(r + kRows));
     }
-    if (r == count)
-        return leave(a, r - kRows);
-    tile<Even, F>(p, e, i, b, r, a, r - kRows, ahead(r));
-    leave(b, r);
+    if (r == count) {
+        leave(a, r - kRows);
+    } else {
+        tile<Even, F, Turn>(p, e, i, b, r, a, r - kRows, ahead(r), next_rows(r));
+        leave(b, r);
+    }
+    if (Turn)
+        turn_top_bits(p.raw + count * p.row_step, (p.count - count) * p.row_step,
+                      operands + count * p.row_step);
 }
 
 using Strip = void (*)(const ProductI8 &, const Scales &, int64_t i, int count);
-constexpr Strip kStrips[2][4] = {
-    {strip<false, Form::whole>, strip<false, Form::part>, strip<false, Form::narrow>,
-     strip<false, Form::one>},
-    {strip<true, Form::whole>, strip<true, Form::part>, strip<true, Form::narrow>, strip<true, Form::one>},
-};
+template <bool Even, bool Turn = false>
+constexpr Strip kStrips[4] = {strip<Even, Form::whole, Turn>, strip<Even, Form::part, Turn>,
+                              strip<Even, Form::narrow, Turn>, strip<Even, Form::one, Turn>};
 
 // False where an output may be NaN, which finish_row takes for a number.
 bool scales_of(const ProductI8 &p, int64_t i, Scales &to) {
@@ -216,7 +240,10 @@ int product_i8_codes_avx512vnni(const ProductI8 &p) {
                           : left > 24 ? Form::part
                           : left > 16 ? Form::narrow
                                       : Form::one;
-        kStrips[p.even()][static_cast<int>(form)](p, s, i, count);
+        const Strip *strips = !p.even()         ? kStrips<false>
+                              : p.raw && i == 0 ? kStrips<true, true>
+                                                : kStrips<true>;
+        strips[static_cast<int>(form)](p, s, i, count);
     }
     return count;
 }
