@@ -214,3 +214,22 @@ def test_groups_of_few_channels(channels: int, kernel: str) -> None:
             agree(case.but(activation=("relu", "gelu")[i % 2]), kernel)
             nan = dataclasses.replace(case.but(**codes), args=(*case.args[:-1], infinite))
             assert nan.bias is infinite and torch.equal(nan(ops.int8_conv2d), nan(reference))
+
+
+@each_kernel
+@pytest.mark.parametrize("channels", [4, 20, 64])
+def test_pixels_that_are_read_where_they_lie(channels: int, kernel: str) -> None:
+    """Any number of them, blocks and tiles that are not full; all ways out, results that are no numbers."""
+    codes = {"out_scale": torch.tensor([0.7]), "out_zero_point": torch.tensor([-30], dtype=torch.int32)}
+    for i, pixels in enumerate((1, 2, 5, 6, 7, 11, 12, 13, 18, 50, 197, 389)):
+        outputs = (1, 16, 24, 31, 33, 64, 70, 130)[i % 8]
+        case = conv_case("int8_conv2d", (2, channels, 1, pixels), (outputs, channels, 1, 1), mode="int8")
+        infinite = torch.full((outputs,), float("inf"))
+        with dispatch.force("int8_conv2d", kernel):
+            for x in (case.x.contiguous(memory_format=LAST), case.x):
+                given = case.with_x(x)
+                for how in ({}, codes, {**codes, "activation": "relu"}, {**codes, "activation": "gelu"}):
+                    agree(given.but(**how), kernel)
+                agree(given.but(activation=("relu", "gelu")[i % 2]), kernel)
+                nan = dataclasses.replace(given.but(**codes), args=(*given.args[:-1], infinite))
+                assert torch.equal(nan(ops.int8_conv2d), nan(reference))
