@@ -93,7 +93,7 @@ struct Job {
 
     void run(const ConvBand &band, int64_t m0, int64_t m1, int64_t p0, int64_t p1) const;
     // A block's windows, one after another.
-    const char *operands(const ConvBand &band, int64_t m, int rows) const {
+    const char *windows_of(const ConvBand &band, int64_t m, int rows) const {
         char *out = static_cast<char *>(
             scratch(Scratch::rows, static_cast<size_t>(kBlockRows * window_bytes() + 64)));
         band.windows(m, rows, window_bytes(), out);
@@ -158,13 +158,14 @@ void Job::run(const ConvBand &band, int64_t m0, int64_t m1, int64_t p0, int64_t 
             continue;
         }
         if (c.in_place) {
-            gemm_stored(isa, a.packed, band.pixel(m),
-                        scratch(Scratch::image, static_cast<size_t>(kBlockRows * c.pixel)), rows, p0, p1, out,
-                        m, scale, m + step < m1 ? band.pixel(m + step) : nullptr);
+            char *copy =
+                static_cast<char *>(scratch(Scratch::image, static_cast<size_t>(kBlockRows * c.pixel)));
+            gemm_stored(isa, a.packed, band.pixel(m), copy, rows, p0, p1, out, m, scale,
+                        m + step < m1 ? band.pixel(m + step) : nullptr);
             continue;
         }
         if (windows)
-            block.fill(operands(band, m, rows), window_bytes(), h, rows);
+            block.fill(windows_of(band, m, rows), window_bytes(), h, rows);
         else
             block.fill(band, h, m, rows, fused && direct_output(out));
         if (block.sorted && scale) {

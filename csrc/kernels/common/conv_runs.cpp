@@ -87,9 +87,9 @@ void BlockPixels::fill(const ConvBand &band, const PackHeader &h, int64_t m, int
     }
 }
 
-void BlockPixels::fill(const char *first, int64_t pixel, const PackHeader &h, int rows) {
+void BlockPixels::fill(const char *first, int64_t bytes, const PackHeader &h, int rows) {
     for (int r = 0; r < rows; ++r)
-        at[r] = first + r * pixel;
+        at[r] = first + r * bytes;
     runs[0] = {0, rows, {0, 1, 0, h.k}};
     count = 1;
     sorted = false;

@@ -22,8 +22,8 @@ struct BlockPixels {
     // filter, and its columns where a row of it is one tap. move: pixels that see the same may be put
     // together, else only neighbours are.
     void fill(const ConvBand &band, const PackHeader &h, int64_t m, int rows, bool move);
-    // Pixels one after another that see the one tap there is.
-    void fill(const char *first, int64_t pixel, const PackHeader &h, int rows);
+    // Windows of `bytes`, one after another, which are the one tap there is.
+    void fill(const char *first, int64_t bytes, const PackHeader &h, int rows);
 };
 
 } // namespace tautorch

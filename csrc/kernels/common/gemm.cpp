@@ -130,7 +130,10 @@ void fused_panel(const Isa &isa, ProductI8 p, const Output &out, int64_t m0, int
         const void *first = static_cast<const char *>(p.rows[0]) + t0 * p.row_step;
         tile.rows = p.even() ? &first : p.rows + t0;
         tile.count = std::min(kTileRows, p.count - t0);
-        tile.raw = p.raw ? p.raw + t0 * p.row_step : nullptr;
+        if (p.raw) {
+            tile.raw = p.raw + t0 * p.row_step;
+            tile.operands = p.operands + t0 * p.row_step;
+        }
         isa.product_i8(tile);
         store_tile(isa, out, acc, kTileN, false, m0 + t0, tile.count, n0, p.cols,
                    p.row_scale ? p.row_scale + t0 : nullptr);
@@ -280,7 +283,7 @@ void gemm_block_taps(const Isa &isa, const uint8_t *packed, int64_t group, const
     }
 }
 
-void gemm_stored(const Isa &isa, const uint8_t *packed, const char *x, void *operands, int rows, int64_t p0,
+void gemm_stored(const Isa &isa, const uint8_t *packed, const char *x, char *operands, int rows, int64_t p0,
                  int64_t p1, const Output &out, int64_t m0, const float *row_scale, const void *ahead) {
     const PackHeader &h = header_of(packed);
     const void *const first = operands;
@@ -292,6 +295,7 @@ void gemm_stored(const Isa &isa, const uint8_t *packed, const char *x, void *ope
     task.kq = h.k / h.kr;
     task.row_scale = row_scale;
     task.raw = x;
+    task.operands = operands;
     fused_panels(isa, packed, 0, task, 0, p0, p1, out, m0, ahead);
 }
 

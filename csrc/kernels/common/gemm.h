@@ -57,10 +57,10 @@ struct Taps {
 void gemm_block_taps(const Isa &isa, const uint8_t *packed, int64_t group, const void *const *pointers,
                      int64_t ld, int rows, const Taps &taps, int64_t p0, int64_t p1, const Output &out,
                      int64_t m0, const float *row_scale, const int32_t *out_row);
-// The same for int8 rows of h.k bytes, a multiple of kr, one after another at x; `operands` has room for as
-// many. One tap, one group, where product_i8 runs. ahead: as many bytes, to be fetched into L2 meanwhile, or
-// null.
-void gemm_stored(const Isa &isa, const uint8_t *packed, const char *x, void *operands, int rows, int64_t p0,
+// The same for int8 rows of h.k bytes, a multiple of kr and not 0, one after another at x; `operands` has
+// room for as many. One tap, one group, where product_i8 runs. ahead: about as many bytes, to be fetched into
+// L2 meanwhile, or null.
+void gemm_stored(const Isa &isa, const uint8_t *packed, const char *x, char *operands, int rows, int64_t p0,
                  int64_t p1, const Output &out, int64_t m0, const float *row_scale, const void *ahead);
 // Whether product_i8 writes the output itself.
 inline bool direct_output(const Output &out) {

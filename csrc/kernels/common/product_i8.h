@@ -27,9 +27,10 @@ struct ProductI8 : ToOutput {
     int64_t gap;        // bytes of the panel that are left out after each tap
     int width;          // a multiple of 16, at most 64
     const int8_t *next; // the panel after this one, or this one again: fetched into L2 meanwhile
-    // Even rows that are not there yet: int8, one after another, to be copied to rows[0] with their top bits
-    // turned. Or null.
+    // Even rows that have yet to be made, of 4 * kq bytes: the int8 ones at raw, one after another, with
+    // their top bits turned, go to operands, which is rows[0]. Null: rows are there.
     const char *raw;
+    char *operands;
 
     // More than 1: whole panels of 64 outputs that follow each other, for even rows and float output.
     int64_t panels;
@@ -38,7 +39,8 @@ struct ProductI8 : ToOutput {
 };
 
 void product_i8_avx512vnni(const ProductI8 &p);
-// int8 output of the first rows, and how many these are: 0 where this is not the kernel for them.
+// int8 output of the first rows, and how many these are: 0 where this is not the kernel for them. More than
+// 0: all rows have been made of raw.
 int product_i8_codes_avx512vnni(const ProductI8 &p);
 void product_i8_rows_avx512vnni(const ProductI8 &p);
 

@@ -143,7 +143,7 @@ void product_i8_avx512vnni(const ProductI8 &given) {
     ProductI8 p = given;
     const int done = p.panels > 1 ? 0 : product_i8_codes_avx512vnni(p);
     if (p.raw && done == 0)
-        turn_top_bits(p.raw, p.count * 4 * p.kq, const_cast<void *>(p.rows[0]));
+        turn_top_bits(p.raw, p.count * 4 * p.kq, p.operands);
     if (p.panels > 1)
         return product_i8_rows_avx512vnni(p);
     const void *rest;

@@ -114,13 +114,13 @@ __attribute__((always_inline)) inline void turn(const char *from, char *to) {
 }
 
 // Products of the rows from r0 on, while the sums of the rows from r1 on leave. Even rows: `ahead` is fetched
-// into L2 meanwhile, half as many bytes as the rows have. Turn: six rows from `next` on are made of p.raw.
+// into L2 meanwhile, half as many bytes as the rows have. Turn: six rows from `made` on are made of p.raw.
 template <bool Even, Form F, bool Turn = false>
 __attribute__((always_inline)) inline void tile(const ProductI8 &p, const Scales &e, int64_t i, Sums &c,
                                                 int r0, const Sums &before, int r1, const int8_t *ahead,
-                                                int next) {
-    const char *from = Turn ? p.raw + next * p.row_step : nullptr;
-    char *to = Turn ? static_cast<char *>(const_cast<void *>(p.rows[0])) + next * p.row_step : nullptr;
+                                                int made) {
+    const char *from = Turn ? p.raw + made * p.row_step : nullptr;
+    char *to = Turn ? p.operands + made * p.row_step : nullptr;
     const int64_t width = 4 * p.width;
     const int8_t *b = p.panel + 4 * i;
 #pragma GCC unroll 6
@@ -128,8 +128,8 @@ __attribute__((always_inline)) inline void tile(const ProductI8 &p, const Scales
         c[r][0] = e.start[0];
         c[r][1] = e.start[1];
     }
-    // Steps ask for a line several times, which costs less than a test.
-    const auto fetch = [=](int64_t q) __attribute__((always_inline)) {
+    // Beside each step. Steps ask for a line several times, which costs less than a test.
+    const auto beside = [=](int64_t q) __attribute__((always_inline)) {
         if (Even)
             _mm_prefetch(reinterpret_cast<const char *>(ahead + 12 * q), _MM_HINT_T1);
         if (Turn)
@@ -147,12 +147,12 @@ __attribute__((always_inline)) inline void tile(const ProductI8 &p, const Scales
                 }
                 finish_row<F>(e, before[q][0], before[q][1], p.row_scale[r1 + q], line(p, i, r1 + q));
                 asm volatile("prefetchw %0" : : "m"(*line(p, i, r0 + q)));
-                if (!Turn || q < p.kq)
-                    fetch(q);
+                if (!Turn || q < p.kq) // six rows have 24 bytes for each step, not more
+                    beside(q);
             }
         for (; q < p.kq; ++q, b += width) {
             step<Even, F>(c, b, x, q);
-            fetch(q);
+            beside(q);
         }
     }
 }
@@ -170,28 +170,28 @@ __attribute__((noinline)) void strip(const ProductI8 &p, const Scales &e, int64_
             finish_row<F>(e, c[r][0], c[r][1], p.row_scale[r0 + r], line(p, i, r0 + r));
     };
     const int64_t part = p.next == p.panel ? 0 : 2 * p.kq; // a row's share of what is fetched
-    const int8_t *next = p.next + i / 32 * count * part;
-    const auto ahead = [=](int r) { return next + r * part; };
-    char *operands = Turn ? static_cast<char *>(const_cast<void *>(p.rows[0])) : nullptr;
+    const int8_t *fetched = p.next + i / 32 * count * part;
+    const auto ahead = [=](int r) { return fetched + r * part; };
     if (Turn)
-        turn_top_bits(p.raw, kRows * p.row_step, operands);
-    const auto next_rows = [count](int r) { return r + kRows < count ? r + kRows : 0; };
+        turn_top_bits(p.raw, kRows * p.row_step, p.operands);
+    // The last tile makes the first rows again, of the same bytes.
+    const auto after = [count](int r) { return r + kRows < count ? r + kRows : 0; };
     // The first tile finds none before it: what it writes, it writes over.
-    tile<Even, F, Turn>(p, e, i, a, 0, b, 0, ahead(0), next_rows(0));
+    tile<Even, F, Turn>(p, e, i, a, 0, b, 0, ahead(0), after(0));
     int r = kRows;
     for (; r + kRows < count; r += 2 * kRows) {
-        tile<Even, F, Turn>(p, e, i, b, r, a, r - kRows, ahead(r), next_rows(r));
-        tile<Even, F, Turn>(p, e, i, a, r + kRows, b, r, ahead(r + kRows), next_rows(r + kRows));
+        tile<Even, F, Turn>(p, e, i, b, r, a, r - kRows, ahead(r), after(r));
+        tile<Even, F, Turn>(p, e, i, a, r + kRows, b, r, ahead(r + kRows), after(r + kRows));
     }
     if (r == count) {
         leave(a, r - kRows);
     } else {
-        tile<Even, F, Turn>(p, e, i, b, r, a, r - kRows, ahead(r), next_rows(r));
+        tile<Even, F, Turn>(p, e, i, b, r, a, r - kRows, ahead(r), after(r));
         leave(b, r);
     }
     if (Turn)
         turn_top_bits(p.raw + count * p.row_step, (p.count - count) * p.row_step,
-                      operands + count * p.row_step);
+                      p.operands + count * p.row_step);
 }
 
 using Strip = void (*)(const ProductI8 &, const Scales &, int64_t i, int count);
@@ -231,6 +231,10 @@ int product_i8_codes_avx512vnni(const ProductI8 &p) {
     const int count = p.count / kRows * kRows;
     if (count == 0 || (p.kq < kRows && !p.even()) || !leaves_as_codes(e, p.row_scale, count))
         return 0;
+    // With few products beside them, rows are made as fast in one go: below this 0.92 to 1.0 of its speed.
+    const bool turn = p.raw && p.kq * p.cols >= 1024;
+    if (p.raw && !turn)
+        turn_top_bits(p.raw, p.count * p.row_step, p.operands);
     for (int64_t i = 0; i < p.cols; i += 32) {
         Scales s;
         if (!scales_of(p, i, s))
@@ -240,9 +244,9 @@ int product_i8_codes_avx512vnni(const ProductI8 &p) {
                           : left > 24 ? Form::part
                           : left > 16 ? Form::narrow
                                       : Form::one;
-        const Strip *strips = !p.even()         ? kStrips<false>
-                              : p.raw && i == 0 ? kStrips<true, true>
-                                                : kStrips<true>;
+        const Strip *strips = !p.even()        ? kStrips<false>
+                              : turn && i == 0 ? kStrips<true, true>
+                                               : kStrips<true>;
         strips[static_cast<int>(form)](p, s, i, count);
     }
     return count;
