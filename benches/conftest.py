@@ -2,18 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import pathlib
 from collections.abc import Iterator
 
 import pytest
-
-# Before torch is loaded. Otherwise Linux at times keeps two threads on one core for tenths of a second: in 3
-# of 20 looks at an idle machine of two cores a layer took what it takes one thread. All sides of a row are
-# threads of torch; `make bench-peers` leaves them free, as ONNX Runtime's are.
-os.environ.setdefault("OMP_PROC_BIND", "true")
-os.environ.setdefault("OMP_PLACES", "cores")
-
 import torch
 
 from tautorch.testing.bench import Table

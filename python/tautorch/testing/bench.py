@@ -110,7 +110,6 @@ class Table:
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
             "tautorch": tautorch.__version__,
-            "threads_bound": os.environ.get("OMP_PROC_BIND", "false"),
             "quieter": self.quieter or bool(before.get("quieter")),
         }
         folder.mkdir(parents=True, exist_ok=True)
