@@ -227,9 +227,8 @@ def test_pixels_that_are_read_where_they_lie(channels: int, kernel: str) -> None
     for i, (pixels, outputs) in enumerate(sizes):
         case = conv_case("int8_conv2d", (2, channels, 1, pixels), (outputs, channels, 1, 1), mode="int8")
         bias = torch.randn(outputs)
-        bias[(0, outputs // 2, -1)[i % 3]] = (float("nan"), float("inf"))[
-            i % 2
-        ]  # one alone: the others count
+        # One alone: what the others get depends on their operands.
+        bias[(0, outputs // 2, -1)[i % 3]] = (float("nan"), float("inf"))[i % 2]
         with dispatch.force("int8_conv2d", kernel):
             for x in (case.x.contiguous(memory_format=LAST), case.x):
                 given = case.with_x(x)
