@@ -91,11 +91,19 @@ struct Job {
     }
     int64_t padded_taps() const { return depthwise ? round_up(h.taps, 4) : h.taps; }
 
-    void run(const ConvBand &band, int64_t m0, int64_t m1, int64_t p0, int64_t p1) const;
+    // after: the band that is run next, or null.
+    void run(const ConvBand &band, int64_t m0, int64_t m1, int64_t p0, int64_t p1,
+             const ConvBand *after = nullptr) const;
+    bool moves() const { return fused && direct_output(out); } // pixels of a block may
+    bool sorts() const { return !depthwise && !grouped && !windows && columns_differ(c, h, moves()); }
+    // Pixels of a block of so many: tiles of 6 and 12 rows without a rest, where they are not put together.
+    int64_t block_step(int64_t pixels) const {
+        return sorts() ? pixels_together(c) : round_up(block_rows(pixels), 6);
+    }
     // A block's windows, one after another.
     const char *windows_of(const ConvBand &band, int64_t m, int rows) const {
         char *out = static_cast<char *>(
-            scratch(Scratch::rows, static_cast<size_t>(kBlockRows * window_bytes() + 64)));
+            scratch(Scratch::rows, static_cast<size_t>(kBlockPixels * window_bytes() + 64)));
         band.windows(m, rows, window_bytes(), out);
         return out;
     }
@@ -127,19 +135,18 @@ void Job::run_depthwise(const ConvBand &band, int64_t m0, int rows, int64_t p0, 
 }
 
 // Outputs of pixels [m0, m1), which lie in the band, and panels [p0, p1).
-void Job::run(const ConvBand &band, int64_t m0, int64_t m1, int64_t p0, int64_t p1) const {
+void Job::run(const ConvBand &band, int64_t m0, int64_t m1, int64_t p0, int64_t p1,
+              const ConvBand *after) const {
     const int64_t taps = padded_taps();
     const void **pointers = static_cast<const void **>(
-        scratch(Scratch::panel, sizeof(void *) * static_cast<size_t>(taps * (kBlockRows + 1))));
-    int64_t *offset = reinterpret_cast<int64_t *>(pointers + taps * kBlockRows);
+        scratch(Scratch::panel, sizeof(void *) * static_cast<size_t>(taps * (kBlockPixels + 1))));
+    int64_t *offset = reinterpret_cast<int64_t *>(pointers + taps * kBlockPixels);
     for (int64_t t = 0; t < taps; ++t)
         offset[t] = t < h.taps ? tap(t) : 0; // what pads a quad of taps has weight 0
     BlockPixels block;
-    float scales[kBlockRows];
+    float scales[kBlockPixels];
     const float *scale = c.kind == OperandKind::f32 ? nullptr : scales;
-    // Tiles of 6 and 12 rows without a rest.
-    const int64_t step = round_up(block_rows(m1 - m0), 6), group = h.k * operand_bytes(c.kind),
-                  pixels = c.oh * c.ow;
+    const int64_t step = block_step(m1 - m0), group = h.k * operand_bytes(c.kind), pixels = c.oh * c.ow;
     for (int64_t m = m0; m < m1; m += step) {
         const int rows = static_cast<int>(std::min(step, m1 - m));
         if (scale)
@@ -159,17 +166,19 @@ void Job::run(const ConvBand &band, int64_t m0, int64_t m1, int64_t p0, int64_t 
         }
         if (c.in_place) {
             char *copy =
-                static_cast<char *>(scratch(Scratch::image, static_cast<size_t>(kBlockRows * c.pixel)));
-            gemm_stored(isa, a.packed, band.pixel(m), copy, rows, p0, p1, out, m, scale,
-                        m + step < m1 ? band.pixel(m + step) : nullptr);
+                static_cast<char *>(scratch(Scratch::image, static_cast<size_t>(kBlockPixels * c.pixel)));
+            const Ahead more = {m + step < m1 ? band.pixel(m + step) : nullptr, rows * c.pixel};
+            gemm_stored(isa, a.packed, band.pixel(m), copy, rows, p0, p1, out, m, scale, more);
             continue;
         }
+        // What the next band needs that has not been fetched.
+        const Ahead source = after ? after->source(after->y0 * c.ow + m - m0, rows) : Ahead{};
         if (windows)
             block.fill(windows_of(band, m, rows), window_bytes(), h, rows);
         else
-            block.fill(band, h, m, rows, fused && direct_output(out));
+            block.fill(band, h, m, rows, moves());
         if (block.sorted && scale) {
-            float in_order[kBlockRows];
+            float in_order[kBlockPixels];
             std::copy_n(scales, rows, in_order);
             for (int r = 0; r < rows; ++r)
                 scales[r] = in_order[block.index[r]];
@@ -179,19 +188,22 @@ void Job::run(const ConvBand &band, int64_t m0, int64_t m1, int64_t p0, int64_t 
             for (int64_t t = 0; t < taps; ++t) {
                 const int64_t shift = offset[t] + g * group;
                 for (int r = 0; r < rows; ++r)
-                    pointers[t * kBlockRows + r] = block.at[r] + shift;
+                    pointers[t * kBlockPixels + r] = block.at[r] + shift;
             }
-            // Each panel serves all runs while it is in the cache.
+            // Each panel serves all runs while it is in the cache. The longest one fetches what comes next.
             const int64_t together = block.count == 1 ? p1 - p0 : 1;
-            for (int64_t p = p0; p < p1; p += together)
+            const int longest = block.longest();
+            for (int64_t p = p0; p < p1; p += together) {
+                const Ahead next = p + together < p1 ? next_panel(a.packed, g, p) : source;
                 for (int i = 0; i < block.count; ++i) {
                     const Run &run = block.runs[i];
                     const int at = block.sorted ? 0 : run.first;
-                    gemm_block_taps(isa, a.packed, g, pointers + run.taps.tap0 * kBlockRows + run.first,
-                                    kBlockRows, run.rows, run.taps, p, p + together, out, m + at,
-                                    scale ? scale + run.first : nullptr,
-                                    block.sorted ? block.index + run.first : nullptr);
+                    gemm_block_taps(
+                        isa, a.packed, g, pointers + run.taps.tap0 * kBlockPixels + run.first, kBlockPixels,
+                        run.rows, run.taps, p, p + together, out, m + at, scale ? scale + run.first : nullptr,
+                        block.sorted ? block.index + run.first : nullptr, i == longest ? next : Ahead{});
                 }
+            }
         }
     }
 }
@@ -219,18 +231,25 @@ void run_rows(const Job &job, int64_t y0, int64_t y1) {
         return share({c, 0, y1, const_cast<char *>(c.x)}, m < 2 * kTileRows && count >= 2 * threads);
     // Threads take bands of whole output rows where these come out even.
     if (div_up(rows, threads) * threads * 25 <= rows * 26) {
-        const int64_t least = div_up(kBlockRows, c.ow);
+        const int64_t least = div_up(kBlockPixels, c.ow);
         parallel_tasks(threads, [&](int64_t t) {
             const int64_t begin = y0 + chunk_begin(rows, threads, t),
                           end = y0 + chunk_begin(rows, threads, t + 1);
             const int64_t most = std::max(least, kBandBytes / std::max<int64_t>(1, c.dy * c.row));
-            const int64_t bands = div_up(end - begin, most);
+            // Of whole blocks.
+            const int64_t unit = job.sorts() ? div_up(pixels_together(c), c.ow) : 1,
+                          units = div_up(end - begin, unit),
+                          bands = div_up(units, std::max<int64_t>(1, most / unit));
+            const auto row = [&](int64_t i) {
+                return std::min(end, begin + chunk_begin(units, bands, i) * unit);
+            };
             for (int64_t i = 0; i < bands; ++i) {
-                ConvBand band = {c, begin + chunk_begin(end - begin, bands, i),
-                                 begin + chunk_begin(end - begin, bands, i + 1), nullptr};
+                const auto nth = [&](int64_t j) { return ConvBand{c, row(j), row(j + 1), nullptr}; };
+                ConvBand band = nth(i);
+                const ConvBand after = nth(i + 1 < bands ? i + 1 : i);
                 band.data = static_cast<char *>(scratch(Scratch::image, band.bytes()));
                 band.prepare(0, band.rows());
-                job.run(band, band.y0 * c.ow, band.y1 * c.ow, 0, count);
+                job.run(band, band.y0 * c.ow, band.y1 * c.ow, 0, count, i + 1 < bands ? &after : nullptr);
             }
         });
         return;

@@ -16,7 +16,7 @@ void grouped_product(const Isa &isa, const uint8_t *packed, const ConvBand &band
     task.quads = static_cast<int>(h.n / 4);
     task.step = band.c.dx * band.c.pixel;
     // Runs of pixels of one output row.
-    GroupedRun runs[kBlockRows];
+    GroupedRun runs[kBlockPixels];
     const auto find_runs = [&](int from, int to) {
         task.runs = runs;
         task.run_count = 0;

@@ -7,6 +7,9 @@
 
 namespace tautorch {
 
+// Pixels that one pass over the weights serves: four images of 7 x 7 or one of 14 x 14 fit, and tiles of six.
+constexpr int kBlockPixels = 198;
+
 // How one sample becomes operands.
 struct SampleQuant {
     float inv = 0.0f, scale = 1.0f;
@@ -67,6 +70,9 @@ struct ConvBand {
         return whole - first * c.dy + (b - 1) * whole + oy * c.dy;
     }
     const char *pixel(int64_t m) const { return data + row_of(m / c.ow) * c.row + m % c.ow * c.dx * c.pixel; }
+    // The part of x that pixels [m, m + rows) look at first, where it lies together and is no more than the
+    // second-level cache takes beside a band.
+    Ahead source(int64_t m, int rows) const;
     size_t bytes() const { return static_cast<size_t>(rows() * c.row + 128); }
 
     // Writes kept rows [r0, r1).

@@ -16,14 +16,27 @@ Range inside(int64_t first, int64_t taps, int64_t step, int64_t size) {
     return begin < end ? Range{begin, end} : Range{0, taps};
 }
 
+bool skips_padding(const ConvImage &c) { return c.pad == 0 && c.kind != OperandKind::f32; }
+
 } // namespace
+
+bool columns_differ(const ConvImage &c, const PackHeader &h, bool move) {
+    const Geometry &g = c.g;
+    // A filter row that is one tap: a part of it must be whole groups of kr inputs.
+    return skips_padding(c) && move && g.pw > 0 && h.taps == g.kh && g.kw > 1 && g.channels % h.kr == 0;
+}
+
+int64_t pixels_together(const ConvImage &c) {
+    const int64_t image = c.oh * c.ow;
+    if (image <= kBlockPixels)
+        return kBlockPixels / image * image;
+    return c.ow <= kBlockPixels ? c.ow * std::min<int64_t>(6, kBlockPixels / c.ow) : kBlockPixels;
+}
 
 void BlockPixels::fill(const ConvBand &band, const PackHeader &h, int64_t m, int rows, bool move) {
     const ConvImage &c = band.c;
     const Geometry &g = c.g;
-    const bool skip = c.pad == 0 && c.kind != OperandKind::f32;
-    // A filter row that is one tap: a part of it must be whole groups of kr inputs.
-    const bool columns = skip && move && g.pw > 0 && h.taps == g.kh && g.kw > 1 && g.channels % h.kr == 0;
+    const bool skip = skips_padding(c), columns = columns_differ(c, h, move);
     // Output columns [left, right) see all columns of the filter.
     const int64_t left = columns ? std::min(c.ow, div_up(g.pw, g.sw)) : 0;
     const int64_t last = g.width + g.pw - g.kw;
@@ -31,7 +44,7 @@ void BlockPixels::fill(const ConvBand &band, const PackHeader &h, int64_t m, int
     const int64_t per_row = h.taps / g.kh;
     struct Piece {
         int first, rows, run;
-    } pieces[kBlockRows];
+    } pieces[kBlockPixels];
     int n_pieces = 0;
     count = 0;
     const auto add = [&](int r, int n, const Taps &t) {

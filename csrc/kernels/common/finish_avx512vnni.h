@@ -12,6 +12,12 @@
 namespace tautorch {
 namespace {
 
+// Bytes of what is fetched that fall to each of `steps` steps: a line at most.
+inline int64_t fetch_rate(const ProductI8 &p, int64_t steps) {
+    const int64_t rate = (p.next_bytes + steps - 1) / steps;
+    return rate < 64 ? rate : 64;
+}
+
 // None where n is negative: the last strip of 32 outputs may have fewer than 16.
 inline __mmask16 first(int64_t n) {
     return static_cast<__mmask16>(n >= 16 ? 0xffff : n > 0 ? (1u << n) - 1 : 0);

@@ -80,6 +80,11 @@ void store_tile(const Isa &isa, const Output &out, const void *acc, int64_t ld, 
     }
 }
 
+Ahead next_panel(const uint8_t *packed, int64_t group, int64_t panel) {
+    const uint8_t *const from = panel_data(packed, group, panel + 1);
+    return {from, from - panel_data(packed, group, panel)};
+}
+
 namespace {
 
 // The distance of each row from the last, in bytes; 0 if they are not all the same.
@@ -135,6 +140,7 @@ void fused_panel(const Isa &isa, ProductI8 p, const Output &out, int64_t m0, int
             tile.operands = p.operands + t0 * p.row_step;
         }
         isa.product_i8(tile);
+        tile.next_bytes = 0; // all of it beside the first
         store_tile(isa, out, acc, kTileN, false, m0 + t0, tile.count, n0, p.cols,
                    p.row_scale ? p.row_scale + t0 : nullptr);
     }
@@ -142,7 +148,7 @@ void fused_panel(const Isa &isa, ProductI8 p, const Output &out, int64_t m0, int
 
 // Panels [p0, p1) of one group. Bytes of the pack before `skipped` weights of each output are left out.
 void fused_panels(const Isa &isa, const uint8_t *packed, int64_t group, ProductI8 task, int64_t skipped,
-                  int64_t p0, int64_t p1, const Output &out, int64_t m0, const void *ahead) {
+                  int64_t p0, int64_t p1, const Output &out, int64_t m0, const Ahead &ahead) {
     const PackHeader &h = header_of(packed);
     task.panels = 1;
     if (task.even() && h.taps == 1 && skipped == 0 && task.kq == div_up(h.k, h.kr) && !task.out_row &&
@@ -162,9 +168,9 @@ void fused_panels(const Isa &isa, const uint8_t *packed, int64_t group, ProductI
         task.cols = static_cast<int>(std::min<int64_t>(task.width, h.n - p * h.nr));
         task.panel = reinterpret_cast<const int8_t *>(panel_data(packed, group, p) + skipped * task.width);
         task.gap = (div_up(h.k, h.kr) - task.kq) * h.kr * task.width;
-        task.next = p + 1 < p1 ? task.panel + task.kq * 4 * task.width
-                    : ahead    ? static_cast<const int8_t *>(ahead)
-                               : task.panel;
+        const Ahead next = p + 1 < p1 ? next_panel(packed, group, p) : ahead;
+        task.next = next.at ? static_cast<const int8_t *>(next.at) : task.panel;
+        task.next_bytes = next.bytes;
         fused_panel(isa, task, out, m0, group * h.n + p * h.nr);
         task.raw = nullptr;
     }
@@ -223,12 +229,12 @@ void gemm_block(const Isa &isa, const uint8_t *packed, int64_t group, const void
                 int rows, int64_t p0, int64_t p1, const Output &out, int64_t m0, const float *row_scale) {
     const PackHeader &h = header_of(packed);
     gemm_block_taps(isa, packed, group, pointers, ld, rows, {0, h.taps, 0, h.k}, p0, p1, out, m0, row_scale,
-                    nullptr);
+                    nullptr, {});
 }
 
 void gemm_block_taps(const Isa &isa, const uint8_t *packed, int64_t group, const void *const *pointers,
                      int64_t ld, int rows, const Taps &part, int64_t p0, int64_t p1, const Output &out,
-                     int64_t m0, const float *row_scale, const int32_t *out_row) {
+                     int64_t m0, const float *row_scale, const int32_t *out_row, const Ahead &ahead) {
     const PackHeader &h = header_of(packed);
     const int64_t taps = part.tap1 - part.tap0, k = part.k1 - part.k0, kq = div_up(k, h.kr);
     const int64_t skipped =
@@ -243,7 +249,7 @@ void gemm_block_taps(const Isa &isa, const uint8_t *packed, int64_t group, const
         task.kq = kq;
         task.row_scale = row_scale;
         task.out_row = out_row;
-        return fused_panels(isa, packed, group, task, skipped, p0, p1, out, m0, nullptr);
+        return fused_panels(isa, packed, group, task, skipped, p0, p1, out, m0, ahead);
     }
     if (h.kind == PackKind::dense_f32 && !row_scale && !out.epilogue.w_scale && taps == 1 && h.taps == 1 &&
         k == h.k && row_by_row(out, k)) {
@@ -284,7 +290,7 @@ void gemm_block_taps(const Isa &isa, const uint8_t *packed, int64_t group, const
 }
 
 void gemm_stored(const Isa &isa, const uint8_t *packed, const char *x, char *operands, int rows, int64_t p0,
-                 int64_t p1, const Output &out, int64_t m0, const float *row_scale, const void *ahead) {
+                 int64_t p1, const Output &out, int64_t m0, const float *row_scale, const Ahead &ahead) {
     const PackHeader &h = header_of(packed);
     const void *const first = operands;
     ProductI8 task = {};

@@ -52,16 +52,21 @@ struct Taps {
         return tap0 == o.tap0 && tap1 == o.tap1 && k0 == o.k0 && k1 == o.k1;
     }
 };
+// What is fetched into L2 beside a product.
+struct Ahead {
+    const void *at = nullptr;
+    int64_t bytes = 0;
+};
+Ahead next_panel(const uint8_t *packed, int64_t group, int64_t panel);
 // The same for some taps alone. pointers are to input k0 under tap0 ... out_row: row of out for each row,
-// from m0 on, or null; only where product_i8 runs and direct_output.
+// from m0 on, or null; only where product_i8 runs and direct_output. ahead: beside the last panel.
 void gemm_block_taps(const Isa &isa, const uint8_t *packed, int64_t group, const void *const *pointers,
                      int64_t ld, int rows, const Taps &taps, int64_t p0, int64_t p1, const Output &out,
-                     int64_t m0, const float *row_scale, const int32_t *out_row);
+                     int64_t m0, const float *row_scale, const int32_t *out_row, const Ahead &ahead);
 // The same for int8 rows of h.k bytes, a multiple of kr and not 0, one after another at x; `operands` has
-// room for as many. One tap, one group, where product_i8 runs. ahead: about as many bytes, to be fetched into
-// L2 meanwhile, or null.
+// room for as many. One tap, one group, where product_i8 runs. ahead: about as many bytes.
 void gemm_stored(const Isa &isa, const uint8_t *packed, const char *x, char *operands, int rows, int64_t p0,
-                 int64_t p1, const Output &out, int64_t m0, const float *row_scale, const void *ahead);
+                 int64_t p1, const Output &out, int64_t m0, const float *row_scale, const Ahead &ahead);
 // Whether product_i8 writes the output itself.
 inline bool direct_output(const Output &out) {
     const Activation a = out.epilogue.activation;

@@ -41,7 +41,7 @@ constexpr int64_t kAhead = 128;
 
 // Narrow: of the second vector's outputs 8 at most are there. On Zen 4 half a vector takes half the time.
 template <int MR, int NV, bool Even, bool Narrow = false>
-void tile(const ProductI8 &p, int i, int r0, const int8_t *ahead) {
+void tile(const ProductI8 &p, int i, int r0, const int8_t *ahead, int64_t rate) {
     // Two products a cycle at a latency of 4 to 5 cycles need ten chains: small tiles split theirs over U
     // groups of inputs.
     constexpr int U = MR * NV >= 10 ? 1 : MR * NV >= 5 ? 2 : 4;
@@ -85,6 +85,10 @@ void tile(const ProductI8 &p, int i, int r0, const int8_t *ahead) {
 #pragma GCC unroll 4
             for (int u = 0; u < 4; ++u)
                 products(u, c[u % U]);
+            if constexpr (!Even && NV == 4) {
+                _mm_prefetch(reinterpret_cast<const char *>(ahead), _MM_HINT_T1);
+                ahead += rate;
+            }
             if constexpr (Even && NV == 2) {
                 _mm_prefetch(reinterpret_cast<const char *>(ahead), _MM_HINT_T1);
                 _mm_prefetch(reinterpret_cast<const char *>(ahead + 64), _MM_HINT_T1);
@@ -114,7 +118,7 @@ void tile(const ProductI8 &p, int i, int r0, const int8_t *ahead) {
     finish<MR, NV>(p, i, r0, c[0]);
 }
 
-using Tile = void (*)(const ProductI8 &, int i, int r0, const int8_t *ahead);
+using Tile = void (*)(const ProductI8 &, int i, int r0, const int8_t *ahead, int64_t rate);
 template <int NV, bool Even, bool Narrow = false>
 constexpr Tile kTiles[12] = {
     tile<1, NV, Even, Narrow>,  tile<2, NV, Even, Narrow>,  tile<3, NV, Even, Narrow>,
@@ -126,14 +130,17 @@ constexpr Tile kWideTiles[6] = {tile<1, 4, Even>, tile<2, 4, Even>, tile<3, 4, E
                                 tile<4, 4, Even>, tile<5, 4, Even>, tile<6, 4, Even>};
 
 // Rows are dealt out evenly: two tiles of 4 run faster than one of 6 and one of 2. Every tile fetches its
-// part of the next panel, until that is whole.
+// part of the next panel, until that is whole: of even rows as fast as it can, else evenly.
 void strip(const ProductI8 &p, const Tile *tiles, int most, int i) {
     const int parts = (p.count + most - 1) / most;
-    const int64_t bytes = p.taps * p.kq * 4 * p.width, part = p.kq / 4 * kAhead;
+    const bool even = p.even();
+    const int64_t quads = p.taps * (p.kq / 4), rate = fetch_rate(p, quads > 0 ? quads * parts : 1),
+                  bytes = p.kq * 4 * p.width, part = quads * (even ? kAhead : rate);
     for (int j = 0; j < parts; ++j) {
         const int r0 = p.count * j / parts;
         const int64_t at = (i / 32 * parts + j) * part;
-        tiles[p.count * (j + 1) / parts - r0 - 1](p, i, r0, at + part <= bytes ? p.next + at : p.panel);
+        tiles[p.count * (j + 1) / parts - r0 - 1](p, i, r0,
+                                                  !even || at + part <= bytes ? p.next + at : p.panel, rate);
     }
 }
 

@@ -113,12 +113,12 @@ __attribute__((always_inline)) inline void turn(const char *from, char *to) {
     }
 }
 
-// Products of the rows from r0 on, while the sums of the rows from r1 on leave. Even rows: `ahead` is fetched
-// into L2 meanwhile, half as many bytes as the rows have. Turn: six rows from `made` on are made of p.raw.
+// Products of the rows from r0 on, while the sums of the rows from r1 on leave. What is at `ahead` is fetched
+// into L2 meanwhile, `rate` bytes beside each step. Turn: six rows from `made` on are made of p.raw.
 template <bool Even, Form F, bool Turn = false>
 __attribute__((always_inline)) inline void tile(const ProductI8 &p, const Scales &e, int64_t i, Sums &c,
                                                 int r0, const Sums &before, int r1, const int8_t *ahead,
-                                                int made) {
+                                                int64_t rate, int made) {
     const char *from = Turn ? p.raw + made * p.row_step : nullptr;
     char *to = Turn ? p.operands + made * p.row_step : nullptr;
     const int64_t width = 4 * p.width;
@@ -128,14 +128,15 @@ __attribute__((always_inline)) inline void tile(const ProductI8 &p, const Scales
         c[r][0] = e.start[0];
         c[r][1] = e.start[1];
     }
-    // Beside each step. Steps ask for a line several times, which costs less than a test.
-    const auto beside = [=](int64_t q) __attribute__((always_inline)) {
-        if (Even)
-            _mm_prefetch(reinterpret_cast<const char *>(ahead + 12 * q), _MM_HINT_T1);
+    // Beside each step. Steps ask for a line several times, which costs less than a test; where weights stream
+    // from L2 as well, as those of several taps do, L1 gets it too, so that L2 is asked once.
+    const auto beside = [&](int64_t q) __attribute__((always_inline)) {
+        _mm_prefetch(reinterpret_cast<const char *>(ahead + (Even ? 12 : rate) * q),
+                     Even ? _MM_HINT_T1 : _MM_HINT_T0);
         if (Turn)
             turn(from + 24 * q, to + 24 * q);
     };
-    for (int64_t t = 0; t < (Even ? 1 : p.taps); ++t, b += p.gap) {
+    for (int64_t t = 0; t < (Even ? 1 : p.taps); ++t, b += p.gap, ahead += rate * p.kq) {
         const Rows<Even> x(p, t, r0);
         int64_t q = 0;
         if (t == 0)
@@ -169,24 +170,26 @@ __attribute__((noinline)) void strip(const ProductI8 &p, const Scales &e, int64_
         for (int r = 0; r < kRows; ++r)
             finish_row<F>(e, c[r][0], c[r][1], p.row_scale[r0 + r], line(p, i, r0 + r));
     };
-    const int64_t part = p.next == p.panel ? 0 : 2 * p.kq; // a row's share of what is fetched
-    const int8_t *fetched = p.next + i / 32 * count * part;
-    const auto ahead = [=](int r) { return fetched + r * part; };
+    // Beside each step a tile's share of what is fetched; of even rows, half as many bytes as they have.
+    const int64_t steps = p.taps * p.kq * (count / kRows), strips = (p.cols + 31) / 32;
+    const int64_t rate = !Even ? fetch_rate(p, steps * strips) : p.next == p.panel ? 0 : 12;
+    const int8_t *fetched = p.next + i / 32 * steps * rate;
+    const auto ahead = [&](int r) { return fetched + r / kRows * p.taps * p.kq * rate; };
     if (Turn)
         turn_top_bits(p.raw, kRows * p.row_step, p.operands);
     // The last tile makes the first rows again, of the same bytes.
     const auto after = [count](int r) { return r + kRows < count ? r + kRows : 0; };
     // The first tile finds none before it: what it writes, it writes over.
-    tile<Even, F, Turn>(p, e, i, a, 0, b, 0, ahead(0), after(0));
+    tile<Even, F, Turn>(p, e, i, a, 0, b, 0, ahead(0), rate, after(0));
     int r = kRows;
     for (; r + kRows < count; r += 2 * kRows) {
-        tile<Even, F, Turn>(p, e, i, b, r, a, r - kRows, ahead(r), after(r));
-        tile<Even, F, Turn>(p, e, i, a, r + kRows, b, r, ahead(r + kRows), after(r + kRows));
+        tile<Even, F, Turn>(p, e, i, b, r, a, r - kRows, ahead(r), rate, after(r));
+        tile<Even, F, Turn>(p, e, i, a, r + kRows, b, r, ahead(r + kRows), rate, after(r + kRows));
     }
     if (r == count) {
         leave(a, r - kRows);
     } else {
-        tile<Even, F, Turn>(p, e, i, b, r, a, r - kRows, ahead(r), after(r));
+        tile<Even, F, Turn>(p, e, i, b, r, a, r - kRows, ahead(r), rate, after(r));
         leave(b, r);
     }
     if (Turn)
