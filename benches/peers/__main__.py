@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 from benches.peers import results, table
+from benches.peers.cores import Cores
 from benches.peers.environments import PEERS, NotHad, prepare
 from benches.peers.parts import PARTS
 from benches.peers.session import Session
@@ -25,6 +26,8 @@ from tautorch.testing.bench import machine
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 ROUNDS, SLICE_MS = 7, 15.0
 QUICK_ROUNDS, QUICK_SLICE_MS = 5, 8.0
+LEARN_S = 3.0
+"""How long the cores are looked at before the first case, with patience."""
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -42,6 +45,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--quieter", action="store_true",
         help="a row gives way only to one whose contestants together took less time (for shared machines)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--patience", type=float, default=0.0, metavar="S",
+        help="seconds a case may wait for cores on which no other guest of the host works (shared machines)",
     )  # fmt: skip
     parser.add_argument("--setup", action="store_true", help="install the peers and stop")
     options = parser.parse_args(arguments)
@@ -89,14 +96,17 @@ def main() -> int:
     path = options.output
     if path is None and not options.quick:
         path = RESULTS / f"{name.replace(' ', '-').lower()}-peers.json"
-    about = results.about(name, versions, rounds, slice_ms)
+    about = results.about(name, versions, rounds, slice_ms, options.patience)
     print(f"{name}; " + ", ".join(f"{key} {value}" for key, value in about["versions"].items()), flush=True)
     kept = results.Results(path, about, options.quieter)
+    cores = Cores(options.patience)
     session = Session(
         workers, kept, threads=options.threads, rounds=rounds, seconds=slice_ms / 1e3,
         quick=options.quick, say=lambda line: print(line, flush=True), only=options.only,
+        cores=cores,
     )  # fmt: skip
     begin = time.monotonic()
+    cores.learn(LEARN_S)
     try:
         with torch.inference_mode():
             for part in options.parts or PARTS:

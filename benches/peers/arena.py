@@ -5,6 +5,8 @@ does meanwhile (clock, neighbours) hits all of them alike. A slice's figure is t
 Ratios are taken within a round, where drift cancels, and the median is over rounds. A slice that took much
 longer than its contestant's fastest says something of the machine and nothing of the code: its round is left
 out for that contestant.
+With patience, a slice is taken again while another guest of the host worked on the cores before or after it
+(see cores.py).
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+from benches.peers.cores import Cores
 from benches.peers.worker import WorkerError
 
 from tautorch.timing import median_interval
@@ -87,12 +90,16 @@ def ratio(a: Timed, b: Timed, net_of: float = 0.0) -> Ratio:
 
 
 def contest(
-    contestants: list[Contestant], *, rounds: int, seconds: float
+    contestants: list[Contestant], *, rounds: int, seconds: float, cores: Cores | None = None
 ) -> tuple[dict[str, Timed], dict[str, str]]:
     """(what each took, why others could not finish), by name.
 
-    A contestant with several ways runs two short slices of each first, and goes on with the fastest.
+    A contestant with several ways runs two short slices of each first, and goes on with the fastest. A slice
+    during which `cores` were not this machine's own is taken again, until their patience with the contest
+    ends.
     """
+    cores = cores or Cores()
+    end = cores.clock() + cores.patience
     lost: dict[str, str] = {}
     ways: dict[str, str] = {}
     for contestant in contestants:
@@ -108,7 +115,7 @@ def contest(
             if name in lost:
                 continue
             try:
-                slices[name].append(statistics.median(contestant.ways[ways[name]](seconds)))
+                slices[name].append(_slice(contestant.ways[ways[name]], seconds, cores, end))
             except WorkerError as error:
                 lost[name] = str(error)
     timed = {
@@ -117,6 +124,19 @@ def contest(
         if c.name not in lost
     }
     return timed, lost
+
+
+def _slice(timer: Timer, seconds: float, cores: Cores, end: float) -> float:
+    """The median sample of a slice: of the first one with own cores before and after it, or the last one."""
+    while cores.patience:
+        own = cores.wait(end)
+        took = statistics.median(timer(seconds))
+        if own and cores.own():
+            return took
+        if cores.clock() >= end:
+            cores.given_up += 1
+            return took
+    return statistics.median(timer(seconds))
 
 
 def _fastest_way(contestant: Contestant, seconds: float) -> str:

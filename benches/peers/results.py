@@ -154,7 +154,9 @@ class Results:
         os.replace(temporary, self.path)
 
 
-def about(machine: str, versions: dict[str, str], rounds: int, slice_ms: float) -> dict[str, Any]:
+def about(
+    machine: str, versions: dict[str, str], rounds: int, slice_ms: float, patience_s: float = 0.0
+) -> dict[str, Any]:
     """What a results file says of the run."""
     return {
         "machine": machine,
@@ -162,5 +164,6 @@ def about(machine: str, versions: dict[str, str], rounds: int, slice_ms: float) 
         "threads": torch.get_num_threads(),
         "rounds": rounds,
         "slice_ms": slice_ms,
+        "patience_s": patience_s,
         "versions": {"tautorch": tautorch.__version__, "torch": torch.__version__, **versions},
     }

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from benches.peers.arena import Contestant, contest
+from benches.peers.cores import Cores, settle
 from benches.peers.results import Case, Results, Row, make_row
 from benches.peers.worker import Worker, WorkerError
 from benches.peers.workers.slices import time_slice
@@ -42,10 +42,11 @@ class Session:
         quick: bool = False,
         say: Say = print,
         only: str = "",
+        cores: Cores | None = None,
     ) -> None:
         self.workers, self.results = workers, results
         self.threads, self.rounds, self.seconds, self.quick = threads, rounds, seconds, quick
-        self.say, self.only = say, only
+        self.say, self.only, self.cores = say, only, cores or Cores()
         shared = Path("/dev/shm")  # memory, where there is one
         self._folder = tempfile.TemporaryDirectory(dir=shared if shared.is_dir() else None)
 
@@ -115,10 +116,13 @@ class Session:
 
     def measure(self, case: Case) -> Row:
         """Time the contestants in turns; one row more."""
-        timed, lost = contest(case.contestants(), rounds=self.rounds, seconds=self.seconds)
+        given_up = self.cores.given_up
+        timed, lost = contest(case.contestants(), rounds=self.rounds, seconds=self.seconds, cores=self.cores)
         for worker in self.workers.values():
             worker.forget()
         row = make_row(case, timed, lost, self.threads)
+        if self.cores.patience:
+            row["shared_slices"] = self.cores.given_up - given_up
         self.results.add(row)
         self.say(line_of(row))
         return row
@@ -137,16 +141,6 @@ def _timer(worker: Worker, slot: str, variant: str) -> Callable[[float], list[fl
         return samples
 
     return timer
-
-
-def settle(limit: float = 0.05) -> None:
-    """Wait until this process burns no time: torch's second thread spins for 7 ms after its last work."""
-    end = time.monotonic() + limit
-    while time.monotonic() < end:
-        before = time.process_time()
-        time.sleep(1e-3)
-        if time.process_time() - before < 0.2e-3:
-            return
 
 
 def off(y: Tensor, expected: Tensor) -> float:

@@ -70,6 +70,9 @@ def lines(rows: list[Row]) -> list[str]:
         for row, target in found:
             if not target["met"]:
                 text.append(f"  missed  {row['case']}: {target['got']:.2f} of {target['want']:g}")
+    shared = [row for row in rows if row.get("shared_slices")]
+    if shared:
+        text.append(f"patience ended in {len(shared)} of {len(rows)} cases: other guests worked on the cores")
     busy = sum(row["spread"] > BUSY for row in rows)
     if busy:
         text.append(

@@ -7,8 +7,8 @@
 
 namespace tautorch {
 
-// Pixels that one pass over the weights serves: four images of 7 x 7 or one of 14 x 14 fit, and tiles of six.
-constexpr int kBlockPixels = 198;
+// Pixels that one pass over the weights serves, at most: six rows of 56, six images of 7 x 7.
+constexpr int kBlockPixels = 336;
 
 // How one sample becomes operands.
 struct SampleQuant {

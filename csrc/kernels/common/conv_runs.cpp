@@ -30,7 +30,8 @@ int64_t pixels_together(const ConvImage &c) {
     const int64_t image = c.oh * c.ow;
     if (image <= kBlockPixels)
         return kBlockPixels / image * image;
-    return c.ow <= kBlockPixels ? c.ow * std::min<int64_t>(6, kBlockPixels / c.ow) : kBlockPixels;
+    const int64_t rows = kBlockPixels / c.ow;
+    return rows >= 6 ? rows / 6 * 6 * c.ow : rows > 0 ? rows * c.ow : kBlockPixels;
 }
 
 void BlockPixels::fill(const ConvBand &band, const PackHeader &h, int64_t m, int rows, bool move) {

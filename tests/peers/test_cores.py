@@ -1,0 +1,81 @@
+"""Whose the cores are, with looks and clocks that say what they are told."""
+
+from __future__ import annotations
+
+import math
+import os
+
+import pytest
+from benches.peers import cores
+from benches.peers.arena import Contestant, contest
+from benches.peers.cores import SHARED, Cores
+
+
+class Told:
+    """Looks that take what they are told, each and every wait a second of the clock."""
+
+    def __init__(self, looks: list[float]) -> None:
+        self.looks, self.now = list(looks), 0.0
+
+    def cores(self, patience: float) -> Cores:
+        return Cores(patience, look=self.look, clock=lambda: self.now, sleep=self.sleep)
+
+    def look(self) -> float:
+        self.now += 1.0
+        return self.looks.pop(0)
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
+def timer(log: list[float], times: list[float]) -> Contestant:
+    def slice_(seconds: float) -> list[float]:
+        log.append(seconds)
+        return [times.pop(0)]
+
+    return Contestant("a", {"": slice_})
+
+
+def test_a_slice_is_taken_again_until_the_cores_are_own_before_and_after_it() -> None:
+    shared, own = 2 * SHARED, 1.0
+    told = Told([own, shared, shared, own, shared, own, own])
+    timed, _ = contest(
+        [timer(log := [], [9.0, 8.0, 3.0])], rounds=1, seconds=0.1, cores=told.cores(100.0)
+    )  # own, 9, shared; shared own, 8, shared; own, 3, own
+    assert timed["a"].slices == (3.0,) and len(log) == 3 and not told.looks
+
+
+def test_patience_ends_and_what_was_measured_last_stands() -> None:
+    told = Told([1.0] + [2 * SHARED] * 50)
+    cores_ = told.cores(5.0)
+    assert cores_.own()
+    timed, _ = contest([timer([], [7.0] * 20)], rounds=2, seconds=0.1, cores=cores_)
+    assert timed["a"].slices == (7.0, 7.0) and cores_.given_up == 2
+    assert 6.0 <= told.now <= 12.0
+
+
+def test_a_run_looks_first_if_it_looks_at_all() -> None:
+    told = Told([2.0, 1.0, 2.0, 9.0])
+    cores_ = told.cores(1.0)
+    cores_.learn(3.0)
+    assert cores_.fastest == 1.0 and told.looks == [9.0] and not cores_.own()
+    idle = Told([])
+    idle.cores(0.0).learn(3.0)
+
+
+def test_without_patience_nobody_looks() -> None:
+    told = Told([])
+    timed, _ = contest([timer([], [1.0, 2.0])], rounds=2, seconds=0.1, cores=told.cores(0.0))
+    assert timed["a"].slices == (1.0, 2.0)
+
+
+def test_the_fastest_look_so_far_is_what_own_cores_take() -> None:
+    cores_ = Told([2.0, 2.1, 1.0, 2.0, 1.0 * SHARED]).cores(1.0)
+    assert [cores_.own() for _ in range(5)] == [True, True, True, False, True]
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system does not bind threads to CPUs")
+def test_a_look_leaves_the_process_on_all_its_cpus() -> None:
+    before = os.sched_getaffinity(0)
+    assert 0.0 < cores.look() < math.inf
+    assert os.sched_getaffinity(0) == before
