@@ -69,9 +69,24 @@ SIZES = re.compile(r"\b\d+(x\d+){2,}\b|\b\d+ rows of \d+\b|\b\d+ x \d+\^2")
 """What differs among the rows of one bench."""
 
 QUIETER = (
-    " Others work on the same host: of several runs, each row is from the one in which its contestants "
-    "together took the least time."
+    " Others work on the same host: of several runs, a row is from the one in which its contestants together "
+    "took the least time."
 )
+
+
+def _shared_host(results: dict[str, Any]) -> str:
+    """What was done about other guests of the host; nothing where nothing was."""
+    rows = results["rows"]
+    looked = [row for row in rows if "shared_slices" in row]
+    text = QUIETER if results.get("quieter") else ""
+    if looked:
+        parts = ", ".join(dict.fromkeys(row["part"] for row in looked))
+        own = sum(row["shared_slices"] == 0 for row in looked)
+        text += (
+            f" Of {len(looked)} rows ({parts}) slices were taken again while another guest worked on the "
+            f"cores; {own} of these rows are of own cores alone."
+        )
+    return text
 
 
 def machine(results: dict[str, Any], benches: dict[str, Any] | None, plots: dict[str, str]) -> str:
@@ -84,7 +99,7 @@ def machine(results: dict[str, Any], benches: dict[str, Any] | None, plots: dict
         "",
         f"Measured {' and '.join([dates[0], dates[-1]] if len(dates) > 1 else dates)} with {versions}; "
         f"{results['threads']} threads, {results['rounds']} rounds of {results['slice_ms']:g} ms."
-        + (QUIETER if results.get("quieter") else ""),
+        + _shared_host(results),
         "",
         *_asked(rows, benches),
         *_possible(rows, benches),
