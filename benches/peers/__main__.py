@@ -9,6 +9,7 @@ make bench-peers ARGS="--setup"                  the peers' environments and not
 from __future__ import annotations
 
 import argparse
+import math
 import time
 import warnings
 from pathlib import Path
@@ -55,6 +56,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     for part in options.parts:
         if part not in PARTS:
             parser.error(f"no part {part!r}; there are {', '.join(PARTS)}")
+    if not 0 <= options.patience < math.inf:
+        parser.error("--patience: seconds, 0 or more")
     options.peers = [name for name in options.peers.split(",") if name]
     for name in options.peers:
         if name not in PEERS:

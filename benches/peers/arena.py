@@ -104,7 +104,7 @@ def contest(
     ways: dict[str, str] = {}
     for contestant in contestants:
         try:
-            ways[contestant.name] = _fastest_way(contestant, seconds / 4)
+            ways[contestant.name] = _fastest_way(contestant, seconds / 4, cores, end)
         except WorkerError as error:
             lost[contestant.name] = str(error)
     slices: dict[str, list[float]] = {name: [] for name in ways}
@@ -139,11 +139,11 @@ def _slice(timer: Timer, seconds: float, cores: Cores, end: float) -> float:
     return statistics.median(timer(seconds))
 
 
-def _fastest_way(contestant: Contestant, seconds: float) -> str:
+def _fastest_way(contestant: Contestant, seconds: float, cores: Cores, end: float) -> str:
     if len(contestant.ways) == 1:
         return next(iter(contestant.ways))
     took = dict.fromkeys(contestant.ways, float("inf"))
     for _ in range(2):
         for way, timer in contestant.ways.items():
-            took[way] = min(took[way], statistics.median(timer(seconds)))
+            took[way] = min(took[way], _slice(timer, seconds, cores, end))
     return min(took, key=lambda way: took[way])

@@ -34,7 +34,11 @@ SHAPES: list[tuple[tuple[int, ...], tuple[int, int, int, int], dict[str, Any]]] 
     ((1, 2, 70, 3), (5, 2, 3, 3), {"padding": 1}),  # strips of fewer channels than a transposition takes
     ((1, 64, 7, 7), (70, 64, 3, 3), {"padding": 1}),  # shared between threads
     ((1, 64, 7, 7), (600, 64, 3, 3), {"padding": 1}),  # the same, by outputs
-    ((2, 48, 60, 61), (9, 48, 3, 3), {"padding": 1}),  # several bands a thread
+    ((2, 48, 80, 91), (2, 48, 3, 3), {"padding": 1}),  # several bands a thread
+    ((9, 32, 7, 7), (20, 32, 3, 3), {"padding": 1}),  # six images to a block of pixels
+    ((3, 8, 14, 14), (20, 8, 3, 3), {"padding": 1}),  # one
+    ((1, 8, 26, 56), (9, 8, 3, 3), {"padding": 1}),  # six rows, the whole block
+    ((1, 8, 3, 340), (8, 8, 3, 3), {"padding": 1}),  # a part of a row
     ((1, 17, 13, 13), (19, 17, 3, 3), {"padding": 1, "dilation": (2, 1)}),  # rows, dilated between them
     ((1, 17, 13, 13), (19, 17, 3, 3), {"padding": 1, "dilation": (1, 2)}),  # taps
     ((1, 34, 13, 13), (38, 17, 3, 3), {"padding": 1, "groups": 2}),  # groups of odd width side by side
@@ -92,6 +96,9 @@ def test_shapes(
             if mode in ("static", "int8"):  # where the operand outside the image is 0, taps are left out
                 for point in (-128, 0):
                     agree(case.but(x_zero_point=torch.tensor([point], dtype=torch.int32)), kernel)
+            if mode == "int8":  # a scale for each sample
+                scales = 0.01 + 0.05 * torch.rand(x[0])
+                agree(case.but(x_scale=scales, x_zero_point=torch.tensor([-128], dtype=torch.int32)), kernel)
 
 
 @each_kernel
@@ -107,6 +114,8 @@ def test_a_value_that_is_not_finite_spoils_its_sample_alone(kernel: str, value: 
         ((3, 8, 8, 8), (8, 8, 1, 1), {"stride": 2}),
         ((3, 8, 8, 8), (8, 8, 3, 3), {"stride": 2}),
         ((3, 8, 17, 17), (8, 8, 3, 3), {"stride": 5}),
+        # several samples in a block whose pixels are put in another order
+        ((3, 8, 7, 7), (8, 8, 3, 3), {"padding": 1, "x_zero_point": torch.tensor([-128], dtype=torch.int32)}),
     ):
         case = conv_case("int8_conv2d", shape, w, mode="static", **arguments)  # type: ignore[arg-type]
         last = (shape[1] - 1, shape[2] - 1, shape[3] - 1)

@@ -45,6 +45,15 @@ def test_a_slice_is_taken_again_until_the_cores_are_own_before_and_after_it() ->
     assert timed["a"].slices == (3.0,) and len(log) == 3 and not told.looks
 
 
+def test_which_way_is_the_fastest_is_told_by_own_cores_too() -> None:
+    shared = 2 * SHARED
+    told = Told([1.0, shared, 1.0, 1.0] + [1.0] * 20)  # the first slice of the first way was disturbed
+    ways = {"a": lambda s: [a.pop(0)], "b": lambda s: [b.pop(0)]}
+    a, b = [9.0, 1.0, 1.0, 1.0], [2.0, 2.0]
+    timed, _ = contest([Contestant("x", ways)], rounds=1, seconds=0.1, cores=told.cores(100.0))
+    assert timed["x"].way == "a" and timed["x"].slices == (1.0,) and not a and not b
+
+
 def test_patience_ends_and_what_was_measured_last_stands() -> None:
     told = Told([1.0] + [2 * SHARED] * 50)
     cores_ = told.cores(5.0)

@@ -103,7 +103,7 @@ struct Job {
     // A block's windows, one after another.
     const char *windows_of(const ConvBand &band, int64_t m, int rows) const {
         char *out = static_cast<char *>(
-            scratch(Scratch::rows, static_cast<size_t>(kBlockPixels * window_bytes() + 64)));
+            scratch(Scratch::rows, static_cast<size_t>(kBlockRows * window_bytes() + 64)));
         band.windows(m, rows, window_bytes(), out);
         return out;
     }
@@ -166,13 +166,12 @@ void Job::run(const ConvBand &band, int64_t m0, int64_t m1, int64_t p0, int64_t 
         }
         if (c.in_place) {
             char *copy =
-                static_cast<char *>(scratch(Scratch::image, static_cast<size_t>(kBlockPixels * c.pixel)));
+                static_cast<char *>(scratch(Scratch::image, static_cast<size_t>(kBlockRows * c.pixel)));
             const Ahead more = {m + step < m1 ? band.pixel(m + step) : nullptr, rows * c.pixel};
             gemm_stored(isa, a.packed, band.pixel(m), copy, rows, p0, p1, out, m, scale, more);
             continue;
         }
-        // What the next band needs that has not been fetched.
-        const Ahead source = after ? after->source(after->y0 * c.ow + m - m0, rows) : Ahead{};
+        const Ahead source = after && !windows ? after->source(after->y0 * c.ow + m - m0, rows) : Ahead{};
         if (windows)
             block.fill(windows_of(band, m, rows), window_bytes(), h, rows);
         else
@@ -194,7 +193,9 @@ void Job::run(const ConvBand &band, int64_t m0, int64_t m1, int64_t p0, int64_t 
             const int64_t together = block.count == 1 ? p1 - p0 : 1;
             const int longest = block.longest();
             for (int64_t p = p0; p < p1; p += together) {
-                const Ahead next = p + together < p1 ? next_panel(a.packed, g, p) : source;
+                const Ahead next = p + together < p1   ? next_panel(a.packed, g, p)
+                                   : g + 1 == groups() ? source
+                                                       : Ahead{};
                 for (int i = 0; i < block.count; ++i) {
                     const Run &run = block.runs[i];
                     const int at = block.sorted ? 0 : run.first;
@@ -231,7 +232,7 @@ void run_rows(const Job &job, int64_t y0, int64_t y1) {
         return share({c, 0, y1, const_cast<char *>(c.x)}, m < 2 * kTileRows && count >= 2 * threads);
     // Threads take bands of whole output rows where these come out even.
     if (div_up(rows, threads) * threads * 25 <= rows * 26) {
-        const int64_t least = div_up(kBlockPixels, c.ow);
+        const int64_t least = div_up(job.sorts() ? kBlockPixels : kBlockRows, c.ow);
         parallel_tasks(threads, [&](int64_t t) {
             const int64_t begin = y0 + chunk_begin(rows, threads, t),
                           end = y0 + chunk_begin(rows, threads, t + 1);

@@ -9,7 +9,7 @@ namespace tautorch {
 namespace {
 
 constexpr int64_t kStrip = 64;             // pixels that are transposed at once
-constexpr int64_t kMostAhead = 256 * 1024; // bytes of x
+constexpr int64_t kMostAhead = 256 * 1024; // bytes of x, which a band of floats has more of
 
 void fill_operands(OperandKind kind, int32_t value, int64_t n, char *out) {
     if (kind == OperandKind::f32)
@@ -210,8 +210,9 @@ Ahead ConvBand::source(int64_t m, int rows) const {
     const int64_t pixel = g.channels * size_of(c.dtype);
     if (!c.channels_last || c.keep_x > 1 || c.keep_y > 1 || (y1 - y0) * c.dy * g.width * pixel > kMostAhead)
         return {};
-    const int64_t y = m / c.ow, b = y / c.oh;
-    const int64_t iy = std::max(int64_t{0}, y % c.oh * g.sh - g.ph), ix = m % c.ow * g.sw;
+    const int64_t y = m / c.ow, b = y / c.oh, shared = std::max(int64_t{0}, c.extent() - g.sh);
+    const int64_t iy = std::clamp(y % c.oh * g.sh - g.ph + shared, int64_t{0}, g.height - 1),
+                  ix = std::min(m % c.ow * g.sw, g.width - 1);
     return {c.x + ((b * g.height + iy) * g.width + ix) * pixel, rows * g.sh * g.sw * pixel};
 }
 

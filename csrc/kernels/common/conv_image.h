@@ -70,8 +70,8 @@ struct ConvBand {
         return whole - first * c.dy + (b - 1) * whole + oy * c.dy;
     }
     const char *pixel(int64_t m) const { return data + row_of(m / c.ow) * c.row + m % c.ow * c.dx * c.pixel; }
-    // The part of x that pixels [m, m + rows) look at first, where it lies together and is no more than the
-    // second-level cache takes beside a band.
+    // About the part of x that pixels [m, m + rows) are the first to look at, where it lies together and the
+    // second-level cache takes all of the band's beside another band.
     Ahead source(int64_t m, int rows) const;
     size_t bytes() const { return static_cast<size_t>(rows() * c.row + 128); }
 

@@ -14,8 +14,8 @@ struct Run {
 // Whether pixels of a block may be put together by the columns of the filter that they see. move: any may,
 // else only neighbours.
 bool columns_differ(const ConvImage &c, const PackHeader &h, bool move);
-// Pixels of a block whose pixels are so put together: whole images, or six output rows, as then most pixels
-// that see the same come in sixes.
+// Pixels of a block whose pixels are so put together: whole images, else output rows, in sixes where the
+// block takes as many: most pixels that see the same then fill tiles of six.
 int64_t pixels_together(const ConvImage &c);
 
 struct BlockPixels {

@@ -130,7 +130,7 @@ constexpr Tile kWideTiles[6] = {tile<1, 4, Even>, tile<2, 4, Even>, tile<3, 4, E
                                 tile<4, 4, Even>, tile<5, 4, Even>, tile<6, 4, Even>};
 
 // Rows are dealt out evenly: two tiles of 4 run faster than one of 6 and one of 2. Every tile fetches its
-// part of the next panel, until that is whole: of even rows as fast as it can, else evenly.
+// part of the next panel, until that is whole: of even rows as fast as it can, else evenly (whole panels).
 void strip(const ProductI8 &p, const Tile *tiles, int most, int i) {
     const int parts = (p.count + most - 1) / most;
     const bool even = p.even();
@@ -163,6 +163,7 @@ void product_i8_avx512vnni(const ProductI8 &given) {
         }
         p.row_scale += done;
         p.count -= done;
+        p.next_bytes = 0; // fetched
         if (p.out_row)
             p.out_row += done;
         else
