@@ -83,8 +83,8 @@ def _shared_host(results: dict[str, Any]) -> str:
         parts = ", ".join(dict.fromkeys(row["part"] for row in looked))
         own = sum(row["shared_slices"] == 0 for row in looked)
         text += (
-            f" Of {len(looked)} rows ({parts}) slices were taken again where another guest was seen on the cores "
-            f"before or after; of {own} of these rows no slice is left of which that is true."
+            f" Of {len(looked)} rows ({parts}) slices were taken again where another guest was seen on the "
+            f"cores before or after them; {own} of these rows have no such slice left."
         )
     return text
 

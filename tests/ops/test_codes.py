@@ -78,7 +78,7 @@ def test_results_that_are_no_numbers(kernel: str) -> None:
         ((1, 32, 7, 7), (32, 32, 3, 3), {"padding": 1, "stride": 2}),
         ((1, 32, 8, 12), (64, 32, 3, 3), {"padding": 2, "dilation": 2}),
         ((1, 64, 9, 8), (128, 32, 3, 3), {"padding": 1, "groups": 2}),
-        ((9, 32, 7, 7), (70, 32, 3, 3), {"padding": 1}),  # blocks of six images, of one, of rows; several bands
+        ((9, 32, 7, 7), (70, 32, 3, 3), {"padding": 1}),  # blocks of images, of rows; bands
         ((3, 8, 14, 14), (20, 8, 3, 3), {"padding": 1}),
         ((1, 8, 26, 56), (64, 8, 3, 3), {"padding": 1}),
         ((2, 48, 80, 91), (17, 48, 3, 3), {"padding": 1}),
