@@ -128,9 +128,11 @@ __attribute__((always_inline)) inline void tile(const ProductI8 &p, const Scales
         c[r][0] = e.start[0];
         c[r][1] = e.start[1];
     }
-    // Beside each step. Steps ask for a line several times, which costs less than a test.
+    // Beside each step. Steps ask for a line several times, which costs less than a test. Weights of several
+    // taps keep L2 busy: there, fetching into L2 alone took 2 to 3 % longer on three layers.
     const auto beside = [&](int64_t q) __attribute__((always_inline)) {
-        _mm_prefetch(reinterpret_cast<const char *>(ahead + (Even ? 12 : rate) * q), _MM_HINT_T1);
+        _mm_prefetch(reinterpret_cast<const char *>(ahead + (Even ? 12 : rate) * q),
+                     Even ? _MM_HINT_T1 : _MM_HINT_T0);
         if (Turn)
             turn(from + 24 * q, to + 24 * q);
     };
