@@ -68,17 +68,14 @@ ASKED = {
 SIZES = re.compile(r"\b\d+(x\d+){2,}\b|\b\d+ rows of \d+\b|\b\d+ x \d+\^2")
 """What differs among the rows of one bench."""
 
-QUIETER = (
-    " Others work on the same host: of several runs, a row is from the one in which its contestants together "
-    "took the least time."
-)
+QUIETER = "each from the run, of several, in which its contestants together took the least time"
 
 
 def _shared_host(results: dict[str, Any]) -> str:
     """What was done about other guests of the host; nothing where nothing was."""
     rows = results["rows"]
     looked = [row for row in rows if "shared_slices" in row]
-    text = QUIETER if results.get("quieter") else ""
+    text = " Others work on the same host." if looked or results.get("quieter") else ""
     if looked:
         parts = ", ".join(dict.fromkeys(row["part"] for row in looked))
         own = sum(row["shared_slices"] == 0 for row in looked)
@@ -86,6 +83,8 @@ def _shared_host(results: dict[str, Any]) -> str:
             f" Of {len(looked)} rows ({parts}) slices were taken again where another guest was seen on the "
             f"cores before or after them; {own} of these rows have no such slice left."
         )
+    if results.get("quieter") and len(looked) < len(rows):
+        text += f" {'The other rows' if looked else 'Rows'} are {QUIETER}."
     return text
 
 

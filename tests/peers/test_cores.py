@@ -7,8 +7,10 @@ import os
 
 import pytest
 from benches.peers import cores
+from benches.peers.__main__ import parse
 from benches.peers.arena import Contestant, contest
 from benches.peers.cores import SHARED, Cores
+from benches.report.page import _shared_host
 
 
 class Told:
@@ -88,3 +90,18 @@ def test_a_look_leaves_the_process_on_all_its_cpus() -> None:
     before = os.sched_getaffinity(0)
     assert 0.0 < cores.look() < math.inf
     assert os.sched_getaffinity(0) == before
+
+
+@pytest.mark.parametrize("seconds", ["nan", "inf", "-1", "soon"])
+def test_patience_is_a_number_of_seconds(seconds: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse(["--patience", seconds])
+    assert "--patience" in capsys.readouterr().err
+
+
+def test_the_page_tells_rows_of_own_cores_from_others() -> None:
+    rows = [{"part": "conv", "shared_slices": 0}, {"part": "conv", "shared_slices": 2}, {"part": "dense"}]
+    text = _shared_host({"rows": rows, "quieter": True})
+    assert "Of 2 rows (conv)" in text and "1 of these rows" in text and "The other rows are each" in text
+    assert "other rows" not in _shared_host({"rows": rows[:2], "quieter": True})
+    assert _shared_host({"rows": rows[2:]}) == ""

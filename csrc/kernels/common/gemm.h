@@ -52,7 +52,7 @@ struct Taps {
         return tap0 == o.tap0 && tap1 == o.tap1 && k0 == o.k0 && k1 == o.k1;
     }
 };
-// What is fetched into L2 beside a product.
+// What is fetched into the caches beside a product.
 struct Ahead {
     const void *at = nullptr;
     int64_t bytes = 0;

@@ -26,7 +26,7 @@ struct ProductI8 : ToOutput {
     const int8_t *panel;
     int64_t gap;        // bytes of the panel that are left out after each tap
     int width;          // a multiple of 16, at most 64
-    const int8_t *next; // the panel after this one, or what else is fetched into L2 meanwhile
+    const int8_t *next; // the panel after this one, or what else is fetched meanwhile
     int64_t next_bytes; // of it, where rows are not even; where they are, about as many as they have
     // Even rows that have yet to be made, of 4 * kq bytes: the int8 ones at raw, one after another, with
     // their top bits turned, go to operands, which is rows[0]. Null: rows are there.
