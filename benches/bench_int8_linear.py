@@ -15,7 +15,7 @@ from tautorch.nn import Int8Linear
 from tautorch.ops import library as lib
 from tautorch.ops.int8_linear import pack, plan
 from tautorch.reference.int8_linear import int8_linear as reference
-from tautorch.testing.bench import Table, best_seconds, dynamic_peers, in_turns, threads, verdict
+from tautorch.testing.bench import Table, best_seconds, dynamic_peers, threads, verdict
 
 KERNELS = [
     k.name
@@ -76,7 +76,7 @@ def test_share_of_peak(table: Table, kernel: str, m: int, k: int, n: int) -> Non
         if not table.timed:
             return
         sides = {"bare": bare, "whole": whole, "peak": lambda: _C.peak_i8(kernel, rounds)}
-        times = in_turns(sides, seconds=0.8)
+        times = table.in_turns(sides, seconds=0.8)
         peak = _C.peak_i8(kernel, rounds) / times["peak"]
         for name, side, least in (("micro-kernel", "bare", 0.92), ("whole op", "whole", 0.88)):
             share = m * n * k / times[side] / peak
@@ -116,7 +116,7 @@ def test_bandwidth(table: Table, k: int, n: int, layers: int) -> None:
         read()
         if table.timed:
             sides = {"call": call, "read": read, "empty": lambda: empty(x_empty), "after": read_and_empty}
-            times = in_turns(sides, seconds=0.8)
+            times = table.in_turns(sides, seconds=0.8)
             net, reading = times["call"] / layers - times["empty"], times["read"] / layers
             net_after = (times["call"] - times["after"]) / layers + reading
             case = f"dynamic 1x{k}x{n}, weights in {'L3' if layers == 1 else 'memory'}"
@@ -137,7 +137,7 @@ def test_chained(table: Table, m: int, k: int, n: int) -> None:
     chained()
     assert torch.equal(out, torch.clamp(torch.round(acc * 2.0**-10), -128, 127).to(torch.int8))
     if table.timed:
-        times = in_turns({"bare": bare, "chained": chained})
+        times = table.in_turns({"bare": bare, "chained": chained})
         ratio = times["bare"] / times["chained"]
         table.add("int8_linear", f"int8 in and out {m}x{k}x{n}", us=round(times["chained"] * 1e6, 1),
                   ratio=round(ratio, 3),
@@ -153,7 +153,7 @@ def test_half_floats(table: Table, m: int, k: int, n: int) -> None:
         for name, xd in xs.items():
             assert str(ours(xd).dtype) == f"torch.{name}"
         if table.timed:
-            times = in_turns({name: (lambda xd=xd: ours(xd)) for name, xd in xs.items()})
+            times = table.in_turns({name: (lambda xd=xd: ours(xd)) for name, xd in xs.items()})
             for name in ("bfloat16", "float16"):
                 ratio = times["float32"] / times[name]
                 table.add("int8_linear", f"{name} in and out {m}x{k}x{n}", us=round(times[name] * 1e6, 1),
@@ -172,7 +172,7 @@ def test_weight_only(table: Table, m: int, k: int, n: int) -> None:
         torch.testing.assert_close(weight_only(x), expected, rtol=1e-5, atol=1e-5)
         dynamic(x)
         if table.timed:
-            times = in_turns({"weight_only": lambda: weight_only(x), "dynamic": lambda: dynamic(x)})
+            times = table.in_turns({"weight_only": lambda: weight_only(x), "dynamic": lambda: dynamic(x)})
             ratio = times["dynamic"] / times["weight_only"]
             table.add("int8_linear", f"weight-only {m}x{k}x{n}", us=round(times["weight_only"] * 1e6, 1),
                       ratio=round(ratio, 2), **verdict(ratio, 1.0, ">= 1.0x the dynamic layer"))  # fmt: skip
@@ -193,7 +193,7 @@ def test_two_threads(table: Table, m: int, k: int, n: int) -> None:
     with torch.inference_mode():
         assert torch.equal(on(1)(), on(2)())  # type: ignore[arg-type]
         if table.timed:
-            times = in_turns({"one": on(1), "two": on(2)})
+            times = table.in_turns({"one": on(1), "two": on(2)})
             ratio = times["one"] / times["two"]
             table.add("int8_linear", f"two threads {m}x{k}x{n}", us=round(times["two"] * 1e6, 1),
                       ratio=round(ratio, 2), **verdict(ratio, 1.8, ">= 1.8x one thread"))  # fmt: skip
@@ -225,7 +225,7 @@ def test_against_torch(table: Table, k: int, n: int) -> None:
                 side()
             if not table.timed:
                 continue
-            times = in_turns(sides, seconds=0.3)
+            times = table.in_turns(sides, seconds=0.3)
             mine = times.pop("ours")
             best = min(times, key=lambda name: times[name])
             ratio = times[best] / mine

@@ -13,25 +13,33 @@ import torch
 from tautorch import _C, dispatch, prune
 from tautorch.nn import Int8Linear, SparseLinear
 from tautorch.testing.bench import Table, verdict
+from tautorch.testing.cores import Cores
 
 SHAPES = ((384, 384), (384, 1536), (1536, 384), (768, 3072), (1024, 4096), (4096, 4096), (1000, 1003))
 NARROW = ("avx2", "avxvnni")
 Side = tuple[str, str, Callable[[], object]]  # op and kernel to force ("" for none), what to run
 
 
-def medians(sides: dict[str, Side], rounds: int = 5, seconds: float = 0.03) -> dict[str, float]:
+def medians(sides: dict[str, Side], cores: Cores, rounds: int = 5, seconds: float = 0.03) -> dict[str, float]:
     """Seconds of a call of each side, in turns; packing for a kernel is not timed."""
     times: dict[str, list[float]] = {name: [] for name in sides}
+
+    def slice_(run: Callable[[], object]) -> list[float]:
+        took = []
+        end = time.perf_counter() + seconds
+        while (start := time.perf_counter()) < end:
+            run()
+            took.append(time.perf_counter() - start)
+        return took
+
+    until = cores.clock() + cores.patience
     with torch.inference_mode():
         for _ in range(rounds):
             for name, (op, kernel, run) in sides.items():
                 with dispatch.force(op, kernel) if op else nullcontext():
                     run()
                     assert not op or dispatch.last_used(op) == kernel
-                    end = time.perf_counter() + seconds
-                    while (start := time.perf_counter()) < end:
-                        run()
-                        times[name].append(time.perf_counter() - start)
+                    times[name] += cores.take(lambda run=run: slice_(run), until)  # type: ignore[misc]
     return {name: statistics.median(t) for name, t in times.items()}
 
 
@@ -59,7 +67,7 @@ def test_dense(table: Table, kernel: str, k: int, n: int, m: int) -> None:
     if not table.timed:
         return
     sides: dict[str, Side] = {name: ("int8_linear", name, lambda: ours(x)) for name in (kernel, *beside)}
-    t = medians({**sides, "fp32": ("", "", lambda: linear(x))})
+    t = medians({**sides, "fp32": ("", "", lambda: linear(x))}, table.cores)
     fp32 = t["fp32"] / t[kernel]
     ratios, judged = {"vs nn.Linear fp32": round(fp32, 2)}, {}
     if kernel == "avx2":
@@ -92,7 +100,8 @@ def test_sparse(table: Table, kernel: str, pattern: str) -> None:
         {
             "sparse": ("sparse_linear", kernel, lambda: ours(x)),
             "dense": ("int8_linear", kernel, lambda: dense(x)),
-        }
+        },
+        table.cores,
     )
     ratio = t["dense"] / t["sparse"]
     table.add(

@@ -15,7 +15,7 @@ from torch import nn
 from tautorch import _C, dispatch
 from tautorch.factorize import FactorizedLinear
 from tautorch.nn import Int8Linear, LowRankLinear
-from tautorch.testing.bench import Table, best_seconds, in_turns, verdict
+from tautorch.testing.bench import Table, best_seconds, verdict
 
 SIZES = [(768, 3072, 32), (1024, 4096, 64), (4096, 4096, 128)]
 DTYPES = pytest.mark.parametrize("weight_dtype", [torch.float32, torch.int8], ids=["fp32", "int8"])
@@ -57,7 +57,9 @@ def test_lowrank_linear(table: Table, k: int, n: int, rank: int, m: int, weight_
             table.add("lowrank_linear", name, kernel=ours.kernel())
             return
         none = x[:0]
-        t = in_turns({"ours": lambda: ours(x), "two": lambda: second(first(x)), "empty": lambda: ours(none)})
+        t = table.in_turns(
+            {"ours": lambda: ours(x), "two": lambda: second(first(x)), "empty": lambda: ours(none)}
+        )
         size = rank * (k + n) * (1 if integer else 4) + 4 * m * n
         arithmetic = m * rank * (k + n) / _per_second(weight_dtype)
         bound = t["empty"] + max(arithmetic, size / _bytes_per_second())

@@ -9,26 +9,23 @@ make bench-peers ARGS="--setup"                  the peers' environments and not
 from __future__ import annotations
 
 import argparse
-import math
 import time
 import warnings
 from pathlib import Path
 
 import torch
 from benches.peers import results, table
-from benches.peers.cores import Cores
 from benches.peers.environments import PEERS, NotHad, prepare
 from benches.peers.parts import PARTS
 from benches.peers.session import Session
 from benches.peers.worker import Worker, WorkerError
 
 from tautorch.testing.bench import machine
+from tautorch.testing.cores import LEARN_S, Cores, patience
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 ROUNDS, SLICE_MS = 7, 15.0
 QUICK_ROUNDS, QUICK_SLICE_MS = 5, 8.0
-LEARN_S = 3.0
-"""How long the cores are looked at before the first case, with patience."""
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -48,7 +45,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         help="a row gives way only to one whose contestants together took less time (for shared machines)",
     )  # fmt: skip
     parser.add_argument(
-        "--patience", type=float, default=0.0, metavar="S",
+        "--patience", type=patience, default=0.0, metavar="S",
         help="seconds a case may wait for cores on which no other guest of the host works (shared machines)",
     )  # fmt: skip
     parser.add_argument("--setup", action="store_true", help="install the peers and stop")
@@ -56,8 +53,6 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     for part in options.parts:
         if part not in PARTS:
             parser.error(f"no part {part!r}; there are {', '.join(PARTS)}")
-    if not 0 <= options.patience < math.inf:
-        parser.error("--patience: seconds, 0 or more")
     options.peers = [name for name in options.peers.split(",") if name]
     for name in options.peers:
         if name not in PEERS:

@@ -6,7 +6,7 @@ Ratios are taken within a round, where drift cancels, and the median is over rou
 longer than its contestant's fastest says something of the machine and nothing of the code: its round is left
 out for that contestant.
 With patience, a slice is taken again while another guest of the host worked on the cores before or after it
-(see cores.py).
+(see tautorch.testing.cores).
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from benches.peers.cores import Cores
 from benches.peers.worker import WorkerError
 
+from tautorch.testing.cores import Cores
 from tautorch.timing import median_interval
 
 DISTURBED = 1.3
@@ -127,16 +127,8 @@ def contest(
 
 
 def _slice(timer: Timer, seconds: float, cores: Cores, end: float) -> float:
-    """The median sample of a slice: of the first one with own cores before and after it, or the last one."""
-    while cores.patience:
-        own = cores.wait(end)
-        took = statistics.median(timer(seconds))
-        if own and cores.own():
-            return took
-        if cores.clock() >= end:
-            cores.given_up += 1
-            return took
-    return statistics.median(timer(seconds))
+    """The median sample of a slice."""
+    return statistics.median(cores.take(lambda: timer(seconds), end))
 
 
 def _fastest_way(contestant: Contestant, seconds: float, cores: Cores, end: float) -> str:

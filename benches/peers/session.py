@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 import torch
 from benches.peers.arena import Contestant, contest
-from benches.peers.cores import Cores, settle
 from benches.peers.results import Case, Results, Row, make_row
 from benches.peers.worker import Worker, WorkerError
 from benches.peers.workers.slices import time_slice
 from torch import Tensor
 
 from tautorch import _C
+from tautorch.testing.cores import Cores, settle
 
 OFF = 0.05
 """Largest relative error (root of the mean square) of an output quantised to 8 bits."""

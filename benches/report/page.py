@@ -71,19 +71,21 @@ SIZES = re.compile(r"\b\d+(x\d+){2,}\b|\b\d+ rows of \d+\b|\b\d+ x \d+\^2")
 QUIETER = "each from the run, of several, in which its contestants together took the least time"
 
 
-def _shared_host(results: dict[str, Any]) -> str:
-    """What was done about other guests of the host; nothing where nothing was."""
-    rows = results["rows"]
+def _shared_host(*files: dict[str, Any] | None) -> str:
+    """What was done about other guests of the host in these results; nothing where nothing was."""
+    had = [file for file in files if file is not None]
+    rows = [row for file in had for row in file["rows"]]
     looked = [row for row in rows if "shared_slices" in row]
-    text = " Others work on the same host." if looked or results.get("quieter") else ""
+    quieter = any(file.get("quieter") for file in had)
+    text = " Others work on the same host." if looked or quieter else ""
     if looked:
-        parts = ", ".join(dict.fromkeys(row["part"] for row in looked))
+        parts = ", ".join(dict.fromkeys(row.get("part") or f"make bench: {row['bench']}" for row in looked))
         own = sum(row["shared_slices"] == 0 for row in looked)
         text += (
             f" Of {len(looked)} rows ({parts}) slices were taken again where another guest was seen on the "
             f"cores before or after them; {own} of these rows have no such slice left."
         )
-    if results.get("quieter") and len(looked) < len(rows):
+    if quieter and len(looked) < len(rows):
         text += f" {'The other rows' if looked else 'Rows'} are {QUIETER}."
     return text
 
@@ -98,7 +100,7 @@ def machine(results: dict[str, Any], benches: dict[str, Any] | None, plots: dict
         "",
         f"Measured {' and '.join([dates[0], dates[-1]] if len(dates) > 1 else dates)} with {versions}; "
         f"{results['threads']} threads, {results['rounds']} rounds of {results['slice_ms']:g} ms."
-        + _shared_host(results),
+        + _shared_host(results, benches),
         "",
         *_asked(rows, benches),
         *_possible(rows, benches),

@@ -6,11 +6,13 @@ import math
 import os
 
 import pytest
-from benches.peers import cores
 from benches.peers.__main__ import parse
 from benches.peers.arena import Contestant, contest
-from benches.peers.cores import SHARED, Cores
 from benches.report.page import _shared_host
+
+from tautorch.testing import bench, cores
+from tautorch.testing.bench import Table, samples_in_turns
+from tautorch.testing.cores import SHARED, Cores
 
 
 class Told:
@@ -80,6 +82,41 @@ def test_without_patience_nobody_looks() -> None:
     assert timed["a"].slices == (1.0, 2.0)
 
 
+def test_samples_beside_other_guests_are_taken_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "WINDOW_S", 1e-9)  # one round each
+    own, shared = [1.0, 1.0], [1.0, 2 * SHARED]
+    told = Told(own * 3 + shared + own * 4)
+    calls = {"a": 0, "b": 0}
+
+    def side(name: str) -> None:
+        calls[name] += 1
+
+    samples = samples_in_turns(
+        {name: lambda name=name: side(name) for name in calls},  # type: ignore[misc]
+        seconds=0.0, sample=1e-9, cores=told.cores(100.0),
+    )  # fmt: skip
+    assert not told.looks and {name: len(times) for name, times in samples.items()} == {"a": 7, "b": 7}
+    assert calls == {
+        "a": 4 + 8 * 2,
+        "b": 4 + 8 * 2,
+    }  # 4 to see how long one takes
+
+
+def test_rows_say_how_many_of_their_own_windows_were_shared(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "WINDOW_S", 1e-9)
+    told = Told([1.0] + [2 * SHARED] * 50)
+    table = Table(timed=True, cores=told.cores(3.0))
+    assert table.cores.own()
+    ratios = table.compare("b", "shared", lambda: None, {"peer": lambda: None}, seconds=0.0)
+    told.looks = [1.0] * 50
+    table.in_turns({"a": lambda: None}, seconds=0.0)
+    table.add("b", "own")
+    assert [row["shared_slices"] for row in table.rows] == [7, 0] and ratios["peer"] > 0.0
+    patient = Table(timed=True)
+    patient.compare("b", "nobody looks", lambda: None, {"peer": lambda: None}, seconds=0.0)
+    assert "shared_slices" not in patient.rows[0]
+
+
 def test_the_fastest_look_so_far_is_what_own_cores_take() -> None:
     cores_ = Told([2.0, 2.1, 1.0, 2.0, 1.0 * SHARED]).cores(1.0)
     assert [cores_.own() for _ in range(5)] == [True, True, True, False, True]
@@ -104,4 +141,7 @@ def test_the_page_tells_rows_of_own_cores_from_others() -> None:
     text = _shared_host({"rows": rows, "quieter": True})
     assert "Of 2 rows (conv)" in text and "1 of these rows" in text and "The other rows are each" in text
     assert "other rows" not in _shared_host({"rows": rows[:2], "quieter": True})
-    assert _shared_host({"rows": rows[2:]}) == ""
+    assert _shared_host({"rows": rows[2:]}, None) == ""
+    ours = {"rows": [{"bench": "int8_linear", "shared_slices": 0}]}
+    text = _shared_host({"rows": rows, "quieter": True}, ours)
+    assert "Of 3 rows (conv, make bench: int8_linear)" in text and "2 of these rows" in text

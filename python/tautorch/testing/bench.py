@@ -1,14 +1,15 @@
 """What the benches share: a fair comparison with peers, a table, and a results file.
 
 Each bench verifies before it times, names the kernel that ran, and puts the peer beside the product in the
-same process, in alternating samples (`tautorch.timing.compare`). Ratios are peer time over ours: above 1 is
-a win. Rows are printed as they come and written together by `write`.
+same process, in samples that take turns. Ratios are peer time over ours: above 1 is a win. Rows are printed
+as they come and written together by `write`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import pathlib
 import platform
@@ -22,7 +23,13 @@ from typing import Any
 import torch
 
 import tautorch
-from tautorch import _C, timing
+from tautorch import _C
+from tautorch.testing.cores import Cores
+from tautorch.timing import median_interval
+
+WINDOW_S = 0.05
+"""How long sides take turns between two looks at whose the cores are. A thread that was just woken may share
+a core with the other for a millisecond or two: not much of this."""
 
 
 @dataclass
@@ -31,14 +38,29 @@ class Table:
 
     `quieter`: a row of the file gives way only to one whose sides took less time (ours and what it is held
     against: on a shared machine, whoever gains by it). Rows without two such times are always replaced.
+    `cores`: with patience, rows say in how many of their windows other guests were seen.
     """
 
     timed: bool
     quieter: bool = False
+    cores: Cores = field(default_factory=Cores)
     rows: list[dict[str, Any]] = field(default_factory=list)
+    _given_up: int = 0
+
+    def begin(self) -> None:
+        """What was given up until now is no matter of the rows that follow."""
+        self._given_up = self.cores.given_up
+
+    def in_turns(self, sides: dict[str, Callable[[], object]], *, seconds: float = 0.5) -> dict[str, float]:
+        """Median seconds of a call of every side; see `samples_in_turns`."""
+        self.begin()
+        samples = samples_in_turns(sides, seconds=seconds, cores=self.cores)
+        return {name: statistics.median(times) for name, times in samples.items()}
 
     def add(self, bench: str, case: str, **figures: Any) -> None:
         """Record and print one row; figures are numbers or text."""
+        if self.timed and self.cores.patience:
+            figures["shared_slices"] = self.cores.given_up - self._given_up
         self.rows.append({"bench": bench, "case": case, **figures})
         if self.timed:
             print(
@@ -70,12 +92,17 @@ class Table:
             if not self.timed:
                 self.add(bench, case, **extra)
                 return {}
-            ratios, ours_us = {}, 0.0
+            self.begin()
+            samples = samples_in_turns({"": ours, **peers}, seconds=seconds * len(peers), cores=self.cores)
+            mine = samples.pop("")
+            ours_us = statistics.median(mine) * 1e6
+            ratios: dict[str, float] = {}
             figures: dict[str, Any] = {}
-            for name, peer in peers.items():
-                c = timing.compare(peer, ours, seconds=seconds)
-                ratios[name], ours_us = c.ratio, c.b_s * 1e6
-                figures[f"vs {name}"] = f"{c.ratio:.2f}x [{c.ratio_low:.2f}, {c.ratio_high:.2f}]"
+            for name, theirs in samples.items():
+                by_round = sorted(b / a for a, b in zip(mine, theirs, strict=True))
+                low, high = median_interval(len(by_round))
+                ratios[name] = statistics.median(by_round)
+                figures[f"vs {name}"] = f"{ratios[name]:.2f}x [{by_round[low]:.2f}, {by_round[high]:.2f}]"
             row: dict[str, Any] = {"us": round(ours_us, 2)}
             if operations is not None:
                 row["GOPS"] = round(operations / ours_us / 1e3)
@@ -182,28 +209,46 @@ def peak_gops(kernel: str) -> float:
     return 2 * macs / best_seconds(lambda: _C.peak_i8(kernel, rounds), 15) / 1e9
 
 
-def in_turns(
-    sides: dict[str, Callable[[], object]], *, seconds: float = 0.5, sample: float = 150e-6
-) -> dict[str, float]:
-    """Median seconds of a call of every side, in samples of about `sample` seconds that take turns.
+def samples_in_turns(
+    sides: dict[str, Callable[[], object]],
+    *,
+    seconds: float = 0.5,
+    sample: float = 150e-6,
+    cores: Cores | None = None,
+) -> dict[str, list[float]]:
+    """Seconds of a call of every side, in samples of about `sample` seconds that take turns.
 
-    For rows that relate more than two times to each other: what the machine's other work or a drifting clock
-    does to one, it does to all.
+    What the machine's other work or a drifting clock does to one side, it does to all. Where `cores` have
+    patience, what was sampled within `WINDOW_S` of a moment when they were not this machine's own is sampled
+    again.
     """
     repeats = {}
     for name, fn in sides.items():
         fn()
         repeats[name] = max(1, round(sample / best_seconds(fn, 3)))
-    times: dict[str, list[float]] = {name: [] for name in sides}
-    start = time.perf_counter()
-    while time.perf_counter() - start < seconds or len(next(iter(times.values()))) < 7:
-        for name, fn in sides.items():
-            fn()  # what the side before left in the caches is not this one's cost
-            begin = time.perf_counter()
-            for _ in range(repeats[name]):
-                fn()
-            times[name].append((time.perf_counter() - begin) / repeats[name])
-    return {name: statistics.median(t) for name, t in times.items()}
+
+    def window() -> list[dict[str, float]]:
+        rounds: list[dict[str, float]] = []
+        end = time.perf_counter() + WINDOW_S
+        while not rounds or time.perf_counter() < end:
+            round_ = {}
+            for name, fn in sides.items():
+                fn()  # what the side before left in the caches is not this one's cost
+                begin = time.perf_counter()
+                for _ in range(repeats[name]):
+                    fn()
+                round_[name] = (time.perf_counter() - begin) / repeats[name]
+            rounds.append(round_)
+        return rounds
+
+    cores = cores or Cores()
+    until = cores.clock() + cores.patience
+    rounds: list[dict[str, float]] = []
+    windows = 0
+    while windows < math.ceil(seconds / WINDOW_S) or len(rounds) < 7:
+        rounds += cores.take(window, until)
+        windows += 1
+    return {name: [round_[name] for round_ in rounds] for name in sides}
 
 
 def verdict(value: float, least: float, text: str) -> dict[str, str]:

@@ -8,13 +8,19 @@ between. A slice of such a moment says who needs less of a core, not who is fast
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TypeVar
 
+T = TypeVar("T")
 SHARED = 1.35
 """Times the loop's fastest. Own cores were seen at 1.00 to 1.07, shared ones at 1.7 to 2.0."""
+
+LEARN_S = 3.0
+"""How long a run looks at the cores before its first case."""
 
 _LOOP = range(4000)
 
@@ -56,6 +62,14 @@ def look() -> float:
         os.sched_setaffinity(0, all_)
 
 
+def patience(text: str) -> float:
+    """The option `--patience`: seconds, 0 or more. Raises ValueError for anything else."""
+    seconds = float(text)
+    if not 0 <= seconds < math.inf:
+        raise ValueError(text)
+    return seconds
+
+
 @dataclass
 class Cores:
     """The cores over one run. `patience`: seconds that one case may wait for them; 0: they are not looked at.
@@ -90,3 +104,15 @@ class Cores:
                 return False
             self.sleep(5e-3)
         return True
+
+    def take(self, slice_: Callable[[], T], until: float) -> T:
+        """What the first slice with own cores before and after it gives, or at `until` the last one."""
+        while self.patience:
+            own = self.wait(until)
+            taken = slice_()
+            if own and self.own():
+                return taken
+            if self.clock() >= until:
+                self.given_up += 1
+                return taken
+        return slice_()
