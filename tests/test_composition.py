@@ -222,6 +222,67 @@ def test_training_a_pruned_model_must_say_what_becomes_of_its_zeros() -> None:
     assert not zeros(model)
 
 
+HOLDERS: dict[str, Callable[[nn.Module], Any]] = {
+    "a schedule that begins later": lambda m: prune.Schedule(m, 0.8, pattern="4x1", begin=100, end=200),
+    "a schedule": lambda m: prune.Schedule(m, 0.8, pattern="4x1", end=4),
+    "masks": prune.hold_masks,
+}
+
+
+@pytest.mark.parametrize("name", HOLDERS)
+def test_what_is_said_to_hold_zeros_holds_those_of_every_layer(name: str) -> None:
+    model = pruned(net(), None)
+    before = zeros(model)
+    distilled(model, None, callbacks=[HOLDERS[name](model)])
+    assert all(bool(zeros(model)[layer][mask].all()) for layer, mask in before.items())
+
+
+NOT_HOLDERS: dict[str, Callable[[nn.Module], Any]] = {
+    "a schedule of other layers": lambda m: prune.Schedule(m, 0.8, pattern="4x1", end=4, layers=["conv"]),
+    "masks of other layers": lambda m: prune.hold_masks(m, {"conv": m.conv.weight != 0}),
+    "nobody": lambda _: lambda run: None,
+}
+
+
+@pytest.mark.parametrize("name", NOT_HOLDERS)
+def test_zeros_of_a_layer_that_nothing_holds_are_an_error(name: str) -> None:
+    model = pruned(net(), None)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match="student's layer 'conv2?' are pruned"):
+        distilled(model, None, callbacks=[NOT_HOLDERS[name](model)])
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_soft_thresholds_hold_no_zeros_but_may_make_them() -> None:
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), 0.05)
+    data = [(images(), torch.zeros(16, dtype=torch.long))]
+
+    def run(**options: Any) -> distill.Distiller:
+        return distill.Distiller(
+            net().eval(), model, distill.SoftTarget(), optimizer, progress=False, **options
+        )
+
+    with_zeros = run(callbacks=[prune.SoftThreshold(model, optimizer, sparsity=0.5)])
+    with_zeros.fit(data, 2)
+    with_zeros.fit(data, 1)  # its own zeros are its business
+    assert len(zeros(model)) == 4
+    with pytest.raises(ValueError, match="keep_zeros=True"):
+        run(callbacks=[prune.SoftThreshold(model, optimizer, lam=1e-4)]).fit(data, 1)
+    before = zeros(model)
+    run(callbacks=[prune.SoftThreshold(model, optimizer, lam=1e-4)], keep_zeros=True).fit(data, 1)
+    assert all(bool(zeros(model)[layer][mask].all()) for layer, mask in before.items())
+
+
+def test_keep_zeros_holds_a_layer_of_few_zeros_too() -> None:
+    model = net()
+    with torch.no_grad():
+        model.fc1.weight.view(-1)[::50] = 0.0  # 2 %
+    pruned(model, ["fc2"])
+    distilled(model, None, keep_zeros=True)
+    assert int((model.fc1.weight == 0).sum()) == -(-model.fc1.weight.numel() // 50)
+
+
 def test_keep_zeros_lets_go_after_the_fit() -> None:
     model = distilled(pruned(net(), None), None, keep_zeros=True)
     optimizer = torch.optim.SGD(model.parameters(), 0.05)

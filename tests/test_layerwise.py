@@ -194,6 +194,13 @@ def test_modes_gradients_and_forwards_are_as_before() -> None:
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 
+def test_a_forward_of_the_instance_stays() -> None:
+    model = build()
+    model.layers[0].forward = own = model.layers[0].forward
+    layerwise(model, "layers", batches(), lambda *_: None)
+    assert vars(model.layers[0])["forward"] is own
+
+
 def test_a_failure_names_the_block_and_leaves_no_index(tmp_path: Path) -> None:
     source = saved(build(), tmp_path / "in")
     before = {path.name: path.read_bytes() for path in source.iterdir()}

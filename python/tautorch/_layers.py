@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from fnmatch import fnmatchcase
-from typing import cast
+from typing import Any, cast
 
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
@@ -39,6 +40,20 @@ def parametrised_remedy(layer: nn.Module, name: str) -> str:
     said = [getattr(part, "remedy", None) for part in layer.parametrizations[name]]  # type: ignore[index]
     found = next((remedy for remedy in said if isinstance(remedy, str)), None)
     return found or "call torch.nn.utils.parametrize.remove_parametrizations(layer, name) first"
+
+
+@contextmanager
+def forward_replaced(module: nn.Module, by: Callable[..., Any]) -> Iterator[None]:
+    """`module` computes `by` inside; an instance may have had a forward of its own before."""
+    own = module.__dict__.get("forward")
+    module.forward = by
+    try:
+        yield
+    finally:
+        if own is None:
+            del module.forward
+        else:
+            module.forward = own
 
 
 def pruned_share(layer: Layer) -> float:

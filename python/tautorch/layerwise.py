@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from tautorch import distributed
 from tautorch._batches import Batch, Batches, call_model, check_batches, to_device, training_modes_kept
+from tautorch._layers import forward_replaced
 from tautorch._shards import Shards, ShardWriter
 
 _R = TypeVar("_R")
@@ -266,13 +267,13 @@ def _capture(
     real = next((value.device for value in model.state_dict().values() if not value.is_meta), "cpu")
     handles = [module.register_forward_pre_hook(load) for module in outside]
     failure: Exception | None = None
-    first.forward = stop
     try:
-        for count, batch in enumerate(batches, 1):
-            with suppress(_Stop):
-                call_model(_OP, model, to_device(batch, device if device is not None else real))
-            if len(held) != count:
-                raise ValueError(f"{_OP}: the model must call its first block, got a run without")
+        with forward_replaced(first, stop):
+            for count, batch in enumerate(batches, 1):
+                with suppress(_Stop):
+                    call_model(_OP, model, to_device(batch, device if device is not None else real))
+                if len(held) != count:
+                    raise ValueError(f"{_OP}: the model must call its first block, got a run without")
         if len(held) == 0:
             raise ValueError(
                 f"{_OP}: calibration must hold at least one batch, got none (a spent generator?)"
@@ -280,7 +281,6 @@ def _capture(
     except Exception as error:
         failure = error
     finally:
-        del first.forward
         for handle in handles:
             handle.remove()
         for module in loaded:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,8 +14,18 @@ import pytest
 import torch
 from torch import nn
 
-from tautorch.distill import GaussianKL, PolicyKL, Regression, SoftTarget, dagger, evaluate_policy
+from tautorch.distill import (
+    GaussianKL,
+    JsonLog,
+    PolicyKL,
+    Regression,
+    SoftTarget,
+    TemperatureSchedule,
+    dagger,
+    evaluate_policy,
+)
 from tautorch.distill.dagger import Samples
+from tautorch.prune import Schedule
 
 
 class Walk:
@@ -220,6 +231,53 @@ def test_a_killed_run_resumes_to_the_same_weights(tmp_path: Path) -> None:
         assert torch.equal(a, b)
     with pytest.raises(FileExistsError):
         run(tmp_path)
+
+
+def test_callbacks_see_all_rounds_as_one_training(tmp_path: Path) -> None:
+    student = net(1)
+    optimizer, loss = torch.optim.Adam(student.parameters(), 0.01), PolicyKL(temperature=8.0)
+    temperatures: list[float] = []
+    callbacks = [
+        TemperatureSchedule(loss, 8.0, 1.0),
+        JsonLog(tmp_path / "log.jsonl"),
+        lambda _: temperatures.append(loss.temperature),
+    ]
+    dagger(
+        net(0).eval(), student, Walk(), loss, optimizer, rounds=4, steps=40, epochs=1, batch_size=20,
+        capacity=80, progress=False, callbacks=callbacks,
+    )  # fmt: skip
+    steps = 2 + 4 + 4 + 4  # batches of each round
+    np.testing.assert_allclose(temperatures, [8.0 - 7.0 * t / steps for t in range(1, steps + 1)], rtol=1e-6)
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "end_of_epoch" not in line] == [*range(1, steps + 1)]
+
+
+def test_a_schedule_goes_on_where_a_run_was_stopped(tmp_path: Path) -> None:
+    def run(folder: Path, rounds: int, resume: bool = False) -> tuple[nn.Module, Any]:
+        torch.manual_seed(4)
+        student = net(1)
+        schedule = Schedule(student, 0.75, end=12, every=2)
+        optimizer = torch.optim.Adam(student.parameters(), 0.01)
+        dagger(
+            net(0).eval(), student, Walk(), PolicyKL(), optimizer, rounds=rounds, steps=40, epochs=1,
+            batch_size=20, capacity=80, checkpoint=folder, resume=resume, progress=False,
+            callbacks=[schedule, JsonLog(folder / "log.jsonl")],
+        )  # fmt: skip
+        return student, schedule
+
+    whole, _ = run(tmp_path / "whole", 4)
+    run(tmp_path / "parts", 3)
+    resumed, schedule = run(tmp_path / "parts", 4, resume=True)
+    assert schedule.steps_done == 14 and schedule.done
+    for a, b in zip(whole.parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(a, b)
+    logs = [(tmp_path / name / "log.jsonl").read_text() for name in ("whole", "parts")]
+    assert logs[0] == logs[1]
+    with pytest.raises(ValueError, match=r"callbacks must be as at the checkpoint \(2\), got 0"):
+        dagger(
+            net(0).eval(), resumed, Walk(), PolicyKL(), torch.optim.Adam(resumed.parameters()), rounds=5,
+            steps=40, checkpoint=tmp_path / "parts", resume=True, progress=False,
+        )  # fmt: skip
 
 
 def test_the_reservoir_keeps_every_row_with_the_same_probability() -> None:

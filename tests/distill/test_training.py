@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tautorch import prune
 from tautorch.distill import Distiller, JsonLog, SoftTarget, TensorBoardLog
 
 
@@ -81,6 +82,31 @@ def test_accumulation_and_clipping_against_numpy(clip: float | None) -> None:
     assert len(history) == 1
     if clip is not None:
         assert max(expected_norms) > clip, "the case must clip"
+
+
+@pytest.mark.parametrize("holder", ["keep_zeros", "callback", "hook", "schedule"])
+def test_clipping_goes_by_the_gradients_that_are_used(holder: str) -> None:
+    student = nn.Linear(50, 1, bias=False)
+    prune.prune(student, sparsity=0.9)
+    kept = student.weight.detach() != 0
+    before = student.weight.detach().clone()
+    options: dict[str, Any] = {}
+    run = sgd(student, lambda out, _, y: 1e3 * F.mse_loss(out, y), 1.0, clip_norm=1.0)
+    if holder == "keep_zeros":
+        run.keep_zeros = True
+    elif holder == "hook":
+        options["handle"] = prune.hold_masks(student, optimizer=run.optimizer)
+    elif holder == "schedule":
+        run.callbacks.append(prune.Schedule(student, 0.95, begin=10, end=20))
+    else:
+        run.callbacks.append(prune.hold_masks(student))
+    x, y = torch.randn(8, 50), torch.randn(8, 1)
+    run.fit([(x, y)], 1)
+    gradient = torch.autograd.grad(
+        1e3 * F.mse_loss(F.linear(x, weight := before.clone().requires_grad_()), y), weight
+    )[0].masked_fill(~kept, 0.0)
+    torch.testing.assert_close(run.record["grad_norm"], float(gradient.norm()), rtol=1e-5, atol=0.0)
+    torch.testing.assert_close(student.weight.detach() - before, -gradient / gradient.norm())
 
 
 def test_accumulated_batches_are_one_large_batch() -> None:

@@ -12,6 +12,8 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrizations
 
 from tautorch.factorize import FactorizedConv2d, FactorizedLinear, TuckerConv2d, factorize, input_grams
+from tautorch.factorize.svd import tucker2
+from tautorch.factorize.targets import TuckerTarget
 
 
 def net() -> nn.Sequential:
@@ -86,6 +88,31 @@ def test_rank_by_layer_budget_and_energy() -> None:
     s = torch.linalg.svdvals(model[5].weight.detach().double()).square()
     rank = kept[5].rank
     assert s[:rank].sum() >= 0.9 * s.sum() > s[: rank - 1].sum()
+
+
+@pytest.mark.parametrize("energy", [0.7, 0.9, 0.95, 1.0])
+@pytest.mark.parametrize("multiple", [1, 4])
+def test_tucker_keeps_the_energy_asked_for_with_the_fewest_weights(energy: float, multiple: int) -> None:
+    conv = nn.Conv2d(16, 24, 3, bias=False)
+    with torch.no_grad():
+        conv.weight.mul_(0.7 ** torch.arange(24.0)[:, None, None, None])
+        conv.weight.mul_(0.8 ** torch.arange(16.0)[:, None, None])
+    target = TuckerTarget("conv", conv)
+    r_in, r_out = target.of_energy(energy, multiple)
+    assert r_in % multiple == r_out % multiple == 0
+
+    def kept(a: int, b: int) -> float:
+        core = tucker2(conv.weight, a, b, sweeps=0)[1]
+        return float(core.square().sum() / conv.weight.detach().double().square().sum())
+
+    assert kept(r_in, r_out) >= energy - 1e-9
+    fewer = [
+        (a, b)
+        for a in range(multiple, 17, multiple)
+        for b in range(multiple, 25, multiple)
+        if target.weights((a, b)) < target.weights((r_in, r_out))
+    ]
+    assert all(kept(a, b) < energy for a, b in fewer)
 
 
 def test_low_rank_layers_are_recovered() -> None:

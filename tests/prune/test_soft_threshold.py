@@ -110,6 +110,18 @@ def test_it_resumes_and_removal_stops_it() -> None:
     assert not optimizer._optimizer_step_post_hooks
 
 
+def test_the_learning_rate_is_that_of_the_step_after_a_checkpoint_too() -> None:
+    model = nn.Linear(2, 1, bias=False)
+    with torch.no_grad():
+        model.weight.fill_(1.0)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    SoftThreshold(model, optimizer, lam=1.0)
+    optimizer.load_state_dict(torch.optim.SGD(nn.Linear(2, 1, bias=False).parameters(), 1e-3).state_dict())
+    model.weight.grad = torch.zeros(1, 2)
+    optimizer.step()
+    torch.testing.assert_close(model.weight.detach(), torch.full((1, 2), 0.999))
+
+
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [

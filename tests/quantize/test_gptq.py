@@ -197,3 +197,14 @@ def test_a_bad_dampening_is_refused_before_the_model_runs() -> None:
     with pytest.raises(ValueError, match="gptq: dampening must be a positive number"):
         gptq(model, [torch.randn(8, 4)], dampening=0.0)
     assert not runs
+
+
+def test_a_forward_of_the_instance_stays() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
+    plain = model[2].forward
+    model[2].forward = own = lambda x: 2 * plain(x)
+    x = torch.randn(32, 8)
+    expected = model(x).detach()
+    gptq(model, [x], bits=8)
+    assert model[2].forward is own and "forward" not in vars(model[0])
+    assert float((model(x).detach() - expected).norm() / expected.norm()) < 0.05

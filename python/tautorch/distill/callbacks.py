@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, Protocol, runtime_checkable
 
 
@@ -46,3 +47,15 @@ class Stateful(Protocol):
 
     def load_state_dict(self, state: Any) -> Any:
         """Continue from a saved state."""
+
+
+def states(callbacks: Iterable[Any]) -> list[Any]:
+    """What each of them has for a checkpoint, None of those without a state."""
+    return [callback.state_dict() if isinstance(callback, Stateful) else None for callback in callbacks]
+
+
+def load_states(callbacks: Iterable[Any], saved: Iterable[Any]) -> None:
+    """Continue from `states`; after the student's weights, as a mask handle applies its masks to them."""
+    for callback, state in zip(callbacks, saved, strict=True):
+        if isinstance(callback, Stateful) and state is not None:
+            callback.load_state_dict(state)

@@ -141,22 +141,32 @@ def zeros_held(
                 f"Distiller: layer {name!r} of the student lies on the grid that it was quantised to, which "
                 "training leaves; train it after quantize.prepare_qat, or freeze its weight"
             )
-    pruned = {name: share for name, layer in layers.items() if (share := pruned_share(layer))}
-    if keep and pruned:
-        masks = {name: layers[name].weight.detach() != 0 for name in pruned}
+    if keep:
+        kept = {name: layer.weight.detach() != 0 for name, layer in layers.items()}
+        masks = {name: mask for name, mask in kept.items() if bool(mask.any()) and not bool(mask.all())}
         with MaskHandle(student, masks, optimizer):
             yield
         return
-    hooks = optimizer._optimizer_step_post_hooks.values()
-    owners = [*callbacks, *(getattr(hook, "__self__", None) for hook in hooks)]
-    if keep is None and pruned and not any(getattr(owner, "holds_zeros", False) for owner in owners):
-        name, share = next(iter(pruned.items()))
-        raise ValueError(
-            f"Distiller: {share:.0%} of the weights of the student's layer {name!r} are pruned, and training "
-            "would fill them; give keep_zeros=True (or callbacks=[prune.hold_masks(student)]) to keep them, "
-            "or keep_zeros=False to let them go"
-        )
+    held = {
+        id(weight)
+        for owner in mask_owners(optimizer, callbacks)
+        for weight in getattr(owner, "held_weights", list)()
+    }
+    for name, layer in layers.items():
+        share = pruned_share(layer)
+        if keep is None and share and id(layer.weight) not in held:
+            raise ValueError(
+                f"Distiller: {share:.0%} of the weights of the student's layer {name!r} are pruned, and "
+                "training would fill them; give keep_zeros=True (or callbacks=[prune.hold_masks(student)]) "
+                "to keep them, or keep_zeros=False to let them go"
+            )
     yield
+
+
+def mask_owners(optimizer: Optimizer, callbacks: Iterable[Any]) -> list[Any]:
+    """What may hold masks: the callbacks, and the owners of the hooks after the optimizer's step."""
+    hooks = optimizer._optimizer_step_post_hooks.values()
+    return [*callbacks, *(owner for hook in hooks if (owner := getattr(hook, "__self__", None)) is not None)]
 
 
 def check_loader(loader: Any, epochs: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,8 +15,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from tautorch import distributed
+from tautorch.distill import callbacks, checks
 from tautorch.distill import checkpoint as checkpoints
-from tautorch.distill import checks
 from tautorch.distill.arguments import unit_interval, whole
 from tautorch.distill.distiller import Distiller
 from tautorch.distill.losses import Loss
@@ -102,9 +103,13 @@ def dagger(
     output = output if output is not None else lambda out: out
     data = Samples(capacity)
     checks.check_models(teacher, student)
-    distiller = Distiller(None, student, _Recorded(loss), optimizer, output=output, progress=False, **options)
+    distiller = _InRounds(None, student, _Recorded(loss), optimizer, output=output, progress=False, **options)
+    sizes = (min(capacity, steps * (i + 1)) for i in range(rounds))
+    distiller.total_steps = sum(
+        epochs * math.ceil(math.ceil(size / batch_size) / distiller.accumulate) for size in sizes
+    )
     run = _Run(student, distiller, data, checks.checkpoint_folder(checkpoint, resume, None), resume)
-    with Bar(progress, "dagger", rounds, len(run.history)) as bar:
+    with Bar(progress, "dagger", rounds, len(run.history)) as bar, distiller.listening():
         for i in range(len(run.history), rounds):
             share = unit_interval("dagger", f"beta({i})", float(beta(i) if callable(beta) else beta**i))
             draws = np.random.default_rng([seed, i])
@@ -236,6 +241,21 @@ class _Recorded(nn.Module):
         return self.loss(student_out, target, None)
 
 
+class _InRounds(Distiller):
+    """Of whose training a fit is a part: steps are counted, and callbacks told, through all rounds."""
+
+    def _count(self, steps: int | None) -> None:
+        pass
+
+    @contextmanager
+    def _listening(self) -> Iterator[None]:
+        yield
+
+    def listening(self) -> AbstractContextManager[None]:
+        """Around all rounds, what `_listening` is around one fit."""
+        return super()._listening()
+
+
 class _Run:
     """What a run has come to, in memory and in its checkpoint."""
 
@@ -263,6 +283,8 @@ class _Run:
             "loss_state": self._distiller.loss.state_dict(),  # type: ignore[attr-defined]
             "optimizer": self._distiller.optimizer.state_dict(),
             "scheduler": None if scheduler is None else scheduler.state_dict(),
+            "callbacks": callbacks.states(self._distiller.callbacks),
+            "global_step": self._distiller.global_step,
             "samples": self._data.tensors,
             "seen": self._data.seen,
             "history": self.history,
@@ -277,12 +299,19 @@ class _Run:
         checkpoints.check_fits("student", self._student, state["student"])
         if (state["scheduler"] is None) != (self._distiller.scheduler is None):
             raise ValueError("dagger: scheduler must be as at the checkpoint, given there or here alone")
+        listening, saved = self._distiller.callbacks, state.get("callbacks", [])
+        if len(saved) != len(listening):
+            raise ValueError(
+                f"dagger: callbacks must be as at the checkpoint ({len(saved)}), got {len(listening)}"
+            )
         checkpoints.set_random_state(state["random"], [])
         self._distiller.optimizer.load_state_dict(state["optimizer"])
         if self._distiller.scheduler is not None:
             self._distiller.scheduler.load_state_dict(state["scheduler"])
         self._distiller.loss.load_state_dict(state["loss_state"])  # type: ignore[attr-defined]
         self._student.load_state_dict(state["student"])
+        callbacks.load_states(listening, saved)
+        self._distiller.global_step = state.get("global_step", 0)
         self._data.tensors, self._data.seen = state["samples"], state["seen"]
         self.history, self._best = state["history"], state["best"]
 

@@ -158,9 +158,9 @@ class Distiller:
         checks.check_ranks(self.student, loader)
         generators = checkpoints.loader_generators(loader)
         length = len(loader) if isinstance(loader, Sized) else None
-        self.epoch = self.global_step = 0
+        self.epoch = 0
         self.record, self.history, self.best = {}, [], None
-        self.total_steps = None if length is None else epochs * math.ceil(length / self.accumulate)
+        self._count(None if length is None else epochs * math.ceil(length / self.accumulate))
         device = model_device(self.student)
         kind = device.type if device is not None else "cpu"
         self.scaler = torch.amp.GradScaler(kind, enabled=self.amp is torch.float16)
@@ -189,6 +189,10 @@ class Distiller:
             if keep_best:
                 self._take_best()
         return self.history
+
+    def _count(self, steps: int | None) -> None:
+        """Begin to count the `steps` optimizer steps to come; None if nobody knows how many."""
+        self.global_step, self.total_steps = 0, steps
 
     def _resume(self, folder: Path, generators: list[torch.Generator]) -> dict[str, Any] | None:
         if distributed.is_main():

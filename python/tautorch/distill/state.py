@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from tautorch import distributed
 from tautorch.distill import checkpoint as checkpoints
-from tautorch.distill.callbacks import Stateful
+from tautorch.distill.callbacks import Stateful, load_states, states
 
 if TYPE_CHECKING:
     from tautorch.distill.distiller import Distiller
@@ -88,7 +88,7 @@ def save(
         "optimizer": gathered(run.optimizer.state_dict()),
         "scheduler": scheduler.state_dict() if isinstance(scheduler, Stateful) else None,
         "scaler": run.scaler.state_dict(),
-        "callbacks": [c.state_dict() if isinstance(c, Stateful) else None for c in run.callbacks],
+        "callbacks": states(run.callbacks),
         "epoch": run.epoch,
         "global_step": run.global_step,
         "history": run.history,
@@ -128,11 +128,8 @@ def restore(run: Distiller, folder: Path, generators: list[torch.Generator]) -> 
         scheduler.load_state_dict(state["scheduler"])
     before = copied(student.state_dict())
     try:
-        # Callbacks come after the weights: a mask handle applies its masks to what is there.
         load_module(student, state["student"])
-        for callback, saved in zip(run.callbacks, state["callbacks"], strict=True):
-            if isinstance(callback, Stateful) and saved is not None:
-                callback.load_state_dict(saved)
+        load_states(run.callbacks, state["callbacks"])
     except BaseException:
         student.load_state_dict(before)
         raise

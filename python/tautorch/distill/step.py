@@ -39,6 +39,10 @@ def train_step(run: Distiller, batches: Sequence[Any]) -> dict[str, float]:
         checks.check_finite_loss(record["loss"], run.global_step)
         _average_own_gradients(run.loss)
         run.scaler.unscale_(run.optimizer)
+        # What masks undo after the step is no part of the norm, which would clip the rest for it.
+        for owner in checks.mask_owners(run.optimizer, run.callbacks):
+            if hasattr(owner, "mask_gradients"):
+                owner.mask_gradients()
         norm = gradient_norm(run.optimizer)
         if not math.isfinite(norm) and not run.scaler.is_enabled():
             checks.raise_gradients(run.global_step)

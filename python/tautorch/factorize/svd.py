@@ -59,16 +59,6 @@ def tucker2(weight: Tensor, rank_in: int, rank_out: int, sweeps: int = 10) -> tu
     return u_in, torch.einsum("oihw,ob,ia->bahw", full, u_out, u_in), u_out
 
 
-def mode_ranks(weight: Tensor, energy: float) -> tuple[int, int]:
-    """(r_in, r_out) that keep this share of the energy in each channel mode of [O, I, kh, kw]."""
-    full = weight.detach().double()
-    ranks = []
-    for matrix in (full.transpose(0, 1).flatten(1), full.flatten(1)):
-        share = torch.linalg.svdvals(matrix).square().cumsum(0)
-        ranks.append(int((share >= (energy - 1e-12) * share[-1]).to(torch.uint8).argmax()) + 1)
-    return ranks[0], ranks[1]
-
-
 def tucker_energy(weight: Tensor) -> Tensor:
     """[O, I]: the share of the energy of [O, I, kh, kw] in the first r_out x r_in of its higher-order SVD."""
     full = weight.detach().double()

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from tautorch._layers import Layer, layer_groups
 from tautorch.factorize.layers import FactorizedConv2d, FactorizedLinear, TuckerConv2d
-from tautorch.factorize.svd import Svd, mode_ranks, tucker2, tucker_energy
+from tautorch.factorize.svd import Svd, tucker2, tucker_energy
 from tautorch.factorize.vbmf import vbmf_rank
 
 #: Inner channels, for "tucker" also (r_in, r_out).
@@ -112,15 +112,25 @@ class TuckerTarget:
 
     def kept(self, rank: Rank) -> float:
         """Share of the energy in the core of the truncated higher-order SVD (iteration adds to it)."""
+        r_in, r_out = _two(rank)
+        return float(self._energies()[r_out - 1, r_in - 1])
+
+    def _energies(self) -> Tensor:
         if self._energy is None:
             self._energy = tucker_energy(self.layer.weight)
-        r_in, r_out = _two(rank)
-        return float(self._energy[r_out - 1, r_in - 1])
+        return self._energy
 
     def of_energy(self, energy: float, multiple: int) -> Rank:
-        """The least multiples that keep this share of the energy in each channel mode."""
-        r_in, r_out = (-(-r // multiple) * multiple for r in mode_ranks(self.layer.weight, energy))
-        return r_in, r_out
+        """The multiples that keep this share of the energy (see `kept`) with the fewest weights."""
+        outputs = self.layer.weight.shape[0]
+        enough = self._energies() >= energy - 1e-12  # in each row from some input on
+        pairs = []
+        for r_out in range(multiple, outputs + multiple, multiple):
+            row = enough[min(r_out, outputs) - 1]
+            if bool(row[-1]):
+                r_in = int(row.to(torch.uint8).argmax()) + 1
+                pairs.append((-(-r_in // multiple) * multiple, r_out))
+        return min(pairs, key=self.weights)
 
     def of_noise(self, multiple: int) -> Rank:
         """The least multiples that hold what VBMF tells from noise in each channel mode."""

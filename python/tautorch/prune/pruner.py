@@ -161,9 +161,6 @@ def hold_masks(
 class MaskHandle:
     """Masks held on a model; see `hold_masks`. A context manager that removes itself, and a callback."""
 
-    #: What a `Distiller` asks its callbacks before it trains a pruned student.
-    holds_zeros = True
-
     def __init__(
         self, model: nn.Module, masks: Mapping[str, Tensor], optimizer: Optimizer | None = None
     ) -> None:
@@ -195,11 +192,25 @@ class MaskHandle:
     def apply(self) -> None:
         """Set the masked weights to zero, now."""
         with torch.no_grad():
-            for name, mask in self._masks.items():
+            for name in self._masks:
                 weight = _weight(self._model, name)
-                if name not in self._parts or self._parts[name].device != weight.device:
-                    self._parts[name] = distributed.local_part(mask.to(weight.device), weight)
-                distributed.local_tensor(weight).masked_fill_(~self._parts[name], 0.0)
+                distributed.local_tensor(weight).masked_fill_(~self._part(name, weight), 0.0)
+
+    def _part(self, name: str, weight: Tensor) -> Tensor:
+        if name not in self._parts or self._parts[name].device != weight.device:
+            self._parts[name] = distributed.local_part(self._masks[name].to(weight.device), weight)
+        return self._parts[name]
+
+    def mask_gradients(self) -> None:
+        """Set the masked weights' gradients to zero, now: before their norm is taken, to clip by it."""
+        for name in self._masks:
+            weight = _weight(self._model, name)
+            if weight.grad is not None:
+                distributed.local_tensor(weight.grad).masked_fill_(~self._part(name, weight), 0.0)
+
+    def held_weights(self) -> list[Tensor]:
+        """The weights whose zeros it holds: what a `Distiller` asks before it trains a pruned student."""
+        return [_weight(self._model, name) for name in self._masks]
 
     def on_step(self, distiller: Any) -> None:
         """The Distiller's callback after each optimizer step."""

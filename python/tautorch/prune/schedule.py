@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from tautorch import distributed
 from tautorch._batches import Batches, check_batches
-from tautorch._layers import select_layers
+from tautorch._layers import pruned_share, select_layers
 from tautorch.prune.choice import Rule, choose
 from tautorch.prune.importance import Importance, LossOf, check_importance
 from tautorch.prune.patterns import (
@@ -32,7 +33,8 @@ class Schedule:
     """Raise a model's sparsity over its training, and keep the masks in between.
 
     Call `step()` after each optimizer step, or give it to `Distiller(callbacks=[schedule])`. Step t is the
-    number of calls so far; masks are made again, from the weights of that moment, where t is due.
+    number of calls so far; masks are made again, from the weights of that moment, where t is due. Layers that
+    are pruned already keep their zeros until then.
 
     - "oneshot": the whole sparsity at step `begin`.
     - "cubic": s_t = s (1 - (1 - (t - begin) / (end - begin))^3) every `every` steps from `begin` to `end`
@@ -58,8 +60,6 @@ class Schedule:
 
     Raises ValueError/TypeError for arguments out of range, before anything changes.
     """
-
-    holds_zeros = True  # see MaskHandle
 
     def __init__(
         self,
@@ -97,7 +97,7 @@ class Schedule:
         if isinstance(calibration, Iterator):
             raise ValueError("Schedule: calibration must be re-iterable, got an iterator; pass a list")
         check_importance("Schedule", importance, calibration, loss)
-        select_layers("Schedule", model, layers)
+        chosen = select_layers("Schedule", model, layers)
         self._plan = _plan(kind, sparsity, begin, end, every, steps, rounds)
         if rewind is not None and not 0 <= rewind < min(self._plan):
             raise ValueError(
@@ -116,7 +116,12 @@ class Schedule:
             "normalize": normalize,
             "refit": refit,
         }
-        self._handle = MaskHandle(model, {})
+        pruned = {
+            name: layer.weight.detach() != 0
+            for name, layer in chosen.items()
+            if not distributed.is_sharded(layer.weight) and pruned_share(layer)
+        }
+        self._handle = MaskHandle(model, pruned)
         self._rewind, self._optimizer = rewind, optimizer
         self._early: dict[str, Tensor] = _values(model) if rewind == 0 else {}
         self.steps_done = 0
@@ -124,7 +129,7 @@ class Schedule:
 
     @property
     def masks(self) -> dict[str, Tensor]:
-        """The masks held now, by layer name; empty before the first due step."""
+        """The masks held now, by layer name; before the first due step those of layers already pruned."""
         return self._handle.masks
 
     @property
@@ -169,6 +174,14 @@ class Schedule:
         if keep == self._form.of:
             return None, 0.0
         return f"{keep}:{self._form.of}", 1 - keep / self._form.of
+
+    def mask_gradients(self) -> None:
+        """See `MaskHandle.mask_gradients`."""
+        self._handle.mask_gradients()
+
+    def held_weights(self) -> list[Tensor]:
+        """See `MaskHandle.held_weights`."""
+        return self._handle.held_weights()
 
     def on_step(self, distiller: Any) -> None:
         """The Distiller's callback after each optimizer step."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from tautorch._layers import Layer, layer_groups, select_layers
+from tautorch._layers import Layer, layer_groups, pruned_share, select_layers
 from tautorch.prune.patterns import Blocks, check_sparsity, parse_pattern
 
 #: One threshold for all layers, or one by layer name.
@@ -65,11 +65,11 @@ class SoftThreshold:
         layers: names or shell patterns, None for every layer that owns its weight alone and is trained.
         pattern: "unstructured", "4x1" or "BxB".
 
-    Fine-tune with `hold_masks` afterwards: what survived was shrunk too. Raises ValueError/TypeError for
-    arguments out of range, before anything changes.
-    """
+    Fine-tune with `hold_masks` afterwards: what survived was shrunk too. It makes zeros and holds none: of a
+    model that is pruned already give `Distiller(keep_zeros=True)`, or False to let them come back.
 
-    holds_zeros = True  # see MaskHandle
+    Raises ValueError/TypeError for arguments out of range, before anything changes.
+    """
 
     def __init__(
         self,
@@ -92,7 +92,7 @@ class SoftThreshold:
         if isinstance(ramp, bool) or not isinstance(ramp, int) or ramp < 1:
             raise ValueError(f"{op}: ramp must be a number of steps >= 1, got {ramp!r}")
         self._ramp = ramp
-        groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+        groups = _groups(optimizer)
         chosen = select_layers(op, model, layers)
         if layers is None:
             chosen = {name: layer for name, layer in chosen.items() if id(layer.weight) in groups}
@@ -101,8 +101,8 @@ class SoftThreshold:
                 raise ValueError(f"{op}: optimizer must hold the weight of layer {name!r}, got it without")
         if not chosen:
             raise ValueError(f"{op}: optimizer must hold the weight of a layer of the model, got none")
-        self._layers = chosen
-        self._groups = {name: groups[id(layer.weight)] for name, layer in chosen.items()}
+        self._layers, self._optimizer = chosen, optimizer
+        self._own = [layer.weight for layer in chosen.values() if not pruned_share(layer)]
         self._lam = {name: _lam_of(op, name, lam) for name in chosen} if lam is not None else {}
         self.steps_done = 0
         self._hook = optimizer.register_step_post_hook(lambda *_: self.step())
@@ -110,11 +110,12 @@ class SoftThreshold:
     def step(self) -> None:
         """One proximal step, now."""
         self.steps_done += 1
+        groups = _groups(self._optimizer)
         with torch.no_grad():
             for name, layer in self._layers.items():
                 sizes, spread = self._blocks(layer)
                 if self._sparsity is None:
-                    theta = float(self._groups[name]["lr"]) * self._lam[name]
+                    theta = float(groups[id(layer.weight)]["lr"]) * self._lam[name]
                 else:
                     left = 1 - min(self.steps_done, self._ramp) / self._ramp
                     theta = _quantile(sizes, self._sparsity * (1 - left**3))
@@ -130,6 +131,10 @@ class SoftThreshold:
         blocks = Blocks.of("SoftThreshold", weight.double().square(), self._form, layer_groups(layer))
         return blocks.scores.sqrt(), blocks.expand
 
+    def held_weights(self) -> list[Tensor]:
+        """The weights whose zeros are its own doing: those that were not pruned when it began."""
+        return list(self._own)
+
     def on_step(self, distiller: Any) -> None:
         """The Distiller's callback; the optimizer's hook has done the step."""
 
@@ -144,6 +149,11 @@ class SoftThreshold:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from a checkpoint."""
         self.steps_done = int(state["steps_done"])
+
+
+def _groups(optimizer: Optimizer) -> dict[int, dict[str, Any]]:
+    """The group of each parameter, by identity; `load_state_dict` makes new groups."""
+    return {id(p): group for group in optimizer.param_groups for p in group["params"]}
 
 
 def _lam_of(op: str, name: str, lam: Theta) -> float:

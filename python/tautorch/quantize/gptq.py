@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tautorch import distributed
 from tautorch._batches import Batches, check_batches, observe_inputs, require_seen
 from tautorch._gram import check_dampening, input_grams, inverse_factor
-from tautorch._layers import Layer, layer_groups, select_layers
+from tautorch._layers import Layer, forward_replaced, layer_groups, select_layers
 from tautorch.quantize.qparams import check_bits, quantize_weight
 from tautorch.quantize.whole import require_whole
 
@@ -173,11 +173,8 @@ def _stopped_at(model: nn.Module, layer: nn.Module, once: bool) -> Iterator[nn.M
 
     part = _Part(model)
     part.training = model.training
-    layer.forward = stop  # after every hook before it
-    try:
+    with forward_replaced(layer, stop):  # after every hook before it
         yield part
-    finally:
-        del layer.forward
 
 
 def _layer(
