@@ -248,7 +248,7 @@ NOT_HOLDERS: dict[str, Callable[[nn.Module], Any]] = {
 def test_zeros_of_a_layer_that_nothing_holds_are_an_error(name: str) -> None:
     model = pruned(net(), None)
     before = copy.deepcopy(model.state_dict())
-    with pytest.raises(ValueError, match="student's layer 'conv2?' are pruned"):
+    with pytest.raises(ValueError, match=r"student's layer 'conv2?' are pruned"):
         distilled(model, None, callbacks=[NOT_HOLDERS[name](model)])
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 

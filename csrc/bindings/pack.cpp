@@ -82,6 +82,7 @@ void bind_pack(py::module_ &m) {
         d["cell_offset"] = h.cell_off;
         d["start_offset"] = h.start_off;
         d["index_offset"] = h.index_off;
+        d["bytes"] = h.total;
         return d;
     });
 }

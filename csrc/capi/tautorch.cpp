@@ -359,6 +359,6 @@ tt_status tt_run(const tt_plan *plan, const void *x, int64_t rows, void *y) {
         p.args.x = x;
         p.args.m = rows;
         p.args.out.data = y;
-        p.run(p.args);
+        as_request([&] { p.run(p.args); });
     });
 }

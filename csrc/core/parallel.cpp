@@ -33,26 +33,62 @@ struct Guarded {
     std::atomic<bool> out_of_memory{false};
 };
 
+std::atomic<int64_t> allocations{0};
+
+struct Buffers {
+    void *data[static_cast<int>(Scratch::count)];
+    size_t size[static_cast<int>(Scratch::count)];
+    int spared[static_cast<int>(Scratch::count)]; // requests in a row that took little of a large buffer
+    void free() {
+        for (void *p : data)
+            std::free(p);
+        *this = {};
+    }
+};
+
+// Trivial: what is called after the thread's destructors (atexit) still finds it, empty.
+struct Local {
+    Buffers buffers;
+    Buffers *apart;         // in place of these, or null
+    const Guarded *waiting; // whose tasks this thread handed out and waits for
+};
+thread_local Local local;
+
+struct FreeAtEnd {
+    ~FreeAtEnd() { local.buffers.free(); }
+};
+
+// A pool may have a thread that waits for its tasks do other work, which must not take the buffers that the
+// waiting one has in use.
+struct OtherWork {
+    Buffers own = {};
+    const Local before = local;
+    OtherWork() {
+        local.apart = &own;
+        local.waiting = nullptr;
+    }
+    ~OtherWork() {
+        own.free();
+        local.apart = before.apart;
+        local.waiting = before.waiting;
+    }
+    OtherWork(const OtherWork &) = delete;
+    OtherWork &operator=(const OtherWork &) = delete;
+};
+
 void guarded(int64_t begin, int64_t end, void *ctx) {
     Guarded &g = *static_cast<Guarded *>(ctx);
     try {
-        g.fn(begin, end, g.ctx);
+        if (local.waiting && local.waiting != &g) {
+            const OtherWork apart;
+            g.fn(begin, end, g.ctx);
+        } else {
+            g.fn(begin, end, g.ctx);
+        }
     } catch (const std::bad_alloc &) { // of scratch(); kernels throw nothing else
         g.out_of_memory.store(true, std::memory_order_relaxed);
     }
 }
-
-std::atomic<int64_t> allocations{0};
-
-struct Buffers {
-    void *data[static_cast<int>(Scratch::count)] = {};
-    size_t size[static_cast<int>(Scratch::count)] = {};
-    int spared[static_cast<int>(Scratch::count)] = {}; // requests in a row that took little of a large buffer
-    ~Buffers() {
-        for (void *p : data)
-            std::free(p);
-    }
-};
 
 } // namespace
 
@@ -83,11 +119,23 @@ void run_tasks(int64_t n, RangeFn fn, void *ctx) {
         return;
     }
     Guarded g{fn, ctx};
+    const Guarded *const before = local.waiting;
+    local.waiting = &g;
     const int32_t code = f(0, n, 1, guarded, &g);
+    local.waiting = before;
     if (g.out_of_memory.load(std::memory_order_relaxed))
         throw std::bad_alloc();
     if (code != 0)
         throw std::runtime_error("the thread pool failed, code " + std::to_string(code));
+}
+
+void request(RangeFn fn, void *ctx) {
+    if (local.waiting) {
+        const OtherWork apart;
+        fn(0, 1, ctx);
+    } else {
+        fn(0, 1, ctx);
+    }
 }
 
 } // namespace detail
@@ -118,7 +166,7 @@ uint64_t read_lines(const uint8_t *p, int64_t bytes) {
 }
 
 void *scratch(Scratch slot, size_t bytes) {
-    static thread_local Buffers buffers;
+    Buffers &buffers = local.apart ? *local.apart : local.buffers;
     const int i = static_cast<int>(slot);
 #if TT_ADDRESS_SANITIZER
     // A new buffer of the very size at each call: a step past its end, or a use of a slot that was asked for
@@ -142,6 +190,8 @@ void *scratch(Scratch slot, size_t bytes) {
         void *fresh = nullptr;
         if (posix_memalign(&fresh, 64, want) != 0)
             throw std::bad_alloc();
+        static thread_local FreeAtEnd at_end;
+        (void)&at_end;
         allocations.fetch_add(1, std::memory_order_relaxed);
         std::free(buffers.data[i]);
         buffers.spared[i] = 0;

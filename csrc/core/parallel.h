@@ -20,7 +20,8 @@ int64_t max_threads();
 
 namespace detail {
 void run_tasks(int64_t n, RangeFn fn, void *ctx);
-}
+void request(RangeFn fn, void *ctx);
+} // namespace detail
 
 // Calls f(i) for i in [0, n), each i once, spread over the pool. f throws nothing but std::bad_alloc, which
 // is thrown again here; then some i have not run.
@@ -37,6 +38,11 @@ template <class F> void parallel_tasks(int64_t n, const F &f) {
                 body(i);
         },
         const_cast<F *>(&f));
+}
+
+// Calls f(), a whole request, which a pool may have begun on a thread that waits for another one's tasks.
+template <class F> void as_request(const F &f) {
+    detail::request([](int64_t, int64_t, void *ctx) { (*static_cast<const F *>(ctx))(); }, const_cast<F *>(&f));
 }
 
 // The sum of the first word of every whole cache line, read by all threads of the pool.

@@ -47,7 +47,6 @@ class LowRankModule(LayerModule):
             lib.check_k(op, max(k, rank))
         elif self.quant != "dynamic":
             raise ValueError(f'{op}: quant must be "dynamic" for float32 factors, got {self.quant!r}')
-        self._split = 0  # bytes of down's pack, which up's follows
         for name, shape in zip(("down", "up"), shapes, strict=True):
             self._buffers[name] = torch.zeros(shape, dtype=self.weight_dtype, device=device)
             self.register_buffer(f"{name}_scale", torch.ones(shape[0], device=device) if int8 else None)
@@ -155,7 +154,6 @@ class LowRankModule(LayerModule):
             factor = self._buffers[name]
             assert factor is not None
             packs.append(self._pack_factor(factor, kernel))
-        self._split = packs[0].numel()
         return torch.cat(packs)  # a pack's length is a multiple of its alignment
 
     def _reset(self) -> None:
@@ -165,7 +163,10 @@ class LowRankModule(LayerModule):
     def _parts(self, packed: Tensor) -> tuple[Tensor, Tensor]:
         """The packs of the two factors, views."""
         views: tuple[Tensor, Tensor] | None = self._views
-        return (packed[: self._split], packed[self._split :]) if views is None else views
+        if views is None:
+            down = int(lib.pack_info(packed)["bytes"])  # up's follows
+            views = packed[:down], packed[down:]
+        return views
 
     def _unpack(self, packed: Tensor) -> dict[str, Tensor]:
         parts = zip(("down", "up"), self._parts(packed), strict=True)

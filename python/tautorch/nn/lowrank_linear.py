@@ -68,7 +68,7 @@ class LowRankLinear(LowRankModule, LinearModule):
         )  # fmt: skip
         shapes = ((rank, in_features), (out_features, rank))
         self._init_factors(rank, weight_dtype, shapes, in_features, device)
-        self.residual = self._checked_residual(residual, device)
+        self.register_module("residual", self._checked_residual(residual, device))
 
     def _checked_residual(
         self, residual: nn.Module | Mapping[str, Any] | None, device: torch.device | str | None
@@ -255,7 +255,7 @@ class LowRankLinear(LowRankModule, LinearModule):
     # ---- PackedModule -----------------------------------------------------------------------------------
 
     def _prepare(self, kernel: str | None = None) -> None:
-        residual = self.residual
+        residual = self._checked_residual(self.residual, None)
         kernel = dispatch.choose(self._problem()) if kernel is None else kernel
         # First: it must be packed for the kernel of this layer.
         if residual is not None and not (residual.ready() and residual._kernel_of_pack() == kernel):
@@ -264,6 +264,7 @@ class LowRankLinear(LowRankModule, LinearModule):
 
     def _watch(self) -> None:
         super()._watch()
+        self._seen = [*self._seen, (self._modules, "residual", self.residual)]  # it may be replaced
         if self.residual is not None:
             self._seen = [*self._seen, *self.residual._seen]
             self._stamps = [*self._stamps, *self.residual._stamps]

@@ -64,6 +64,15 @@ class PackedModule(nn.Module):
     #: buffers and parameters that stay fp32 through ``.half()`` and the like
     fp32_names: ClassVar[tuple[str, ...]] = ("weight_scale", "bias", "x_scale", "out_scale")
 
+    #: what weights, plans and the torch op are made by
+    fixed_names: ClassVar[frozenset[str]] = frozenset(
+        {
+            *("quant", "activation", "weight_dtype", "rank", "pattern", "nnz", "in_features", "out_features"),
+            *("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups"),
+            *("padding_mode", "geometry"),
+        }
+    )
+
     _epoch: int
     _keep: list[Tensor]
     _plans: dict[Any, Any]
@@ -73,6 +82,14 @@ class PackedModule(nn.Module):
         super().__init__()
         self.register_buffer("packed", None, persistent=False)
         self._reset()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in self.fixed_names and name in self.__dict__:
+            raise AttributeError(
+                f"{self.op}: {name} is fixed when the layer is made, got {value!r} for "
+                f"{getattr(self, name)!r}; make another one, of get_config() or the float layer"
+            )
+        super().__setattr__(name, value)
 
     # ---- hooks ------------------------------------------------------------------------------------------
 
@@ -98,7 +115,7 @@ class PackedModule(nn.Module):
         d = self.__dict__
         d["_epoch"] = -1  # of dispatch when the plans were made; -1: none
         d["_keep"] = []  # tensors whose addresses the plans hold
-        d["_seen"] = []  # (store, name, tensor) of every tensor the plans were made from
+        d["_seen"] = []  # (store, name, value) of all that the plans were made from
         d["_stamps"] = []  # (tensor, stamp) of each of these
         d["_handed"] = {}  # canonical tensors given out: name -> (weak reference, version)
         d["_plans"] = {}  # what forward runs on the CPU, by x's dtype
@@ -204,7 +221,7 @@ class PackedModule(nn.Module):
         return [*self._buffers.values(), *self._parameters.values()]
 
     def _watch(self) -> None:
-        """Remember which tensors the plans were made from."""
+        """Remember what the plans were made from."""
         addresses = {t.data_ptr() for t in self._keep}
         seen: list[tuple[dict[str, Any], str, object]] = []
         stamps: list[tuple[Tensor, Stamp]] = []
@@ -273,13 +290,38 @@ class PackedModule(nn.Module):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         packed = self._buffers["packed"]
         if packed is not None:
-            fresh = self._unpack(packed)
+            with without_pool_if_forked():
+                fresh = self._unpack(packed)
             for name in self.packed_names:
                 destination[prefix + name] = fresh[name]
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
         self.unpack_()
-        super()._load_from_state_dict(*args, **kwargs)
+        # Before anything is copied: torch would round a float checkpoint's weights to integers.
+        for name in self.packed_names:
+            own, given = self._buffers[name], state_dict.get(prefix + name)
+            if (
+                own is not None
+                and isinstance(given, Tensor)
+                and own.is_floating_point() != given.is_floating_point()
+            ):
+                error_msgs.append(
+                    f"{prefix}{name} of {type(self).__name__} must be {own.dtype}, got {given.dtype}; load a "
+                    "float checkpoint into the float model, before it is converted"
+                )
+        if not error_msgs:
+            super()._load_from_state_dict(
+                state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+            )
         self._reset()
 
     def __getstate__(self) -> dict[str, Any]:

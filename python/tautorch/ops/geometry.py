@@ -215,7 +215,7 @@ def run_conv(run: Callable[..., None], call: tuple[Any, ...], x: Tensor) -> Tens
         out = run_conv(run, call, x.unsqueeze(0))
         return None if out is None else out.squeeze(0)
     if out is None and x.dim() == 4:
-        out = _run_images(MAKERS, run, call, x.contiguous())
+        out = _run_images(MAKERS, run, call, x.resolve_neg().contiguous())
     return out
 
 
@@ -296,7 +296,7 @@ def unpack(packed: Tensor, shape: Sequence[int]) -> Tensor:
             f"and {taps} taps; pack it again"
         )
     dtype = torch.float32 if info["kind"] == lib.DENSE_F32 else torch.int8
-    weight = torch.empty(o, k, taps, dtype=dtype)
+    weight = lib.with_memory(torch.empty(o, k, taps, dtype=dtype, device="cpu"))
     _C.dense_unpack(packed.data_ptr(), packed.numel(), weight.data_ptr(), k * taps, taps, 1)
     if rows:
         weight = weight.reshape(o, kw, inputs, kh).permute(0, 2, 3, 1)

@@ -51,7 +51,7 @@ def unpack(packed: Tensor) -> Tensor:
     info = lib.pack_info(packed)
     n, k = int(info["n"]), int(info["k"])
     dtype = torch.float32 if info["kind"] == lib.DENSE_F32 else torch.int8
-    weight = torch.empty(n, k, dtype=dtype)
+    weight = lib.with_memory(torch.empty(n, k, dtype=dtype, device="cpu"))
     _C.dense_unpack(packed.data_ptr(), packed.numel(), weight.data_ptr(), k, 1, 0)
     return weight
 

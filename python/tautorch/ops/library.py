@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from tautorch import _C, dispatch
 from tautorch.reference.common import ACTIVATIONS, apply_activation
@@ -448,12 +449,22 @@ class PlanCache:
         return call
 
 
+def with_memory(tensor: Tensor) -> Tensor:
+    """The tensor, which a kernel writes to; RuntimeError under a mode that makes tensors without memory."""
+    if tensor.numel() and (isinstance(tensor, FakeTensor) or not tensor.data_ptr()):
+        raise RuntimeError(
+            f"tautorch: weights are packed and unpacked in memory, got a {type(tensor).__name__} without; "
+            "do it before FakeTensorMode"
+        )
+    return tensor
+
+
 def pack_buffer(size: int) -> Tensor:
     """uint8 ``[size]`` for packed weights; large ones start on a huge page, which packing then asks for."""
     huge = 2 << 20
     if size < huge:
-        return torch.empty(size, dtype=torch.uint8)
-    whole = torch.empty(size + huge, dtype=torch.uint8)
+        return with_memory(torch.empty(size, dtype=torch.uint8, device="cpu"))
+    whole = with_memory(torch.empty(size + huge, dtype=torch.uint8, device="cpu"))
     return whole[-whole.data_ptr() % huge :][:size]
 
 
@@ -523,7 +534,7 @@ def run_linear(run: Callable[..., None], call: tuple[Any, ...], x: Tensor) -> Te
     if not shape or shape[-1] != k:
         return None
     rows, m, stride = rows_of(x)
-    out = torch.empty((*shape[:-1], n), dtype=dtype)
+    out = x.new_empty((*shape[:-1], n), dtype=dtype)
     run(plan, rows.data_ptr(), code, m, stride, out.data_ptr(), out_code)
     return out
 

@@ -153,7 +153,7 @@ def from_entries(
         values = values.reshape(-1) if gs == 1 else values.reshape(-1, gs, 1)
     else:
         values, counts, cols = _collect(values, counts, cols.long(), size, (groups, n))
-    crow = torch.zeros(counts.shape[0] + 1, dtype=index_dtype(cols.shape[0]))
+    crow = torch.zeros(counts.shape[0] + 1, dtype=index_dtype(cols.shape[0]), device=counts.device)
     torch.cumsum(counts, 0, out=crow[1:])
     return values, crow, cols.to(index_dtype(block_cols(k * taps, pattern) - 1))
 
@@ -165,8 +165,9 @@ def _collect(
     groups, n = rows
     bands = size // 4
     real = -(-n // 4)
-    local = torch.arange(groups * real) % real
-    row = torch.arange(groups * real) // real * -(-n // size) + local // bands  # block row of a sparse group
+    each = torch.arange(groups * real, device=counts.device)
+    local = each % real
+    row = each // real * -(-n // size) + local // bands  # block row of a sparse group
     begins = cols % size == 0  # every stored block has its first column
     group = torch.repeat_interleave(counts)
     blocks_of = torch.zeros_like(counts).index_add_(0, group, begins.long())
@@ -175,7 +176,7 @@ def _collect(
     first = torch.cumsum(row_counts, 0) - row_counts  # first block of each block row
     before = torch.cumsum(blocks_of, 0) - blocks_of
     block = torch.cumsum(begins, 0) - 1 + (first[row] - before)[group]
-    out = torch.zeros(int(row_counts.sum()), bands, size, 4, dtype=values.dtype)
+    out = values.new_zeros(int(row_counts.sum()), bands, size, 4)
     out[block, (local % bands)[group], cols % size] = values
     block_values = out.transpose(2, 3).reshape(-1, size, size)
     return block_values, row_counts, (cols // size)[begins & leads[group]]
@@ -278,9 +279,9 @@ def values_at(
     rows = block_row_indices(crow_indices)
     in_group = block_rows(n // groups, pattern)
     # Outputs and inputs of each block; those beyond the matrix are 0.
-    local = (rows % in_group * height)[:, None] + torch.arange(height)
+    local = (rows % in_group * height)[:, None] + torch.arange(height, device=rows.device)
     row = ((rows // in_group * (n // groups))[:, None] + local)[:, :, None]
-    col = (col_indices.long() * width)[:, None, None] + torch.arange(width)
+    col = (col_indices.long() * width)[:, None, None] + torch.arange(width, device=col_indices.device)
     inside = (local < n // groups)[:, :, None] & (col < k)
     values = matrix[row.clamp(max=n - 1), col.clamp(max=k - 1)] * inside
     return values.reshape(-1) if pattern == "unstructured" else values
@@ -292,9 +293,10 @@ def read_entries(packed: Tensor) -> Entries:
     gs = int(info["gs"])
     sparse_groups = int(info["groups"]) * -(-int(info["n"]) // gs)
     total = _C.sparse_unpack(packed.data_ptr(), packed.numel(), 0, 0, 0)
-    start = torch.empty(sparse_groups + 1, dtype=torch.int32)
-    index = torch.empty(total, dtype=torch.int16)
-    values = torch.empty(total, gs, dtype=torch.float32 if info["kind"] == lib.SPARSE_F32 else torch.int8)
+    dtype = torch.float32 if info["kind"] == lib.SPARSE_F32 else torch.int8
+    start = lib.with_memory(torch.empty(sparse_groups + 1, dtype=torch.int32, device="cpu"))
+    index = torch.empty(total, dtype=torch.int16, device="cpu")
+    values = torch.empty(total, gs, dtype=dtype, device="cpu")
     where = (start.data_ptr(), index.data_ptr(), values.data_ptr())
     _C.sparse_unpack(packed.data_ptr(), packed.numel(), *where)
     return Entries(gs, start, index, values)
@@ -317,12 +319,12 @@ def unpack_dense(packed: Tensor, shape: Sequence[int]) -> Tensor:
     if info["kind"] not in (lib.SPARSE_I8, lib.SPARSE_F32):
         lib.check_pack("unpack", "weight", packed, shape[0], math.prod(shape))
         dtype = torch.float32 if info["kind"] == lib.DENSE_F32 else torch.int8
-        dense = torch.empty(tuple(shape), dtype=dtype)
+        dense = lib.with_memory(torch.empty(tuple(shape), dtype=dtype, device="cpu"))
         _C.dense_unpack(packed.data_ptr(), packed.numel(), dense.data_ptr(), k * taps, taps, 1)
         return dense
     e = read_entries(packed)
     per_group = -(-n // e.gs)
-    out = torch.zeros(groups * per_group, e.gs, taps * k, dtype=e.values.dtype)
+    out = e.values.new_zeros(groups * per_group, e.gs, taps * k)
     group = torch.repeat_interleave((e.start[1:] - e.start[:-1]).long())
     out.transpose(1, 2)[group, (e.index.int() & 0xFFFF).long()] = e.values
     weight = out.reshape(groups, per_group * e.gs, taps, k)[:, :n].transpose(2, 3)
