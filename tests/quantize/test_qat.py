@@ -18,6 +18,7 @@ from tautorch.quantize import (
     FakeQuantInput,
     FakeQuantWeight,
     calibrate,
+    cluster,
     finalize,
     prepare_qat,
     quantize_weight,
@@ -228,6 +229,15 @@ def test_state_dict_and_copies() -> None:
     assert {"fc.parametrizations.weight.original", "fc.parametrizations.weight.0.step"} <= names
     assert {"fc.input_quantizer.step", "fc.input_quantizer.zero_point"} <= names
     assert set(finalize(model).state_dict()) == set(Net().state_dict())
+
+
+@pytest.mark.parametrize("prepare", [prepare_qat, cluster])
+def test_parameters_keep_their_order(prepare: Any) -> None:
+    model = Net(norm=True)
+    order = [name for name, _ in model.named_parameters()]
+    model = finalize(prepare(model))
+    assert [name for name, _ in model.named_parameters()] == order
+    assert list(model.state_dict()) == list(Net(norm=True).state_dict())
 
 
 def test_mixed_bits_and_factors() -> None:

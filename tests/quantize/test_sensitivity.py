@@ -97,6 +97,15 @@ def test_a_layer_that_is_exact_costs_nothing() -> None:
     assert found.layers[0].output_sqnr == math.inf
 
 
+def test_parameters_and_their_order_stay() -> None:
+    model = Net()
+    before = list(model.named_parameters())
+    sensitivity(model, [torch.randn(4, 12)])
+    after = list(model.named_parameters())
+    assert [name for name, _ in after] == [name for name, _ in before]
+    assert all(new is old for (_, new), (_, old) in zip(after, before, strict=True))
+
+
 def test_a_metric_that_fails_leaves_the_model() -> None:
     model = Net()
 

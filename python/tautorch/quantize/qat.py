@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from tautorch._batches import Batches
-from tautorch._layers import Layer, select_layers
+from tautorch._layers import Layer, select_layers, take_off_parametrisation
 from tautorch.nn.tail import grid_of
 from tautorch.ownership import refusal
 from tautorch.quantize.calibration import calibrate
@@ -93,7 +93,7 @@ def attach(layer: Layer, weight: FakeQuantWeight, given: FakeQuantInput | None) 
 
 def detach(layer: nn.Module, keep: bool = True) -> None:
     """Take the quantisers off a layer; it keeps the weight on its grid, or the float one it was made of."""
-    parametrize.remove_parametrizations(layer, "weight", leave_parametrized=keep)
+    take_off_parametrisation(layer, keep)
     if _INPUT in layer._modules:
         del layer._modules[_INPUT]
         for key, hook in list(layer._forward_pre_hooks.items()):
