@@ -240,6 +240,24 @@ def test_parameters_keep_their_order(prepare: Any) -> None:
     assert list(model.state_dict()) == list(Net(norm=True).state_dict())
 
 
+def test_a_frozen_layer_stays_as_it_is() -> None:
+    model, x = nn.Sequential(nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 4)), torch.randn(64, 16)
+    model[0].requires_grad_(False)
+    prepare_qat(model, bits=4, quant="static", calibration=[x])
+    assert [p.requires_grad for p in step_parameters(model)] == [False, False, True, True]
+    before = [model[i].weight.detach().clone() for i in (0, 2)]
+    expected = model[:2](x)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(x).square().sum().backward()
+        optimizer.step()
+    assert torch.equal(model[0].weight, before[0]) and torch.equal(model[:2](x), expected)
+    assert not torch.equal(model[2].weight, before[1])
+    finalize(model)
+    assert [p.requires_grad for p in model.parameters()] == [False, False, True, True]
+
+
 def test_mixed_bits_and_factors() -> None:
     model = nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 8))
     tautorch.factorize.factorize(model, rank=6, layers=["0"])

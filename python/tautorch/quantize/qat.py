@@ -55,7 +55,8 @@ def prepare_qat(
         layers: names or shell patterns; None takes every Linear and Conv2d that `convert` would replace (and,
             static, that `calibration` reaches).
         observer: of the static ranges, as in `calibrate`.
-        learn_steps: False keeps the steps found at the start: straight-through alone.
+        learn_steps: False keeps the steps found at the start: straight-through alone. A frozen layer (its
+            weight needs no gradient) keeps them anyway.
 
     Raises ValueError/TypeError for arguments out of range, layers that cannot be used, NaN or Inf in a weight
     or in the calibration; the model is then as it was.
@@ -168,7 +169,7 @@ def weight_quantizer(op: str, name: str, layer: Layer, bits: int, learned: bool)
         _, step = quantize_weight(weight, search=True, bits=bits)
     kept = weight != 0
     mask = None if bool(kept.all()) or not bool(kept.any()) else kept
-    return FakeQuantWeight(bits, step, mask, learned)
+    return FakeQuantWeight(bits, step, mask, learned and layer.weight.requires_grad)
 
 
 def _steps_it_lies_on(layer: Layer, bits: int) -> Tensor | None:
@@ -187,7 +188,7 @@ def input_quantizer(layer: Layer, quant: str, found: QParams | None, learned: bo
     samples = isinstance(layer, nn.Conv2d)
     made = FakeQuantInput(samples)
     if found is not None:
-        made = FakeQuantInput(samples, found.scale, found.zero_point, learned)
+        made = FakeQuantInput(samples, found.scale, found.zero_point, learned and layer.weight.requires_grad)
     return made.to(layer.weight.device)
 
 
