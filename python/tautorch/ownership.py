@@ -142,9 +142,7 @@ def _attribute_chains(cls: type[nn.Module]) -> tuple[tuple[str, tuple[str | None
 def class_functions(cls: type[nn.Module]) -> Iterator[tuple[str, ast.AST]]:
     """The syntax of a module class's `forward` and of the methods and properties it uses, by name.
 
-                    tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
-                    methods.setdefault(name, []).append(tree)
-    model runs. A method without source (written in a REPL, or in C) is left out.
+    A method without source (written in a REPL, or in C) is left out.
     """
     methods: dict[str, list[ast.AST]] = {}
     for base in cls.__mro__:
