@@ -84,7 +84,8 @@ TT_API tt_status tt_set_threads(int32_t n);
 
 typedef void (*tt_range_fn)(int64_t begin, int64_t end, void *context);
 /* Calls fn(b, e, context) on disjoint ranges that make up [begin, end), from any threads, and returns 0 when
- * all are done; `grain` is the least length of a range that is worth a thread. */
+ * all are done; `grain` is the least length of a range that is worth a thread. A thread that waits in it may
+ * run other ranges and other plans meanwhile: these have a workspace of their own, freed when they end. */
 typedef int32_t (*tt_parallel_for_fn)(int64_t begin, int64_t end, int64_t grain, tt_range_fn fn,
                                       void *context);
 /* Writes how many threads that uses; returns 0. */

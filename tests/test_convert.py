@@ -18,6 +18,7 @@ from tautorch.convert import convert
 from tautorch.convert_report import ConvertReport
 from tautorch.factorize import FactorizedLinear
 from tautorch.nn import MODULES, Int8Linear, LowRankLinear
+from tautorch.quantize import calibrate
 
 
 class Wrapped(nn.Module):
@@ -572,3 +573,34 @@ def test_a_chain_of_codes() -> None:
     assert float((y - expected).norm() / expected.norm()) < 0.02
     assert all(0 < error < 0.02 for layer in report.layers if (error := layer.error) is not None)
     assert len([layer for layer in report.layers if layer.error is not None]) == 2
+
+
+class Remembers(nn.Module):
+    """A cache that grows with each run, and a counter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(64, 64)
+        self.register_buffer("cache", torch.zeros(1, 0, 64), persistent=False)
+        self.register_buffer("steps", torch.zeros((), dtype=torch.long))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.steps += 1
+        self.cache = torch.cat([self.cache, self.layer(x)], 1)
+        return self.cache.mean(1)
+
+
+@pytest.mark.parametrize("gate", [False, True])
+def test_state_in_buffers_is_that_of_before(gate: bool) -> None:
+    model, x = Remembers().eval(), torch.randn(1, 1, 64)
+    model(x)
+    cache, steps = model.cache, model.steps
+    expected = cache.clone()
+    calibrate(model, [torch.randn(1, 1, 64)] * 3)
+    assert model.cache is cache and model.steps is steps and int(steps) == 1
+    convert(
+        model, {"layer": Int8Linear.from_float}, example_inputs=x, gate=gate, min_speedup=0.01, seconds=0.01
+    )
+    assert isinstance(model.layer, Int8Linear)
+    assert model.cache is cache and model.steps is steps and int(steps) == 1
+    assert torch.equal(cache, expected)

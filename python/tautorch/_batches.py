@@ -67,6 +67,45 @@ def training_modes_kept(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
+class KeptBuffers:
+    """A model's buffers as they are now; not those of packed layers, which change form when they run."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._kept = [
+            (module._buffers, name, tensor, None if tensor is None else (_version(tensor), tensor.clone()))
+            for module in model.modules()
+            if not hasattr(module, "packed_names")
+            for name, tensor in module._buffers.items()
+        ]
+
+    def put_back(self) -> None:
+        """Make them so again: a cache that a run filled, a counter it advanced."""
+        with torch.no_grad():
+            for i, (store, name, tensor, saved) in enumerate(self._kept):
+                store[name] = tensor
+                if tensor is None or saved is None or _version(tensor) == saved[0] != -1:
+                    continue
+                with torch.inference_mode(tensor.is_inference()):
+                    tensor.copy_(saved[1])
+                self._kept[i] = (store, name, tensor, (_version(tensor), saved[1]))
+
+
+def _version(tensor: Tensor) -> int:
+    return -1 if tensor.is_inference() else tensor._version
+
+
+@contextmanager
+def left_as_it_is(model: nn.Module) -> Iterator[KeptBuffers]:
+    """Eval mode without gradients inside; training flags and buffers as before afterwards."""
+    kept = KeptBuffers(model)
+    with training_modes_kept(model), torch.no_grad():
+        model.eval()
+        try:
+            yield kept
+        finally:
+            kept.put_back()
+
+
 def check_batches(op: str, batches: Any) -> None:
     """TypeError unless `batches` is an iterable that is not itself one batch."""
     if isinstance(batches, (Tensor, Mapping)) or not isinstance(batches, Iterable):
@@ -79,14 +118,13 @@ def check_batches(op: str, batches: Any) -> None:
 def run_calibration(op: str, model: nn.Module, batches: Batches) -> int:
     """Run the model over `batches` in eval mode without gradients; returns the number of batches.
 
-    The training flags are put back, batches are moved to the model's device. Raises ValueError when
-    `batches` is empty, TypeError when it is not an iterable of batches.
+    The training flags and buffers are put back, batches are moved to the model's device. Raises ValueError
+    when `batches` is empty, TypeError when it is not an iterable of batches.
     """
     check_batches(op, batches)
     device = model_device(model)
     count = 0
-    with training_modes_kept(model), torch.no_grad():
-        model.eval()
+    with left_as_it_is(model):
         for batch in batches:
             call_model(op, model, to_device(batch, device))
             count += 1

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tautorch._batches import Batch, call_model, model_device, to_device, training_modes_kept
+from tautorch._batches import Batch, KeptBuffers, call_model, left_as_it_is, model_device, to_device
 from tautorch.capture import Call, capture
 from tautorch.convert_candidate import Candidate, Factory, OutputError, shape_time
 from tautorch.convert_report import ConvertReport, ShapeTime
@@ -56,15 +56,17 @@ def convert(
     layers = _checked_layers(model, plan, example_inputs, gate)
     modes = {name: layer.training for name, layer in layers.items()}
     batches = _batch_list(example_inputs, model_device(model))
-    with _undisturbed(model):
+    with _undisturbed(model) as kept:
         seen = capture("convert", model, layers, batches)
+        kept.put_back()
         _watch_reads(model, layers, batches)
+        kept.put_back()
         candidates = {name: Candidate(name, layer) for name, layer in layers.items()}
         problems = [p for c in candidates.values() if (p := c.build(plan[c.name], seen[c.name], gate))]
         _raise_if(problems)
         for candidate in candidates.values():
             candidate.decide(gate, min_speedup, seconds)
-        swap = _Swap(model, [c for c in candidates.values() if c.record.replaced])
+        swap = _Swap(model, [c for c in candidates.values() if c.record.replaced], kept)
         times, error = _settle(model, swap, batches, gate, min(1.0, min_speedup), seconds)
     for candidate in swap.candidates:
         candidate.new.train(modes[candidate.name])
@@ -134,12 +136,11 @@ def _batch_list(example_inputs: Batch | Sequence[Batch] | None, device: torch.de
 
 
 @contextmanager
-def _undisturbed(model: nn.Module) -> Iterator[None]:
-    """Eval mode without gradients inside; training flags and random state as they were afterwards."""
+def _undisturbed(model: nn.Module) -> Iterator[KeptBuffers]:
+    """Eval mode without gradients inside; training flags, buffers and random state as before afterwards."""
     cuda = {p.device.index or 0 for p in model.parameters() if p.is_cuda}
-    with training_modes_kept(model), torch.random.fork_rng(devices=sorted(cuda)), torch.no_grad():
-        model.eval()
-        yield
+    with torch.random.fork_rng(devices=sorted(cuda)), left_as_it_is(model) as kept:
+        yield kept
 
 
 def _watch_reads(model: nn.Module, layers: dict[str, nn.Module], batches: list[Any]) -> None:
@@ -153,10 +154,13 @@ def _watch_reads(model: nn.Module, layers: dict[str, nn.Module], batches: list[A
 
 
 class _Swap:
-    """The replaced slots of a model; `put(True)` has the new layers in them, `put(False)` the old ones."""
+    """The replaced slots of a model; `put(True)` has the new layers in them, `put(False)` the old ones.
 
-    def __init__(self, model: nn.Module, candidates: list[Candidate]) -> None:
-        self.candidates = candidates
+    Either makes the model ready for a run: what the one before left in buffers is taken back.
+    """
+
+    def __init__(self, model: nn.Module, candidates: list[Candidate], kept: KeptBuffers) -> None:
+        self.candidates, self._kept = candidates, kept
         self._slots = {
             c.name: (model.get_submodule(c.name.rpartition(".")[0])._modules, c.name.rpartition(".")[2])
             for c in candidates
@@ -166,6 +170,7 @@ class _Swap:
         for candidate in self.candidates:
             slots, child = self._slots[candidate.name]
             slots[child] = candidate.new if new else candidate.old
+        self._kept.put_back()
 
     def drop_worst(self, count: int, reason: str) -> None:
         """Puts back, for good, the `count` layers that gained least."""

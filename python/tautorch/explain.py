@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tautorch import dispatch, tuning
-from tautorch._batches import Batch, call_model, training_modes_kept
+from tautorch._batches import Batch, call_model, left_as_it_is
 from tautorch.nn.eager import plain
 from tautorch.nn.packed import PackedModule
 from tautorch.ops.library import PAIRS_I8, SPARSE_I8, pack_info
@@ -48,8 +48,7 @@ def explain(module: nn.Module, x: Batch | None = None) -> str:
     layers = _layers(module)
     seen: dict[str, _Seen] = {}
     if x is not None:
-        with _watched(layers, seen), training_modes_kept(module), torch.no_grad():
-            module.eval()
+        with _watched(layers, seen), left_as_it_is(module):
             call_model("explain", module, x)
     paragraphs = [_paragraph(name, layer, x is not None, seen.get(name)) for name, layer in layers.items()]
     plain_layers = _float_layers(module)
@@ -84,8 +83,7 @@ def warmup(model: nn.Module, x: Batch) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise TypeError(f"warmup: model must be an nn.Module, got {type(model).__name__}")
     dispatch.ask_again()  # layers on CUDA would repeat what they ran before anything was measured
-    with training_modes_kept(model), torch.no_grad(), tuning.measuring():
-        model.eval()
+    with left_as_it_is(model), tuning.measuring():
         call_model("warmup", model, x)
     for layer in _layers(model).values():  # those that x does not reach, or reaches under autocast
         if _on_cpu(layer) and not layer.ready():

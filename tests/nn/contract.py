@@ -286,6 +286,54 @@ class ModuleContract:
                     other.load_state_dict({**state, name: spoiled})
                     other(x)
 
+    def test_a_default_device_elsewhere_changes_nothing(self, variant: str) -> None:
+        module, x = self.module(variant), self.x(variant)
+        y = module(x)
+        state = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+        with torch.device("meta"):
+            found, twin = module.state_dict(), copy.deepcopy(module)
+            module.unpack_()
+            twin.prepare()
+        assert all(found[name].device.type == "cpu" for name in state)
+        assert all(torch.equal(found[name], tensor) for name, tensor in state.items())
+        assert torch.equal(module(x), y) and torch.equal(twin(x), y)
+
+    def test_a_tensor_without_memory_is_refused(self, variant: str) -> None:
+        module, x = self.module(variant), self.x(variant)
+        y = module(x)
+        if module._buffers["packed"] is None:
+            pytest.skip("nothing is packed")
+        with (
+            FakeTensorMode(allow_non_fake_inputs=True),
+            pytest.raises(RuntimeError, match="FakeTensor without"),
+        ):
+            module.state_dict()
+        assert torch.equal(module(x), y)
+
+    def test_a_float_checkpoint_is_refused(self, variant: str) -> None:
+        module, x = self.module(variant), self.x(variant)
+        y, state = module(x), module.state_dict()
+        names = [name for name in state if not state[name].is_floating_point() and "indices" not in name]
+        names = [name for name in names if name in module.packed_names]
+        for name in names:
+            with pytest.raises(RuntimeError, match=r"torch\.int8, got torch\.float32"):
+                module.load_state_dict({**state, name: torch.randn(state[name].shape)}, strict=False)
+        assert torch.equal(module(x), y)
+
+    def test_a_shallow_copy_runs(self, variant: str) -> None:
+        module, x = self.module(variant), self.x(variant)
+        twin = copy.copy(module)
+        y = module(x)
+        assert torch.equal(twin(x), y) and torch.equal(module(x), y)
+
+    def test_what_the_weights_were_made_by_is_fixed(self, variant: str) -> None:
+        module, x = self.module(variant), self.x(variant)
+        y = module(x)
+        for name in sorted(module.fixed_names & module.__dict__.keys()):
+            with pytest.raises(AttributeError, match=f"{self.op}: {name} is fixed when the layer is made"):
+                setattr(module, name, None)
+        assert torch.equal(module(x), y)
+
     def test_deepcopy_is_independent(self, variant: str) -> None:
         module, x = self.module(variant), self.x(variant)
         y = module(x)
@@ -604,6 +652,7 @@ class ModuleContract:
 
         def child() -> None:
             given = [module(x), module._through_op(x), fresh[0](x), fresh[1]._through_op(x)]
+            module.state_dict()
             os._exit(0 if {y.numpy().tobytes() for y in given} == {expected} else 3)
 
         process = multiprocessing.get_context("fork").Process(target=child)

@@ -220,10 +220,14 @@ def test_x_without_memory_is_refused(make: Callable[[], nn.Module]) -> None:
 def test_lazy_negation() -> None:
     """A view of one column is taken as it lies; its negative bit is not in memory."""
     layer = Int8Linear.from_float(nn.Linear(1, 5)).requires_grad_(False)
-    z = torch.randn(4, 1, dtype=torch.cfloat)
-    x = z.conj().imag
-    assert x.is_neg()
-    assert torch.equal(layer(x), layer(-z.imag.clone()))
+    for rows in (4, 1):  # one number is contiguous
+        z = torch.randn(rows, 1, dtype=torch.cfloat)
+        x = z.conj().imag
+        assert x.is_neg() and x.is_contiguous() == (rows == 1)
+        assert torch.equal(layer(x), layer(-z.imag.clone()))
+    conv = Int8Conv2d.from_float(nn.Conv2d(1, 5, 1)).requires_grad_(False)
+    z = torch.randn(1, 1, 1, 1, dtype=torch.cfloat)
+    assert torch.equal(conv(z.conj().imag), conv(-z.imag.clone()))
 
 
 def test_rows() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import OrderedDict
 from typing import Any, ClassVar
 
@@ -174,3 +175,27 @@ class TestLowRankLinear(LinearContract):
             LowRankLinear.from_float(layer, rank=2, weight_dtype=torch.float16)
         with pytest.raises(ValueError, match='lowrank_linear: quant must be "dynamic" for float32'):
             LowRankLinear.from_float(layer, rank=2, quant="static", x_scale=0.1)
+
+
+@pytest.mark.parametrize("weight_dtype", [torch.int8, torch.float32])
+def test_another_residual_shows_in_the_next_call(weight_dtype: torch.dtype) -> None:
+    def layer(residual: bool) -> LowRankLinear:
+        torch.manual_seed(0)
+        linear = nn.Linear(64, 64)
+        given = "int8" if residual else None
+        return LowRankLinear.from_float(linear, rank=4, weight_dtype=weight_dtype, residual=given)
+
+    x, ours, alone = torch.randn(3, 64), layer(True), layer(False)
+    with_residual = ours(x)
+    assert not torch.allclose(with_residual, alone(x))
+    kept = ours.residual
+    ours.residual = None
+    assert torch.equal(ours(x), alone(x))
+    other = Int8Linear.from_float(nn.Linear(64, 64, bias=False))
+    for residual in (other, kept):
+        ours.residual = residual
+        assert torch.equal(ours(x), copy.deepcopy(ours)(x))
+    assert torch.equal(ours(x), with_residual)
+    ours.residual = Int8Linear.from_float(nn.Linear(64, 32, bias=False))
+    with pytest.raises(ValueError, match="residual must be 64 -> 64"):
+        ours(x)

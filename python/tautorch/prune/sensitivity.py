@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from tautorch._batches import Batches, training_modes_kept
+from tautorch._batches import Batches, left_as_it_is
 from tautorch.prune._tables import table, text
 from tautorch.prune.choice import Rule, choose
 from tautorch.prune.importance import Importance, LossOf
@@ -110,8 +110,7 @@ def sensitivity(
         "loss": loss,
     }
     choices = {share: choose(Rule(op, sparsity=share, **options), model) for share in shares}
-    with training_modes_kept(model), torch.no_grad():
-        model.eval()
+    with left_as_it_is(model):
         whole = _score(op, evaluate, model)
         if not torch.isfinite(torch.tensor(whole)):
             raise ValueError(f"{op}: evaluate must give a finite score of the whole model, got {whole}")

@@ -17,11 +17,11 @@ from tautorch._batches import (
     Batches,
     call_model,
     check_batches,
+    left_as_it_is,
     model_device,
     observe_inputs,
     require_seen,
     to_device,
-    training_modes_kept,
 )
 from tautorch._layers import Layer
 from tautorch.quantize.calibration import calibrate
@@ -107,8 +107,7 @@ def sensitivity(
     whole = {name: _Ratio() for name in targets}
     own = {name: _Ratio() for name in targets}
     device = model_device(model)
-    with training_modes_kept(model), torch.no_grad():
-        model.eval()
+    with left_as_it_is(model):
         for batch in (to_device(batch, device) for batch in held):
             exact, inner = _run(model, batch, targets)
             for name in (name for name in targets if name in inner):

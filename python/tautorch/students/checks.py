@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from tautorch._batches import Batch, call_model, model_device, to_device, training_modes_kept
+from tautorch._batches import Batch, call_model, left_as_it_is, model_device, to_device
 
 
 def trainable(student: nn.Module) -> nn.Module:
@@ -20,9 +19,8 @@ def trainable(student: nn.Module) -> nn.Module:
 
 
 def run(op: str, model: nn.Module, example_input: Batch) -> Any:
-    """The model's output in eval mode and without gradients; modes are put back."""
-    with training_modes_kept(model), torch.no_grad():
-        model.eval()
+    """The model's output in eval mode and without gradients; modes and buffers are put back."""
+    with left_as_it_is(model):
         return call_model(op, model, to_device(example_input, model_device(model)))
 
 
