@@ -23,9 +23,15 @@ class ShapeTime:
     ratio_low: float
     ratio_high: float
 
+    @property
+    def shape_text(self) -> str:
+        """``64x1152``."""
+        return "x".join(map(str, self.shape))
+
     def __str__(self) -> str:
-        shape = "x".join(map(str, self.shape))
-        return f"{shape}: {1e6 * self.before_s:.1f} -> {1e6 * self.after_s:.1f} us ({self.ratio:.2f}x)"
+        return (
+            f"{self.shape_text}: {1e6 * self.before_s:.1f} -> {1e6 * self.after_s:.1f} us ({self.ratio:.2f}x)"
+        )
 
 
 @dataclass

@@ -74,10 +74,18 @@ def test_gate_gives_each_layer_times_and_a_reason() -> None:
     )
     assert sorted(decided) == ["0", "2", "5", "7", "9"]
     for layer in layers:
-        assert set(layer.before_s) == set(layer.after_s) == {1, 16}
+        assert list(layer.before_s) == list(layer.after_s)
+        assert [shape.partition("x")[0] for shape in layer.before_s] == ["1", "16"]
         assert isinstance(model.get_submodule(layer.name), PackedModule) is layer.replaced
         assert layer.reason.rpartition("; ")[2].startswith("replaced" if layer.replaced else "kept")
         assert (layer.kernel == "torch") is not layer.replaced
+
+
+def test_inputs_of_one_batch_size_are_timed_apart() -> None:
+    torch.manual_seed(0)
+    model, prefill = nn.Sequential(nn.Linear(48, 32)).eval(), torch.randn(1, 32, 48)
+    (layer,) = compile_layers(model, [prefill], [prefill, prefill[:, :1]], seconds=0.005)
+    assert list(layer.before_s) == list(layer.after_s) == ["1x32x48", "1x1x48"]
 
 
 def test_a_sparse_layer_that_loses_is_offered_dense_int8(monkeypatch: pytest.MonkeyPatch) -> None:

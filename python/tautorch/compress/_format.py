@@ -27,6 +27,11 @@ def format_seconds(seconds: float) -> str:
     return f"{seconds:.3g} s"
 
 
+def format_error(error: float | None) -> str:
+    """Of a relative error in percent: ``0.0123`` -> ``1.23 %``; nothing where it is not known."""
+    return "" if error is None else f"{error * 100:.3g} %"
+
+
 def format_accuracy(accuracy: Proportion) -> str:
     """``98.89 % [97.6, 99.5]``."""
     low, high = accuracy.interval()
@@ -36,6 +41,11 @@ def format_accuracy(accuracy: Proportion) -> str:
 def batches_of(times: Iterable[Mapping[int, float]]) -> list[int]:
     """Every batch size that occurs, ascending."""
     return sorted({batch for mapping in times for batch in mapping})
+
+
+def batch_of(shape: str) -> int:
+    """The first size of a shape: ``64x1152`` -> 64."""
+    return int(shape.partition("x")[0])
 
 
 def format_share(share: float) -> str:

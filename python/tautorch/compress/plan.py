@@ -12,7 +12,7 @@ from torch import nn
 
 from tautorch.compress.report import Layer
 from tautorch.convert import convert
-from tautorch.convert_report import ConvertReport, LayerRecord
+from tautorch.convert_report import ConvertReport, LayerRecord, ShapeTime
 from tautorch.factorize import FactorizedConv2d, FactorizedLinear
 from tautorch.fuse import fuse
 from tautorch.nn import Int8Conv2d, Int8Linear, LowRankConv2d, LowRankLinear, SparseConv2d, SparseLinear
@@ -161,7 +161,10 @@ def _layer(
     record: LayerRecord, before: nn.Module, after: nn.Module, reasons: list[str], size: tuple[int, int]
 ) -> Layer:
     parameters, bytes_before = size
-    times = [time for time in record.times if time.shape]
+    times: dict[str, ShapeTime] = {}
+    for time in record.times:  # of one shape in several layouts the least gain
+        if time.shape and (time.shape_text not in times or time.ratio < times[time.shape_text].ratio):
+            times[time.shape_text] = time
     layer = Layer(
         name=record.name,
         before=describe_layer(before),
@@ -172,8 +175,8 @@ def _layer(
         parameters=parameters,
         bytes_before=bytes_before,
         bytes_after=record.bytes_after,
-        before_s={time.shape[0]: time.before_s for time in times},
-        after_s={time.shape[0]: time.after_s for time in times},
+        before_s={shape: time.before_s for shape, time in times.items()},
+        after_s={shape: time.after_s for shape, time in times.items()},
         error=record.error,
     )
     return replace(layer, after=describe_layer(after)) if record.replaced else layer
