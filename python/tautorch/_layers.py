@@ -56,6 +56,16 @@ def forward_replaced(module: nn.Module, by: Callable[..., Any]) -> Iterator[None
             module.forward = own
 
 
+def take_off_parametrisation(layer: nn.Module, keep: bool = True) -> None:
+    """Make the layer's weight a plain parameter again: as it is computed, or (not `keep`) as it was before.
+
+    torch would leave it behind the bias; it comes first again, since optimizers' states go by the order.
+    """
+    parametrize.remove_parametrizations(layer, "weight", leave_parametrized=keep)
+    for key in [key for key in layer._parameters if key != "weight"]:
+        layer._parameters[key] = layer._parameters.pop(key)
+
+
 def pruned_share(layer: Layer) -> float:
     """The share of a layer's weights that are zero, as pruning leaves them; 0 where it cannot be pruning.
 

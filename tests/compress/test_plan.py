@@ -14,6 +14,7 @@ from tautorch.compress.plan import compilable, compile_layers, describe_layer
 from tautorch.factorize import factorize
 from tautorch.nn import Int8Conv2d, Int8Linear, LowRankLinear, PackedModule, SparseConv2d, SparseLinear
 from tautorch.prune import prune
+from tautorch.quantize import FakeQuantInput, finalize, prepare_qat
 
 
 def make_model() -> nn.Module:
@@ -106,6 +107,62 @@ def test_a_sparse_layer_that_loses_is_offered_dense_int8(monkeypatch: pytest.Mon
     first, _, second = layer.reason.partition("; ")
     assert first.startswith("kept: Slow is slower")
     assert second.startswith(("replaced", "kept: Int8Conv2d"))
+
+
+def test_scales_that_qat_learned_are_kept() -> None:
+    x = torch.randn(256, 32).pow(3)
+    pair = factorize(nn.Sequential(nn.Linear(8, 32)), rank=4)
+    model = nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 8), *pair).eval()
+    prepare_qat(model, 4, "static", [x], observer="minmax")
+    for module in model.modules():
+        if isinstance(module, FakeQuantInput) and module.step is not None:
+            module.step.mul_(0.37)
+    expected = model[:3](x)
+    finalize(model)
+    learned = [float(layer.x_scale) for layer in (model[0], model[2], model[3].down)]
+    compile_layers(model, [x], [x], gate=False)
+    assert [type(model[i]) for i in (0, 2, 3)] == [Int8Linear, Int8Linear, LowRankLinear]
+    assert [float(model[i].x_scale) for i in (0, 2, 3)] == learned
+    torch.testing.assert_close(model[:3](x), expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+
+
+class Attended(nn.Module):
+    """Layers that others read, and one that nobody does."""
+
+    def __init__(self, free: bool = True) -> None:
+        super().__init__()
+        self.words = nn.Embedding(50, 32)
+        self.attention = nn.MultiheadAttention(32, 4, batch_first=True)
+        self.inner = nn.Linear(32, 32) if free else nn.Identity()
+        self.head = nn.Linear(32, 50, bias=False)
+        self.head.weight = self.words.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.words(tokens)
+        x = self.inner(x + self.attention(x, x, x, need_weights=False)[0])
+        return self.head(x)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("free", [True, False])
+def test_layers_that_others_read_stay(free: bool) -> None:
+    model, tokens = Attended(free).eval(), torch.randint(0, 50, (4, 7))
+    expected = model(tokens)
+    decided: list[str] = []
+    layers = compile_layers(model, [tokens], [tokens], gate=False, progress=decided.append)
+    names = ["attention.out_proj", "inner", "head"] if free else ["attention.out_proj", "head"]
+    assert [layer.name for layer in layers] == names
+    assert sorted(decided) == sorted(names)
+    found = {layer.name: layer for layer in layers}
+    for name, why in (
+        ("attention.out_proj", "kept: its parent 'attention' (MultiheadAttention) reads out_proj.weight"),
+        ("head", "kept: its weight is shared with parameter 'words.weight'"),
+    ):
+        assert found[name].reason.startswith(why)
+        assert not found[name].replaced and found[name].kernel == "torch"
+        assert found[name].bytes_after == found[name].bytes_before
+    assert isinstance(model.inner, Int8Linear) is free
+    assert model.head.weight is model.words.weight
+    assert (model(tokens) - expected).norm() <= 0.05 * expected.norm()
 
 
 def test_a_kept_pair_can_be_saved_and_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

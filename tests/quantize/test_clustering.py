@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from tautorch import distill
-from tautorch.quantize import cluster, codebooks, finalize
+from tautorch.prune import prune
+from tautorch.quantize import cluster, codebooks, finalize, gptq
 from tautorch.quantize.clustering import kmeans
 
 
@@ -73,6 +74,15 @@ def test_weights_are_the_nearest_entries(pruned: bool) -> None:
     assert torch.equal(layer.weight, expected)
     x = torch.randn(2, 4, 5, 5)
     assert torch.equal(model(x), nn.functional.conv2d(x, expected, layer.bias))
+
+
+def test_what_rounded_to_zero_is_not_held_at_zero() -> None:
+    model = prune(nn.Sequential(nn.Linear(40, 20)), lambda _, x: torch.rand_like(x.weight), sparsity=0.3)
+    kept = model[0].weight != 0
+    gptq(model, [torch.randn(256, 40)], bits=4)
+    assert int(((model[0].weight == 0) & kept).sum()) > 20
+    indices = codebooks(cluster(model, bits=4))["0"][1]
+    assert torch.equal(indices != 0, kept)
 
 
 def test_gradients_are_summed_by_cluster_and_zeros_stay() -> None:

@@ -14,11 +14,14 @@ from torch import Tensor, nn
 import tautorch
 from tautorch import distill
 from tautorch.nn import Int8Conv2d, Int8Linear, LowRankLinear, SparseLinear
+from tautorch.prune import apply_masks, compute_masks, hold_masks, prune
 from tautorch.quantize import (
     FakeQuantInput,
     FakeQuantWeight,
     calibrate,
+    cluster,
     finalize,
+    gptq,
     prepare_qat,
     quantize_weight,
     step_parameters,
@@ -228,6 +231,113 @@ def test_state_dict_and_copies() -> None:
     assert {"fc.parametrizations.weight.original", "fc.parametrizations.weight.0.step"} <= names
     assert {"fc.input_quantizer.step", "fc.input_quantizer.zero_point"} <= names
     assert set(finalize(model).state_dict()) == set(Net().state_dict())
+
+
+@pytest.mark.parametrize("prepare", [prepare_qat, cluster])
+def test_parameters_keep_their_order(prepare: Any) -> None:
+    model = Net(norm=True)
+    order = [name for name, _ in model.named_parameters()]
+    model = finalize(prepare(model))
+    assert [name for name, _ in model.named_parameters()] == order
+    assert list(model.state_dict()) == list(Net(norm=True).state_dict())
+
+
+def test_a_frozen_layer_stays_as_it_is() -> None:
+    model, x = nn.Sequential(nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 4)), torch.randn(64, 16)
+    model[0].requires_grad_(False)
+    prepare_qat(model, bits=4, quant="static", calibration=[x])
+    assert [p.requires_grad for p in step_parameters(model)] == [False, False, True, True]
+    before = [model[i].weight.detach().clone() for i in (0, 2)]
+    expected = model[:2](x)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(x).square().sum().backward()
+        optimizer.step()
+    assert torch.equal(model[0].weight, before[0]) and torch.equal(model[:2](x), expected)
+    assert not torch.equal(model[2].weight, before[1])
+    finalize(model)
+    assert [p.requires_grad for p in model.parameters()] == [False, False, True, True]
+
+
+def gaussian(sparsity: float) -> nn.Sequential:
+    model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 8))
+    with torch.no_grad():
+        for layer in (model[0], model[2]):
+            layer.weight.normal_()
+    # Not the small ones, which would round to zero.
+    scores = {"importance": lambda _, layer: torch.rand_like(layer.weight)}
+    return prune(model, sparsity=sparsity, **scores) if sparsity else model
+
+
+def masks(model: nn.Sequential) -> list[Tensor | None]:
+    return [model[i].parametrizations.weight[0].mask for i in (0, 2)]
+
+
+ON_GRID: dict[str, Any] = {
+    "gptq": lambda model: gptq(model, [torch.randn(256, 64)], bits=4),
+    "finalize": lambda model: finalize(prepare_qat(model, bits=4)),
+    "both": lambda model: gptq(finalize(prepare_qat(model, bits=4)), [torch.randn(256, 64)], bits=4),
+}
+
+
+@pytest.mark.parametrize("on_grid", ON_GRID)
+@pytest.mark.parametrize("sparsity", [0.0, 0.5])
+@pytest.mark.parametrize("copied", [False, True])
+def test_only_what_was_pruned_is_held_on_a_grid(on_grid: str, sparsity: float, copied: bool) -> None:
+    model = gaussian(sparsity)
+    kept = [model[i].weight != 0 for i in (0, 2)]
+    names = set(model.state_dict())
+    model = ON_GRID[on_grid](model)
+    assert set(model.state_dict()) == names
+    zeros = [model[i].weight == 0 for i in (0, 2)]
+    assert all(int((z & k).sum()) > 0.02 * k.sum() for z, k in zip(zeros, kept, strict=True))  # by rounding
+    model = prepare_qat(copy.deepcopy(model) if copied else model, bits=4)
+    expected: list[Tensor | None] = kept if sparsity else [None, None]
+    for mask, wanted in zip(masks(model), expected, strict=True):
+        assert mask is wanted or (mask is not None and wanted is not None and torch.equal(mask, wanted))
+    model[0].weight.sum().backward()
+    weight = model[0].parametrizations.weight
+    inner = weight.original.abs() < 6.5 * weight[0].scale()[:, None]  # at the ends rounding decides
+    assert torch.equal(weight.original.grad[inner], kept[0].float()[inner])
+
+
+def test_pruning_on_a_grid_is_held_too() -> None:
+    model = gptq(gaussian(0.0), [torch.randn(256, 64)], bits=4)
+    once = compute_masks(model, pattern="4x1", sparsity=0.25)
+    twice = {name: mask & (torch.rand(mask.shape) < 0.9) for name, mask in once.items()}
+    apply_masks(model, once)
+    hold_masks(model, twice).remove()
+    assert any(int((model.get_submodule(name).weight[mask] == 0).sum()) for name, mask in twice.items())
+    for mask, wanted in zip(masks(prepare_qat(model)), twice.values(), strict=True):
+        assert torch.equal(mask, wanted)
+
+
+def test_zeros_of_unknown_origin_count_as_pruned() -> None:
+    model = gptq(gaussian(0.0), [torch.randn(256, 64)], bits=4)
+    with torch.no_grad():
+        model[0].weight[:, ::2] = 0.0  # by hand
+    for name in ("weight_kept", "weight_zeros"):  # as an older version left it
+        del model[2]._buffers[name]
+    wanted = [model[i].weight != 0 for i in (0, 2)]
+    for mask, nonzero in zip(masks(prepare_qat(model)), wanted, strict=True):
+        assert torch.equal(mask, nonzero)
+
+
+def test_masks_travel_in_the_state_dict() -> None:
+    model, plain, x = prepare_qat(gaussian(0.5)).eval(), prepare_qat(gaussian(0.0)).eval(), torch.randn(4, 64)
+    with pytest.raises(RuntimeError, match=r"Missing key\(s\) in state_dict: .*0\.mask"):
+        copy.deepcopy(model).load_state_dict(plain.state_dict())
+    plain.load_state_dict(model.state_dict())
+    assert torch.equal(plain(x), model(x))
+    assert all(torch.equal(a, b) for a, b in zip(masks(plain), masks(model), strict=True))
+
+
+def test_a_later_dynamic_qat_takes_the_static_ranges_off() -> None:
+    model = finalize(prepare_qat(gaussian(0.0), quant="static", calibration=[torch.randn(32, 64)]))
+    assert float(model[0].x_scale) > 0
+    finalize(prepare_qat(model))
+    assert model[0].x_scale is None and model[0].x_zero_point is None
 
 
 def test_mixed_bits_and_factors() -> None:

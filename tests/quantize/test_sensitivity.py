@@ -97,6 +97,34 @@ def test_a_layer_that_is_exact_costs_nothing() -> None:
     assert found.layers[0].output_sqnr == math.inf
 
 
+def test_parameters_and_their_order_stay() -> None:
+    model = Net()
+    before = list(model.named_parameters())
+    sensitivity(model, [torch.randn(4, 12)])
+    after = list(model.named_parameters())
+    assert [name for name, _ in after] == [name for name, _ in before]
+    assert all(new is old for (_, new), (_, old) in zip(after, before, strict=True))
+
+
+def test_the_metric_sees_the_model_in_eval_mode() -> None:
+    model = nn.Sequential(nn.Linear(12, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, 4))
+    model[3].eval()
+    state, x = copy.deepcopy(model.state_dict()), torch.randn(32, 12)
+    exact = copy.deepcopy(model).eval()(x).detach()
+    seen: list[Tensor] = []
+
+    def metric(m: nn.Module) -> float:
+        seen.append(m(x))
+        return -float(seen[-1].square().mean())
+
+    found = sensitivity(model, [x], metric=metric)
+    assert torch.equal(seen[0], exact) and len(seen) == 3
+    assert not any(y.requires_grad for y in seen)
+    assert found.metric == -float(exact.square().mean())
+    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
+    assert [m.training for m in model] == [True, True, True, False]
+
+
 def test_a_metric_that_fails_leaves_the_model() -> None:
     model = Net()
 

@@ -12,10 +12,13 @@ from torch import nn
 
 from tautorch.compress.report import Layer
 from tautorch.convert import convert
+from tautorch.convert_candidate import Candidate
 from tautorch.convert_report import ConvertReport, LayerRecord, ShapeTime
 from tautorch.factorize import FactorizedConv2d, FactorizedLinear
 from tautorch.fuse import fuse
 from tautorch.nn import Int8Conv2d, Int8Linear, LowRankConv2d, LowRankLinear, SparseConv2d, SparseLinear
+from tautorch.nn.tail import grid_of, left_by_quantize
+from tautorch.ownership import refusal
 from tautorch.quantize import QParams, calibrate
 
 Batch = Any
@@ -40,8 +43,9 @@ def compile_layers(
     """Quantise a float model to int8 with static scales and put compiled layers in, in place.
 
     A layer with at least half of its weights pruned is offered a sparse kernel and, where that loses, a dense
-    int8 one; a factorised layer a low-rank one; any other layer the dense int8 one. Activations that follow a
-    replaced layer are fused into it.
+    int8 one; a factorised layer a low-rank one; any other layer the dense int8 one. A layer that static QAT
+    left on its grid keeps the scales it learned; one that `convert` refuses (tied, in an attention) stays.
+    Activations that follow a replaced layer are fused into it.
 
     Args:
         model: in eval mode; batch norms folded (`tautorch.fuse`) if they are to be quantised with the layer.
@@ -57,14 +61,21 @@ def compile_layers(
     Returns:
         What became of each layer, in the model's order.
     """
-    scales = calibrate(model, calibration, observer=observer)
     before = {name: model.get_submodule(name) for name in compilable(model)}
-    offers = {
-        name: _offers(layer, scales.get(name) or scales.get(f"{name}.down"), pattern)
-        for name, layer in before.items()
-    }
     records: dict[str, LayerRecord] = {}
     reasons: dict[str, list[str]] = {name: [] for name in before}
+    for name, layer in before.items():
+        if why := refusal(model, name):
+            records[name] = Candidate(name, layer).record
+            reasons[name].append(f"kept: {why}")
+            if progress is not None:
+                progress(name)
+    free = {name: layer for name, layer in before.items() if name not in records}
+    scales = calibrate(model, calibration, observer=observer) if free else {}
+    offers = {
+        name: _offers(layer, scales.get(name) or scales.get(f"{name}.down"), pattern)
+        for name, layer in free.items()
+    }
     while plan := {name: waiting[0] for name, waiting in offers.items() if waiting}:
         found = ConvertReport()
         convert(model, plan, list(example_inputs), gate=gate, seconds=seconds, report=found)
@@ -75,7 +86,7 @@ def compile_layers(
             if progress is not None and not offers[record.name]:
                 progress(record.name)
     fuse(model, example_inputs[-1])
-    _make_plain(model, before)
+    _make_plain(model, free)
     sizes = {name: _original(original, name, layer) for name, layer in before.items()}
     return [
         _layer(records[name], before[name], model.get_submodule(name), reasons[name], sizes[name])
@@ -112,7 +123,7 @@ def _size(kernel: Any) -> str:
 
 
 def compilable(model: nn.Module) -> list[str]:
-    """Names of the layers that a compiled one may replace; a factorised pair counts as one."""
+    """Names of the layers that have compiled ones; a factorised pair counts as one."""
     pairs = (FactorizedLinear, FactorizedConv2d)
     found: list[str] = []
     for name, module in model.named_modules():
@@ -125,7 +136,10 @@ def compilable(model: nn.Module) -> list[str]:
 def _offers(layer: nn.Module, scale: QParams | None, pattern: str) -> list[Factory]:
     """Makers of compiled layers to try in turn, the one that promises most first."""
     quant: dict[str, Any] = {"quant": "dynamic"}
-    if scale is not None:
+    first = layer.down if isinstance(layer, (FactorizedLinear, FactorizedConv2d)) else layer
+    if left_by_quantize(first, "x_scale") is not None and grid_of(first) is not None:
+        quant = {"quant": "static"}  # `from_float` takes the scale that QAT learned
+    elif scale is not None:
         quant = {"quant": "static", "x_scale": scale.scale, "x_zero_point": scale.zero_point}
     if isinstance(layer, (FactorizedLinear, FactorizedConv2d)):
         kind = LowRankLinear if isinstance(layer, FactorizedLinear) else LowRankConv2d

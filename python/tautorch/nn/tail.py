@@ -38,6 +38,31 @@ def grid_of(layer: nn.Module) -> Tensor | None:
     return steps if on else None
 
 
+def leave_grid(layer: nn.Module, steps: Tensor, kept: Tensor | None) -> None:
+    """Leave beside a weight that lies on ``steps`` ``[out]`` what `grid_of` and `kept_of` ask of its layer.
+
+    Buffers, not in the state_dict: ``weight_scale``, the steps; ``weight_kept``, bool of the weight's shape,
+    False where it is pruned, or None; ``weight_zeros``, how many weights are zero, pruned or rounded.
+    """
+    zeros = (layer.weight.detach() == 0).sum()  # type: ignore[operator]
+    for name, value in (("weight_scale", steps), ("weight_kept", kept), ("weight_zeros", zeros)):
+        layer.register_buffer(name, value, persistent=False)
+
+
+def kept_of(layer: nn.Linear | nn.Conv2d) -> Tensor | None:
+    """The weights that are not pruned, bool of the weight's shape; None where none is.
+
+    Pruned weights are zero. On a grid so are those that rounded to zero: the mask that was left there tells
+    them apart, while there are as many zeros as then. Otherwise every zero counts as pruned, since no method
+    may undo pruning; but none where all are zero: that is how some layers are initialised.
+    """
+    kept = layer.weight.detach() != 0
+    zeros = layer._buffers.get("weight_zeros")
+    if zeros is not None and int(zeros) == int((~kept).sum()) and grid_of(layer) is not None:
+        return layer._buffers["weight_kept"]
+    return None if bool(kept.all()) or not bool(kept.any()) else kept
+
+
 def static_tensors(
     op: str,
     quant: str,

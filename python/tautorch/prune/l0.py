@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from tautorch._layers import Layer, layer_groups, select_layers
+from tautorch._layers import Layer, layer_groups, select_layers, take_off_parametrisation
 from tautorch.prune.patterns import Blocks, Pattern, parse_pattern
 
 # The paper's: temperature, and the interval that the concrete distribution is stretched to.
@@ -216,12 +216,7 @@ class L0Gates:
             if "l0_gate" in layer._modules:
                 del layer.l0_gate
             else:
-                parametrize.remove_parametrizations(layer, "weight", leave_parametrized=keep_gated)
-                # It comes back behind the bias; optimizers' states go by the order.
-                others = {key: value for key, value in layer._parameters.items() if key != "weight"}
-                for key in others:
-                    del layer._parameters[key]
-                layer._parameters.update(others)
+                take_off_parametrisation(layer, keep_gated)
         self._gates, self._layers, self._hooks = {}, {}, []
 
 

@@ -13,7 +13,8 @@ from torch.utils.hooks import RemovableHandle
 
 from tautorch import distributed
 from tautorch._batches import Batches
-from tautorch._layers import select_layers
+from tautorch._layers import Layer, select_layers
+from tautorch.nn.tail import grid_of, kept_of, leave_grid
 from tautorch.prune.choice import Choice, Rule, choose
 from tautorch.prune.importance import Importance, LossOf
 from tautorch.prune.patterns import Normalize, Ranking
@@ -116,14 +117,21 @@ def apply_choice(model: nn.Module, choice: Choice) -> None:
 
 def apply_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
     """Zero the weights of the named layers where their mask is False; checks every mask before the first."""
-    for name, mask in masks.items():
-        _check_mask("apply_masks", model, name, mask)
+    _apply("apply_masks", model, masks)
+
+
+def _apply(op: str, model: nn.Module, masks: Mapping[str, Tensor]) -> None:
+    layers = {name: _checked(op, model, name, mask) for name, mask in masks.items()}
     with torch.no_grad():
-        for name, mask in masks.items():
-            weight = _weight(model, name)
+        for name, layer in layers.items():
+            mask = masks[name].to(layer.weight.device)
+            steps = None if distributed.is_sharded(layer.weight) else grid_of(layer)
+            before = None if steps is None else kept_of(layer)
             # Of a sharded weight each rank zeroes its own part.
-            kept = distributed.local_part(mask.to(weight.device), weight)
-            distributed.local_tensor(weight).masked_fill_(~kept, 0.0)
+            kept = distributed.local_part(mask, layer.weight)
+            distributed.local_tensor(layer.weight).masked_fill_(~kept, 0.0)
+            if steps is not None:
+                leave_grid(layer, steps, mask if before is None else mask & before)
 
 
 def masks_from_zeros(model: nn.Module, layers: Iterable[str] | None = None) -> dict[str, Tensor]:
@@ -183,11 +191,9 @@ class MaskHandle:
 
     def update(self, masks: Mapping[str, Tensor]) -> None:
         """Hold these masks from now on, and apply them at once; ValueError/TypeError if one does not fit."""
-        for name, mask in masks.items():
-            _check_mask("hold_masks", self._model, name, mask)
+        _apply("hold_masks", self._model, masks)
         self._masks = {name: mask.clone() for name, mask in masks.items()}
         self._parts = {}
-        self.apply()
 
     def apply(self) -> None:
         """Set the masked weights to zero, now."""
@@ -247,7 +253,8 @@ def _weight(model: nn.Module, name: str) -> Tensor:
     return weight
 
 
-def _check_mask(op: str, model: nn.Module, name: str, mask: Tensor) -> None:
+def _checked(op: str, model: nn.Module, name: str, mask: Tensor) -> Layer:
+    """The layer of that name, whose weight the mask fits."""
     layer = select_layers(op, model, [name])[name]
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
         kind = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
@@ -257,3 +264,4 @@ def _check_mask(op: str, model: nn.Module, name: str, mask: Tensor) -> None:
             f"{op}: the mask of layer {name!r} must be {list(layer.weight.shape)} like its weight, "
             f"got {list(mask.shape)}"
         )
+    return layer

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from tautorch._layers import Layer, select_layers
+from tautorch.nn.tail import kept_of
 from tautorch.quantize.qparams import check_bits
 from tautorch.quantize.whole import require_whole
 
@@ -127,8 +128,9 @@ def _clustered(name: str, layer: Layer, bits: int, init: Init, seed: int) -> Clu
     if not bool(torch.isfinite(weight).all()):
         raise ValueError(f"cluster: the weight of layer {name!r} must be finite, got NaN or Inf")
     flat = weight.double().flatten()
-    alive = flat != 0
-    pruned = not bool(alive.all())
+    kept = kept_of(layer)
+    pruned = kept is not None
+    alive = torch.ones_like(flat, dtype=torch.bool) if kept is None else kept.flatten()
     values = flat[alive] if pruned else flat
     count = 2**bits - pruned
     centroids = kmeans(values, count, init, seed).float()

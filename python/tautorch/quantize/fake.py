@@ -74,6 +74,12 @@ class FakeQuantWeight(nn.Module):
         self.step = nn.Parameter(step.detach().float().clone(), requires_grad=learned)
         self.register_buffer("mask", mask)
 
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        given = state_dict.get(f"{prefix}mask")
+        if self.mask is None and given is not None:  # of a model that was pruned before it was prepared
+            self.mask = torch.empty_like(given, device=self.step.device)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     def scale(self) -> Tensor:
         """The steps as used: positive, float32 [O]."""
         return self.step.abs().clamp(min=_LEAST)

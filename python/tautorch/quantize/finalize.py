@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from torch import nn
-from torch.nn.utils import parametrize
 
+from tautorch._layers import take_off_parametrisation
 from tautorch.quantize.clustering import clustered
 from tautorch.quantize.qat import fake_quantised, freeze_on_grid
 from tautorch.quantize.whole import require_whole
@@ -32,7 +32,7 @@ def finalize(model: nn.Module) -> nn.Module:
             "finalize: the model must have layers made by quantize.prepare_qat or cluster, got none"
         )
     for module in clusters:
-        parametrize.remove_parametrizations(module, "weight")
+        take_off_parametrisation(module)
     for module in grids:
         freeze_on_grid(module)
     return model

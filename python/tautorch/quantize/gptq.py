@@ -17,6 +17,7 @@ from tautorch import distributed
 from tautorch._batches import Batches, check_batches, observe_inputs, require_seen
 from tautorch._gram import check_dampening, input_grams, inverse_factor
 from tautorch._layers import Layer, forward_replaced, layer_groups, select_layers
+from tautorch.nn.tail import kept_of, leave_grid
 from tautorch.quantize.qparams import check_bits, quantize_weight
 from tautorch.quantize.whole import require_whole
 
@@ -51,8 +52,8 @@ def gptq(
     GPTQ: Frantar et al. 2022, arXiv:2210.17323. In place; the weight stays float, on multiples of one step
     for each output (searched by the inputs' mean squares, refitted to the integers), and the steps stand
     beside it in the buffer `weight_scale` that `from_float` takes: compiled layers hold the very integers.
-    Where the weight has zeros (pruned), they stay zero and the others take up the difference. Groups
-    of inputs with steps of their own are not offered: the kernels have one step for each output.
+    Pruned weights stay zero and the others take up the difference. Groups of inputs with steps of their own
+    are not offered: the kernels have one step for each output.
 
     Args:
         batches: what the model takes; used again for each layer, so no spent generator. At least as many rows
@@ -82,13 +83,14 @@ def gptq(
     before = {name: layer.weight.detach().clone() for name, layer in targets.items()}
     made: list[Rounded] = []
     steps: dict[str, Tensor] = {}
+    masks: dict[str, Tensor | None] = {}
     try:
         for name, gram in _grams(model, targets, held, sequential, layers is not None):
             layer = targets[name]
-            weight, scale, record = _layer(name, layer, gram, bits, act_order, dampening)
+            masks[name] = kept_of(layer)
+            weight, steps[name], record = _layer(name, layer, gram, masks[name], bits, act_order, dampening)
             with torch.no_grad():
                 layer.weight.copy_(weight)
-            steps[name] = scale
             made.append(record)
     except BaseException:
         with torch.no_grad():
@@ -96,7 +98,7 @@ def gptq(
                 targets[name].weight.copy_(old)
         raise
     for name, scale in steps.items():
-        targets[name].register_buffer("weight_scale", scale, persistent=False)
+        leave_grid(targets[name], scale, masks[name])
     if report is not None:
         report += made
     return model
@@ -178,9 +180,15 @@ def _stopped_at(model: nn.Module, layer: nn.Module, once: bool) -> Iterator[nn.M
 
 
 def _layer(
-    name: str, layer: Layer, gram: Tensor, bits: int, act_order: bool, dampening: float
+    name: str,
+    layer: Layer,
+    gram: Tensor,
+    kept: Tensor | None,
+    bits: int,
+    act_order: bool,
+    dampening: float,
 ) -> tuple[Tensor, Tensor, Rounded]:
-    """The weight on its grid, the steps [O], and the errors."""
+    """The weight on its grid, zero where not `kept`, the steps [O], and the errors."""
     weight = layer.weight.detach()
     groups = layer_groups(layer)
     rows = weight.double().reshape(groups, weight.shape[0] // groups, -1)
@@ -191,8 +199,7 @@ def _layer(
     moment = gram.diagonal(dim1=1, dim2=2)
     moment = moment + dampening * moment.mean(1, keepdim=True)
     _, steps = quantize_weight(rows.flatten(0, 1), search=True, bits=bits, importance=_each_row(moment, rows))
-    kept = rows != 0
-    mask = None if bool(kept.all()) else kept
+    mask = None if kept is None else kept.reshape(rows.shape)
     scale = steps.double().reshape(groups, -1)
     q = gptq_integers("gptq", name, rows, gram, scale, top, mask, act_order, dampening)
     found = q, _refitted(q, rows, gram, scale)

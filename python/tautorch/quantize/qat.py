@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from tautorch._batches import Batches
-from tautorch._layers import Layer, select_layers
-from tautorch.nn.tail import grid_of
+from tautorch._layers import Layer, select_layers, take_off_parametrisation
+from tautorch.nn.tail import grid_of, kept_of, leave_grid
 from tautorch.ownership import refusal
 from tautorch.quantize.calibration import calibrate
 from tautorch.quantize.fake import FakeQuantInput, FakeQuantWeight
@@ -37,9 +37,10 @@ def prepare_qat(
     Rounding is passed by the straight-through estimator (Bengio et al. 2013, arXiv:1308.3432) and the steps
     are learned (LSQ, Esser et al. 2020, arXiv:1902.08153), one for each output channel. In place: a layer's
     weight becomes the parametrisation `FakeQuantWeight`, its input goes through the child `input_quantizer`.
-    Pruned weights (zeros) stay zero. Make the optimizer afterwards; `step_parameters` gives the steps for a
-    group of their own without weight decay. Evaluated without training it is post-training quantisation by
-    rounding to the best scales. Then `finalize`, and `convert` gives layers with the same integers.
+    Pruned weights stay zero; those that `gptq` or an earlier QAT rounded to zero train on. Make the optimizer
+    afterwards; `step_parameters` gives the steps for a group of their own without weight decay. Evaluated
+    without training it is post-training quantisation by rounding to the best scales. Then `finalize`, and
+    `convert` gives layers with the same integers.
 
     With several ranks: `DistributedDataParallel` or `fully_shard` after `prepare_qat`, and `finalize` on a
     model that is not sharded.
@@ -55,7 +56,8 @@ def prepare_qat(
         layers: names or shell patterns; None takes every Linear and Conv2d that `convert` would replace (and,
             static, that `calibration` reaches).
         observer: of the static ranges, as in `calibrate`.
-        learn_steps: False keeps the steps found at the start: straight-through alone.
+        learn_steps: False keeps the steps found at the start: straight-through alone. A frozen layer (its
+            weight needs no gradient) keeps them anyway.
 
     Raises ValueError/TypeError for arguments out of range, layers that cannot be used, NaN or Inf in a weight
     or in the calibration; the model is then as it was.
@@ -93,7 +95,7 @@ def attach(layer: Layer, weight: FakeQuantWeight, given: FakeQuantInput | None) 
 
 def detach(layer: nn.Module, keep: bool = True) -> None:
     """Take the quantisers off a layer; it keeps the weight on its grid, or the float one it was made of."""
-    parametrize.remove_parametrizations(layer, "weight", leave_parametrized=keep)
+    take_off_parametrisation(layer, keep)
     if _INPUT in layer._modules:
         del layer._modules[_INPUT]
         for key, hook in list(layer._forward_pre_hooks.items()):
@@ -126,24 +128,24 @@ def step_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
 def freeze_on_grid(layer: nn.Module) -> None:
     """End QAT on one layer: a plain weight on its grid, with the steps beside it for `from_float`.
 
-    The buffers `weight_scale` [O] and, static, `x_scale` and `x_zero_point` are not in the state_dict.
+    The buffers of `leave_grid` and, static, `x_scale` and `x_zero_point` are not in the state_dict.
     """
     weight = fake_weight(layer)
     if weight is None:
         raise ValueError("freeze_on_grid: the layer must be one that prepare_qat made")
     given = layer._modules.get(_INPUT)
-    scales = {"weight_scale": weight.scale().detach().clone()}
-    if isinstance(given, FakeQuantInput):
-        step = given.scale()
-        if step is not None:
-            scales |= {"x_scale": step.detach().clone(), "x_zero_point": given.zero_point.clone()}
+    x_scale = x_zero_point = None
+    if isinstance(given, FakeQuantInput) and (step := given.scale()) is not None:
+        x_scale, x_zero_point = step.detach().clone(), given.zero_point.clone()
     detach(layer)
     with torch.no_grad():
         layer.get_parameter("weight").add_(
             0.0
         )  # -0.0 becomes 0.0: a sign that rounding left would cost a bit in a coded file
-    for name, value in scales.items():
-        layer.register_buffer(name, value, persistent=False)
+    leave_grid(layer, weight.scale().detach().clone(), weight.mask)
+    # None too: an earlier QAT may have left others.
+    layer.register_buffer("x_scale", x_scale, persistent=False)
+    layer.register_buffer("x_zero_point", x_zero_point, persistent=False)
 
 
 def qat_targets(op: str, model: nn.Module, quant: str, layers: Iterable[str] | None) -> dict[str, Layer]:
@@ -159,16 +161,14 @@ def qat_targets(op: str, model: nn.Module, quant: str, layers: Iterable[str] | N
 
 
 def weight_quantizer(op: str, name: str, layer: Layer, bits: int, learned: bool) -> FakeQuantWeight:
-    """A quantiser for the weight as it is, its zeros masked, on the best steps."""
+    """A quantiser for the weight as it is, what is pruned masked, on the best steps."""
     weight = layer.weight.detach()
     if not bool(torch.isfinite(weight).all()):
         raise ValueError(f"{op}: the weight of layer {name!r} must be finite, got NaN or Inf")
     step = _steps_it_lies_on(layer, bits)
     if step is None:
         _, step = quantize_weight(weight, search=True, bits=bits)
-    kept = weight != 0
-    mask = None if bool(kept.all()) or not bool(kept.any()) else kept
-    return FakeQuantWeight(bits, step, mask, learned)
+    return FakeQuantWeight(bits, step, kept_of(layer), learned and layer.weight.requires_grad)
 
 
 def _steps_it_lies_on(layer: Layer, bits: int) -> Tensor | None:
@@ -187,7 +187,7 @@ def input_quantizer(layer: Layer, quant: str, found: QParams | None, learned: bo
     samples = isinstance(layer, nn.Conv2d)
     made = FakeQuantInput(samples)
     if found is not None:
-        made = FakeQuantInput(samples, found.scale, found.zero_point, learned)
+        made = FakeQuantInput(samples, found.scale, found.zero_point, learned and layer.weight.requires_grad)
     return made.to(layer.weight.device)
 
 

@@ -83,8 +83,8 @@ def sensitivity(
 
     Args:
         bits, quant, layers, observer: as in `prepare_qat`; static ranges come from `batches`.
-        metric: the model's quality, higher is better; the list is ordered by its drop, without it by the SQNR
-            of the model's outputs.
+        metric: the model's quality, higher is better, asked in eval mode without gradients; the list is
+            ordered by its drop, without it by the SQNR of the model's outputs.
 
     Raises ValueError/TypeError as `prepare_qat`.
     """
@@ -116,16 +116,17 @@ def sensitivity(
                     outputs, outer = _run(model, batch, {name: targets[name]})
                 whole[name].add(exact, outputs)
                 own[name].add(inner[name], outer[name])
-    normal = None if metric is None else distributed.broadcast_value(float(metric(model)))
-    costs = []
-    for name, layer in targets.items():
-        drop = None
-        if metric is not None and normal is not None:
-            with _quantised(layer, *made[name]):
-                drop = normal - distributed.broadcast_value(float(metric(model)))
-        costs.append(
-            LayerCost(name, whole[name].decibels(), own[name].decibels(), drop, layer.weight.numel())
-        )
+        normal: float | None = None
+        drops: dict[str, float] = {}
+        if metric is not None:
+            normal = distributed.broadcast_value(float(metric(model)))
+            for name in targets:
+                with _quantised(targets[name], *made[name]):
+                    drops[name] = normal - distributed.broadcast_value(float(metric(model)))
+    costs = [
+        LayerCost(name, whole[name].decibels(), own[name].decibels(), drops.get(name), layer.weight.numel())
+        for name, layer in targets.items()
+    ]
     costs.sort(key=lambda cost: (-(cost.metric_drop or 0.0), cost.output_sqnr))
     return Sensitivity(costs, normal)
 
