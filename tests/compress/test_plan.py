@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import copy
+import io
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 from torch import Tensor, nn
 
 from tautorch import storage
+from tautorch.compress import Report
 from tautorch.compress.plan import compilable, compile_layers, describe_layer
 from tautorch.factorize import factorize
 from tautorch.nn import Int8Conv2d, Int8Linear, LowRankLinear, PackedModule, SparseConv2d, SparseLinear
@@ -87,6 +91,32 @@ def test_inputs_of_one_batch_size_are_timed_apart() -> None:
     model, prefill = nn.Sequential(nn.Linear(48, 32)).eval(), torch.randn(1, 32, 48)
     (layer,) = compile_layers(model, [prefill], [prefill, prefill[:, :1]], seconds=0.005)
     assert list(layer.before_s) == list(layer.after_s) == ["1x32x48", "1x1x48"]
+
+
+def test_errors_are_told_and_limited() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(8, 64)
+    x[:, 0] = 1e4
+    first = nn.Linear(64, 64)
+    first.weight[:, 0] = 0  # so that what the outlier drowns is all there is
+
+    def make() -> nn.Module:
+        return copy.deepcopy(nn.Sequential(first, nn.ReLU(), nn.Linear(64, 8)).eval())
+
+    report, model, limited = Report("outlier"), make(), make()
+    expected = model(x)
+    layers = compile_layers(model, [x], [x], gate=False, report=report)
+    assert report.layers is layers and layers[0].error is not None and layers[0].error > 0.5
+    assert report.model_error == pytest.approx(
+        float((model(x) - expected).norm() / expected.norm()), rel=1e-4
+    )
+    console = Console(file=io.StringIO(), width=80)
+    report.print(console)
+    assert f"model error {100 * report.model_error:.3g} %" in console.file.getvalue()  # type: ignore[attr-defined]
+    layers = compile_layers(limited, [x], [x], gate=False, max_error=0.05, report=report)
+    assert [layer.replaced for layer in layers] == [False, True]
+    assert "max_error is 5 %" in layers[0].reason
+    assert report.model_error is not None and report.model_error < 0.05
 
 
 def test_a_sparse_layer_that_loses_is_offered_dense_int8(monkeypatch: pytest.MonkeyPatch) -> None:

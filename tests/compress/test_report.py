@@ -46,6 +46,7 @@ def make_report() -> Report:
         steps_s={"train": 21.5},
         notes=["Float models in channels_last."],
         environment=describe_environment(),
+        model_error=0.0321,
     )  # fmt: skip
 
 
@@ -157,6 +158,7 @@ def test_terminal_tells_everything() -> None:
         "99.63 % [98.7, 99.9]", "2,000,000", "8 MB", "20 ms", "60 µs", "head.1", "avx512vnni",
         "kept: slower <at 1> [b]", "Linear 1152→256 → LowRankLinear", "1.18 MB → 50 kB", "40.00",
         "missed", "not judged", "Float models in channels_last.", "64x1152: 200 µs → 50 µs", "95.5 %",
+        "model error 3.21 %",
     ):  # fmt: skip
         assert expected in text, f"{expected!r} is missing from:\n{text}"
     assert "layer        before → after" in text  # a table
@@ -211,6 +213,8 @@ def test_page_is_whole_and_needs_nothing_else(tmp_path: Path) -> None:
         "40×",
         "faster at batch 64",
         "99.07 %",
+        "95.5 %",
+        "Model error: 3.21 %.",
         "avx512vnni",
     ):
         assert expected in page.text, f"{expected!r} is missing"

@@ -27,11 +27,6 @@ def format_seconds(seconds: float) -> str:
     return f"{seconds:.3g} s"
 
 
-def format_error(error: float | None) -> str:
-    """Of a relative error in percent: ``0.0123`` -> ``1.23 %``; nothing where it is not known."""
-    return "" if error is None else f"{error * 100:.3g} %"
-
-
 def format_accuracy(accuracy: Proportion) -> str:
     """``98.89 % [97.6, 99.5]``."""
     low, high = accuracy.interval()

@@ -13,11 +13,11 @@ from tautorch.compress._format import (
     batches_of,
     format_accuracy,
     format_bytes,
-    format_error,
     format_seconds,
     format_share,
     format_verdict,
 )
+from tautorch.convert_report import format_error
 
 if TYPE_CHECKING:
     from tautorch.compress.report import Layer, Report, Stage
@@ -59,6 +59,8 @@ def _summary(report: Report) -> str:
             f"{replaced} of {len(report.layers)} layers, with {format_share(report.compiled_share)} "
             "of the parameters, run on compiled kernels."
         )
+    if report.model_error is not None:
+        parts.append(f"Model error: {format_error(report.model_error)}.")
     if broken:
         parts.append(f"Broken: {'; '.join(broken)}.")
     elif judged:

@@ -9,10 +9,12 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 
-from tautorch.compress.report import Layer
+from tautorch._batches import Batch, call_model, model_device, to_device
+from tautorch.compress.report import Layer, Report
 from tautorch.convert import convert
-from tautorch.convert_candidate import Candidate
+from tautorch.convert_candidate import Candidate, OutputError
 from tautorch.convert_report import ConvertReport, LayerRecord, ShapeTime
 from tautorch.factorize import FactorizedConv2d, FactorizedLinear
 from tautorch.fuse import fuse
@@ -21,7 +23,6 @@ from tautorch.nn.tail import grid_of, left_by_quantize
 from tautorch.ownership import refusal
 from tautorch.quantize import QParams, calibrate
 
-Batch = Any
 Factory = Callable[[Any], nn.Module]
 
 SPARSE_FROM = 0.5
@@ -37,7 +38,9 @@ def compile_layers(
     observer: str = "mse",
     gate: bool = True,
     original: nn.Module | None = None,
+    max_error: float | None = None,
     seconds: float = 0.2,
+    report: Report | None = None,
     progress: Callable[[str], object] | None = None,
 ) -> list[Layer]:
     """Quantise a float model to int8 with static scales and put compiled layers in, in place.
@@ -55,12 +58,17 @@ def compile_layers(
         observer: how the scales are chosen, see `tautorch.quantize`.
         gate: False replaces every layer, unmeasured.
         original: the model before pruning and factorising, for the parameters and bytes of its layers.
+        max_error: a layer whose compiled one is further off than this (relative L2 norm of the output: 0.05 is
+            5 %) stays as it is.
         seconds: about how long one comparison takes.
+        report: gets the layers, and the error of the whole model's output on the example inputs.
         progress: called with the name of every layer that is decided.
 
     Returns:
         What became of each layer, in the model's order.
     """
+    batches = list(example_inputs)
+    expected = _outputs(model, batches)
     before = {name: model.get_submodule(name) for name in compilable(model)}
     records: dict[str, LayerRecord] = {}
     reasons: dict[str, list[str]] = {name: [] for name in before}
@@ -78,20 +86,24 @@ def compile_layers(
     }
     while plan := {name: waiting[0] for name, waiting in offers.items() if waiting}:
         found = ConvertReport()
-        convert(model, plan, list(example_inputs), gate=gate, seconds=seconds, report=found)
+        convert(model, plan, batches, gate=gate, max_error=max_error, seconds=seconds, report=found)
         for record in found.layers:
             records[record.name] = record
             reasons[record.name].append(record.reason)
             offers[record.name] = [] if record.replaced else offers[record.name][1:]
             if progress is not None and not offers[record.name]:
                 progress(record.name)
-    fuse(model, example_inputs[-1])
+    fuse(model, batches[-1])
     _make_plain(model, free)
+    error = _error(expected, _outputs(model, batches))
     sizes = {name: _original(original, name, layer) for name, layer in before.items()}
-    return [
+    layers = [
         _layer(records[name], before[name], model.get_submodule(name), reasons[name], sizes[name])
         for name in before
     ]
+    if report is not None:
+        report.layers, report.model_error = layers, error
+    return layers
 
 
 def describe_layer(layer: nn.Module) -> str:
@@ -154,6 +166,25 @@ def _offers(layer: nn.Module, scale: QParams | None, pattern: str) -> list[Facto
 def _zeros(layer: nn.Module) -> float:
     weight = layer.weight
     return 1.0 - int(torch.count_nonzero(weight)) / weight.numel()  # type: ignore[arg-type,operator]
+
+
+def _outputs(model: nn.Module, batches: Sequence[Batch]) -> list[Any]:
+    """Copies of what the model says of each batch, which a later run cannot write over."""
+    device = model_device(model)
+    with torch.no_grad():
+        return [
+            pytree.tree_map_only(torch.Tensor, torch.clone, call_model("compile_layers", model, batch))
+            for batch in (to_device(batch, device) for batch in batches)
+        ]
+
+
+def _error(expected: Sequence[Any], got: Sequence[Any]) -> float | None:
+    """The relative L2 error over all batches."""
+    errors = OutputError()
+    for x, y in zip(expected, got, strict=True):
+        if wrong := errors.add(x, y):
+            raise ValueError(f"compile_layers: the compiled model {wrong}")
+    return errors.value
 
 
 def _make_plain(model: nn.Module, before: Mapping[str, nn.Module]) -> None:

@@ -139,6 +139,8 @@ class Report:
     """Seconds that each step of the compression itself took."""
     notes: list[str] = field(default_factory=list)
     environment: dict[str, str] = field(default_factory=dict)
+    model_error: float | None = None
+    """Relative L2 error of the compiled model's output, on the example inputs, against that before compiling."""
 
     @property
     def kept_promises(self) -> bool:
@@ -183,6 +185,7 @@ class Report:
             steps_s=dict(data["steps_s"]),
             notes=list(data["notes"]),
             environment=dict(data["environment"]),
+            model_error=data["model_error"],
         )
 
     def write_json(self, path: str | os.PathLike[str]) -> None:

@@ -16,10 +16,10 @@ from tautorch.compress._format import (
     batches_of,
     format_accuracy,
     format_bytes,
-    format_error,
     format_seconds,
     format_verdict,
 )
+from tautorch.convert_report import format_error
 
 if TYPE_CHECKING:
     from tautorch.compress.report import Check, Layer, Report, Speedup
@@ -43,6 +43,8 @@ def tables(report: Report) -> RenderableType:
     ]
     if report.layers:
         parts.append(_layer_sheet(report.layers))
+    if report.model_error is not None:
+        parts.append(Text(f"model error {format_error(report.model_error)}", style="bold"))
     if report.speedups:
         parts.append(_speedup_table(report.speedups))
     if report.checks:
