@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tautorch._batches import Batch, call_model, model_device, to_device, training_modes_kept
+from tautorch._batches import Batch, call_model, example_batches, model_device, training_modes_kept
 from tautorch.capture import Call, capture
 from tautorch.convert_candidate import Candidate, Factory, OutputError, shape_time
 from tautorch.convert_report import ConvertReport, ShapeTime
@@ -59,7 +59,9 @@ def convert(
     layers = _checked_layers(model, plan, example_inputs, gate)
     _check_max_error(max_error, example_inputs)
     modes = {name: layer.training for name, layer in layers.items()}
-    batches = _batch_list(example_inputs, model_device(model))
+    batches = (
+        [] if example_inputs is None else example_batches("convert", example_inputs, model_device(model))
+    )
     with _undisturbed(model):
         seen = capture("convert", model, layers, batches)
         _watch_reads(model, layers, batches)
@@ -131,21 +133,6 @@ def _check_max_error(max_error: float | None, example_inputs: object) -> None:
 def _raise_if(problems: list[str]) -> None:
     if problems:
         raise ValueError("convert: nothing was changed, because of " + "; ".join(problems))
-
-
-def _batch_list(example_inputs: Batch | Sequence[Batch] | None, device: torch.device | None) -> list[Any]:
-    if example_inputs is None:
-        return []
-    single = isinstance(example_inputs, (torch.Tensor, tuple, Mapping))
-    if not single and not isinstance(example_inputs, Sequence):
-        raise TypeError(
-            "convert: example_inputs must be a batch or a list of batches, "
-            f"got {type(example_inputs).__name__}"
-        )
-    batches = [example_inputs] if single else list(example_inputs)
-    if not batches:
-        raise ValueError("convert: example_inputs must hold at least one batch, got an empty list")
-    return [to_device(batch, device) for batch in batches]
 
 
 @contextmanager

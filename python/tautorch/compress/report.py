@@ -140,7 +140,7 @@ class Report:
     notes: list[str] = field(default_factory=list)
     environment: dict[str, str] = field(default_factory=dict)
     model_error: float | None = None
-    """Relative L2 error of the compiled model's output, on the example inputs, against that before compiling."""
+    """Relative L2 error of the compiled model's output on the example inputs, against that before."""
 
     @property
     def kept_promises(self) -> bool:
