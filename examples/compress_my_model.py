@@ -29,8 +29,9 @@ def main(path: str = "my_model.safetensors") -> nn.Module:
     masks = tt.prune.hold_masks(model, optimizer=optimizer)
     tt.distill.Distiller(teacher, model, tt.distill.SoftTarget(alpha=0), optimizer).fit(batches, epochs=2)
     masks.remove()
-    layers = compile_layers(model.eval(), batches, [batches[0][:1], batches[0]], original=teacher)
-    Report("My model", layers=layers).print()
+    report = Report("My model")
+    compile_layers(model.eval(), batches, [batches[0][:1], batches[0]], original=teacher, report=report)
+    report.print()
     tt.save(model, path)
     return tt.load(path, make_model).eval()
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
-from tautorch import cli, dispatch
+from tautorch import bench, cli, dispatch
 from tautorch.compress import Check, Report
 from tautorch.demo import pipeline
 
@@ -31,6 +33,15 @@ def test_kernels_says_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatch, "_table", [row])
     result = RUNNER.invoke(cli.app, ["kernels", "int8_linear"])
     assert "no: this CPU is no Arm" in result.output
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_kernels_without_a_gpu_says_so_first() -> None:
+    lines = RUNNER.invoke(cli.app, ["kernels"]).output.splitlines()[1:]
+    on_cuda = [line for line in lines if line.split()[2] == "cuda"]
+    assert on_cuda and all(
+        line.split(maxsplit=3)[3].strip() == "no: no CUDA device is visible" for line in on_cuda
+    )
 
 
 def test_unknown_operator() -> None:
@@ -63,6 +74,51 @@ def test_demo_without_scikit_learn_says_how_to_get_it(
     result = RUNNER.invoke(cli.app, ["demo", "--out", str(tmp_path)])
     assert result.exit_code == 2
     assert "pip install 'tautorch[demo]'" in result.output
+
+
+def no_folder(tmp_path: Path) -> Path:
+    return tmp_path / "none" / "x.json"
+
+
+def file_as_folder(tmp_path: Path) -> Path:
+    (tmp_path / "file").write_text("")
+    return tmp_path / "file" / "x.json"
+
+
+def folder_as_file(tmp_path: Path) -> Path:
+    return tmp_path
+
+
+@pytest.mark.parametrize("place", [no_folder, file_as_folder, folder_as_file])
+def test_bench_says_before_it_measures_that_it_cannot_write(
+    place: Callable[[Path], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench, "run", lambda *_, **__: pytest.fail("it measured"))
+    path = place(tmp_path)
+    result = RUNNER.invoke(cli.app, ["bench", "--json", str(path)])
+    assert result.exit_code == 2
+    assert result.output.startswith(f"cannot write {path}: ") and result.output.count("\n") == 1
+
+
+def test_bench_that_fails_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(*_: object, **__: object) -> None:
+        raise AssertionError("3 is not 4")
+
+    monkeypatch.setattr(bench, "run", wrong)
+    result = RUNNER.invoke(cli.app, ["bench", "--json", str(tmp_path / "x.json")])
+    assert result.exit_code == 1 and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("inside", ["", "deeper"])
+def test_demo_says_before_it_trains_that_it_cannot_write(
+    inside: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipeline, "run", lambda *_: pytest.fail("it trained"))
+    (tmp_path / "file").write_text("")
+    out = tmp_path / "file" / inside
+    result = RUNNER.invoke(cli.app, ["demo", "--out", str(out)])
+    assert result.exit_code == 2
+    assert result.output.startswith(f"cannot write {out}: ") and result.output.count("\n") == 1
 
 
 def test_runs_as_a_module() -> None:

@@ -507,6 +507,73 @@ def test_report_prints_and_turns_into_json() -> None:
     assert "Int8Linear" in text and "1 of 2 layers replaced" in text and "model at 1x16" in text
 
 
+def outlier() -> tuple[nn.Sequential, Tensor]:
+    """An input channel so large that int8 activations of one scale a row lose all the others."""
+    torch.manual_seed(0)
+    x = torch.randn(8, 64)
+    x[:, 0] = 1e4
+    model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 8)).eval()
+    with torch.no_grad():
+        model[0].weight[:, 0] = 0
+    return model, x
+
+
+def test_report_prints_errors() -> None:
+    model, x = outlier()
+    report = ConvertReport()
+    convert(model, {"0": Int8Linear.from_float}, x, report=report)
+    error, whole = report.layers[0].error, report.model_error
+    assert error is not None and error > 0.5 and whole is not None
+    head, row, *rest = str(report).splitlines()
+    assert head.split() == ["layer", "was", "runs", "bytes", "error", "why"]
+    assert f"  {100 * error:.3g} %  replaced" in row
+    assert f"model error {100 * whole:.3g} %" in rest
+
+
+@pytest.mark.parametrize("gate", [False, True])
+def test_a_layer_above_the_error_allowed_stays(gate: bool) -> None:
+    model, x = outlier()
+    kept = model[0]
+    report = ConvertReport()
+    plan = {"0": Int8Linear.from_float, "2": Int8Linear.from_float}
+    convert(model, plan, x, gate, max_error=0.05, min_speedup=0.0, seconds=0.005, report=report)
+    assert model[0] is kept and isinstance(model[2], Int8Linear)
+    first, second = report.layers
+    assert first.error is not None and second.error is not None and second.error < 0.05
+    assert first.reason == f"kept: Int8Linear is off by {100 * first.error:.3g} % (max_error is 5 %)"
+    assert report.model_error is not None and report.model_error < 0.05
+    assert first.kernel == "torch" and first.bytes_after == first.bytes_before and not first.times
+
+
+def test_a_layer_whose_error_is_not_known_stays_under_a_limit() -> None:
+    class Half(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.used, self.unused = nn.Linear(16, 16), nn.Linear(16, 16)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.used(x)
+
+    for limit, kind in ((None, Int8Linear), (1.0, nn.Linear)):
+        model = Half()
+        plan = {"used": Int8Linear.from_float, "unused": Int8Linear.from_float}
+        convert(model, plan, torch.randn(2, 16), max_error=limit)
+        assert isinstance(model.used, Int8Linear) and isinstance(model.unused, kind)
+
+
+@pytest.mark.parametrize(
+    ("limit", "inputs", "match"),
+    [
+        (-0.1, torch.ones(1, 16), "max_error must be at least 0, got -0.1"),
+        (float("nan"), torch.ones(1, 16), "max_error must be at least 0, got nan"),
+        (0.1, None, "max_error must have example_inputs"),
+    ],
+)
+def test_limits_that_make_no_sense(limit: float, inputs: Tensor | None, match: str) -> None:
+    with pytest.raises(ValueError, match=match):
+        convert(mlp(), {"0": Int8Linear.from_float}, inputs, max_error=limit)
+
+
 @pytest.mark.parametrize("kind", sorted(MODULES))
 @pytest.mark.parametrize("gate", [False, True])
 def test_every_compiled_layer(kind: str, gate: bool) -> None:

@@ -72,7 +72,7 @@ ARROWS: dict[str, set[str]] = {
     "_batches": {"distributed"},
     "_layers": set(),
     "_shards": set(),
-    "layerwise": {"_batches", "_shards", "distributed"},
+    "layerwise": {"_batches", "_layers", "_shards", "distributed"},
     "_gram": {"_batches", "_layers", "distributed"},
     "timing": set(),
     "coding": set(),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import chain
 from typing import Any, TypeVar
@@ -104,6 +104,19 @@ def left_as_it_is(model: nn.Module) -> Iterator[KeptBuffers]:
             yield kept
         finally:
             kept.put_back()
+
+
+def example_batches(op: str, example_inputs: Any, device: torch.device | None) -> list[Any]:
+    """One batch or a list of them, as a list on `device`; TypeError for another kind, ValueError for none."""
+    if isinstance(example_inputs, (Tensor, tuple, Mapping)):
+        return [to_device(example_inputs, device)]
+    if not isinstance(example_inputs, Sequence):
+        raise TypeError(
+            f"{op}: example_inputs must be a batch or a list of batches, got {type(example_inputs).__name__}"
+        )
+    if not example_inputs:
+        raise ValueError(f"{op}: example_inputs must hold at least one batch, got an empty list")
+    return [to_device(batch, device) for batch in example_inputs]
 
 
 def check_batches(op: str, batches: Any) -> None:

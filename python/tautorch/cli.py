@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -40,9 +43,12 @@ def demo(
     Ends with status 1 if a promise breaks: slower end to end than the float student or the teacher, accuracy
     more than a point under the teacher's, or other predictions after reloading.
     """
+    console = _console()
+    with _writing(out, console):
+        out.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=out).close()
     from tautorch.demo import pipeline  # twice as long to import as all the rest
 
-    console = _console()
     try:
         report = pipeline.run(pipeline.Settings(out=out, seed=seed, timing=timing), console)
     except ImportError as error:
@@ -94,9 +100,15 @@ def bench(
     Shares are of the product instruction's rate on registers, and of the rate at which the same bytes can be
     read, both measured in the same run. Nothing is timed before it was shown to be exact.
     """
+    console = _console()
+    if json is not None:
+        with _writing(json, console):  # said now, not after two minutes
+            if json.exists():
+                json.open("a").close()
+            else:
+                tempfile.TemporaryFile(dir=json.parent).close()
     from tautorch import bench as measured  # most of its import is of layers and cases
 
-    console = _console()
     try:
         with console.status("") as status:
             result = measured.run(kernel or measured.kernels(), quick=quick, note=status.update)
@@ -109,6 +121,18 @@ def bench(
     if json is not None:
         result.write(json)
         console.print(f"\nwritten to {json}", markup=False)
+
+
+@contextmanager
+def _writing(path: Path, console: Console) -> Iterator[None]:
+    """Ends with status 2 and one line where the system does not let us write `path`."""
+    try:
+        yield
+    except OSError as error:
+        console.print(
+            f"cannot write {path}: {error.strerror}", style="bold red", markup=False, soft_wrap=True
+        )
+        raise typer.Exit(2) from error
 
 
 def _console() -> Console:

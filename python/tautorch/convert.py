@@ -10,7 +10,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from tautorch._batches import Batch, KeptBuffers, call_model, left_as_it_is, model_device, to_device
+from tautorch._batches import (
+    Batch,
+    KeptBuffers,
+    call_model,
+    example_batches,
+    left_as_it_is,
+    model_device,
+)
 from tautorch.capture import Call, capture
 from tautorch.convert_candidate import Candidate, Factory, OutputError, shape_time
 from tautorch.convert_report import ConvertReport, ShapeTime
@@ -25,6 +32,7 @@ def convert(
     gate: bool = False,
     *,
     min_speedup: float = 1.0,
+    max_error: float | None = None,
     seconds: float = 0.2,
     report: ConvertReport | None = None,
 ) -> nn.Module:
@@ -45,6 +53,8 @@ def convert(
         are put back, the least useful first, until the model is not slower. Refuses layers with int8 output,
         which stand or fall with the layers that take it.
     min_speedup: below 1 it lets slower layers in (to save memory), and the whole model be slower by as much.
+    max_error: a layer whose replacement's output on the example inputs is further off than this (relative L2
+        norm: 0.05 is 5 %), or not known, stays as it is. None sets no limit; the report has every error.
     seconds: about how long one comparison takes (a close one is repeated at three times the length).
     report: an empty `ConvertReport` to be filled.
 
@@ -54,8 +64,11 @@ def convert(
     factory that fails; a replacement that fails on the example inputs. The model is then as it was.
     """
     layers = _checked_layers(model, plan, example_inputs, gate)
+    _check_max_error(max_error, example_inputs)
     modes = {name: layer.training for name, layer in layers.items()}
-    batches = _batch_list(example_inputs, model_device(model))
+    batches = (
+        [] if example_inputs is None else example_batches("convert", example_inputs, model_device(model))
+    )
     with _undisturbed(model) as kept:
         seen = capture("convert", model, layers, batches)
         kept.put_back()
@@ -65,7 +78,7 @@ def convert(
         problems = [p for c in candidates.values() if (p := c.build(plan[c.name], seen[c.name], gate))]
         _raise_if(problems)
         for candidate in candidates.values():
-            candidate.decide(gate, min_speedup, seconds)
+            candidate.decide(gate, min_speedup, seconds, max_error)
         swap = _Swap(model, [c for c in candidates.values() if c.record.replaced], kept)
         times, error = _settle(model, swap, batches, gate, min(1.0, min_speedup), seconds)
     for candidate in swap.candidates:
@@ -115,24 +128,20 @@ def _checked_layers(
     return {name: modules[name] for name in plan}
 
 
+def _check_max_error(max_error: float | None, example_inputs: object) -> None:
+    if max_error is None:
+        return
+    if not max_error >= 0:  # NaN too
+        raise ValueError(f"convert: max_error must be at least 0, got {max_error}")
+    if example_inputs is None:
+        raise ValueError(
+            "convert: max_error must have example_inputs to measure on, got None; pass a real batch"
+        )
+
+
 def _raise_if(problems: list[str]) -> None:
     if problems:
         raise ValueError("convert: nothing was changed, because of " + "; ".join(problems))
-
-
-def _batch_list(example_inputs: Batch | Sequence[Batch] | None, device: torch.device | None) -> list[Any]:
-    if example_inputs is None:
-        return []
-    single = isinstance(example_inputs, (torch.Tensor, tuple, Mapping))
-    if not single and not isinstance(example_inputs, Sequence):
-        raise TypeError(
-            "convert: example_inputs must be a batch or a list of batches, "
-            f"got {type(example_inputs).__name__}"
-        )
-    batches = [example_inputs] if single else list(example_inputs)
-    if not batches:
-        raise ValueError("convert: example_inputs must hold at least one batch, got an empty list")
-    return [to_device(batch, device) for batch in batches]
 
 
 @contextmanager

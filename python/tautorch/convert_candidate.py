@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from tautorch.capture import Call
-from tautorch.convert_report import LayerRecord, ShapeTime
+from tautorch.convert_report import LayerRecord, ShapeTime, format_error
 from tautorch.timing import Comparison, decisive
 
 Factory = Callable[[Any], nn.Module]
@@ -69,10 +69,18 @@ class Candidate:
         self.record.error = errors.value
         return None
 
-    def decide(self, gate: bool, min_speedup: float, seconds: float) -> None:
+    def decide(self, gate: bool, min_speedup: float, seconds: float, max_error: float | None = None) -> None:
         """Sets `record.replaced` and the reason, by measurement if `gate`."""
+        error = self.record.error
         if self.new is self.old:
             self.record.reason = "kept: its factory returned the layer itself"
+        elif max_error is not None and error is None:
+            self.record.reason = "kept: it gave no output on the example inputs whose error could be measured"
+        elif max_error is not None and error is not None and not error <= max_error:
+            self.record.reason = (
+                f"kept: {self.record.new_class} is off by {format_error(error)} (max_error is "
+                f"{format_error(max_error)})"
+            )
         elif not gate:
             self._replace("replaced: planned, not measured")
         elif not self.calls:

@@ -6,6 +6,11 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 
+def format_error(error: float | None) -> str:
+    """A relative error in percent: ``0.0123`` -> ``1.23 %``; nothing where it is not known."""
+    return "" if error is None else f"{error * 100:.3g} %"
+
+
 @dataclass
 class ShapeTime:
     """One layer (or the whole model) at one real input; times are median seconds per call.
@@ -23,14 +28,20 @@ class ShapeTime:
     ratio_low: float
     ratio_high: float
 
+    @property
+    def shape_text(self) -> str:
+        """``64x1152``."""
+        return "x".join(map(str, self.shape))
+
     def __str__(self) -> str:
-        shape = "x".join(map(str, self.shape))
-        return f"{shape}: {1e6 * self.before_s:.1f} -> {1e6 * self.after_s:.1f} us ({self.ratio:.2f}x)"
+        return (
+            f"{self.shape_text}: {1e6 * self.before_s:.1f} -> {1e6 * self.after_s:.1f} us ({self.ratio:.2f}x)"
+        )
 
 
 @dataclass
 class LayerRecord:
-    """One entry of the plan. A layer that was kept has `new_class` and `times` of the candidate it beat."""
+    """One entry of the plan. A layer that was kept has `new_class`, `error` and `times` of what it beat."""
 
     name: str
     old_class: str
@@ -88,16 +99,18 @@ class ConvertReport:
         return data | {"converted_share": self.converted_share}
 
     def __str__(self) -> str:
-        rows = [("layer", "was", "runs", "bytes", "why")]
+        rows = [("layer", "was", "runs", "bytes", "error", "why")]
         for layer in self.layers:
             runs = f"{layer.new_class} [{layer.kernel}]" if layer.replaced else f"{layer.old_class} (kept)"
             sizes = f"{layer.bytes_before} -> {layer.bytes_after}"
-            rows.append((layer.name, layer.old_class, runs, sizes, layer.reason))
-        widths = [max(len(row[i]) for row in rows) for i in range(4)]
+            rows.append((layer.name, layer.old_class, runs, sizes, format_error(layer.error), layer.reason))
+        widths = [max(len(row[i]) for row in rows) for i in range(5)]
         lines = [
-            "  ".join([*(c.ljust(w) for c, w in zip(row, widths, strict=False)), row[4]]) for row in rows
+            "  ".join([*(c.ljust(w) for c, w in zip(row, widths, strict=False)), row[5]]) for row in rows
         ]
         lines += [f"model at {time}" for time in self.model]
+        if self.model_error is not None:
+            lines.append(f"model error {format_error(self.model_error)}")
         share = (
             f"{len(self.replaced)} of {len(self.layers)} layers replaced, {100 * self.converted_share:.1f} %"
         )

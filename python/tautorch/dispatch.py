@@ -210,12 +210,13 @@ def _cpu_row(op: str, name: str, available: bool) -> Kernel:
 for _op in OPS:
     for _name, _available in _C.isas().items():
         register(_cpu_row(_op, _name, _available))
-    for _device in ("cpu", "cuda"):
-        register(Kernel(_op, "reference", _device, lambda problem: None))
+    register(Kernel(_op, "reference", "cpu", lambda problem: None))
+    register(Kernel(_op, "reference", "cuda", lambda problem: None if _gpu(problem) else _NO_GPU))
 
 
 # ---- GPU rows -------------------------------------------------------------------------------------------
 
+_NO_GPU = "no CUDA device is visible"
 MIN_DRIVER = 13000  # CUDA 13, driver 580: what the wheel's CUDA runtime is made for
 
 
@@ -239,11 +240,11 @@ _F32, _BF16, _INT8 = 0, 1, 3  # DType in csrc/kernels/common/dtype.h; bf16 is as
 
 def _extension(problem: Problem) -> tuple[int, int] | str:
     """Capability and multiprocessors for the CUDA extension's kernels, or why none of them can run here."""
-    if cuda is None:
-        return "this build has no CUDA kernels; reinstall with TAUTORCH_CUDA=on and nvcc on PATH"
     gpu = _gpu(problem)
     if gpu is None:
-        return "no CUDA device is visible"
+        return _NO_GPU
+    if cuda is None:
+        return "this build has no CUDA kernels; reinstall with TAUTORCH_CUDA=on and nvcc on PATH"
     driver = cuda.driver_version()
     if driver == 0:
         return "no CUDA driver is installed"
@@ -282,12 +283,15 @@ def _int8_linear_row(name: str) -> Kernel:
 
 def _sparse_linear_row(name: str) -> Kernel:
     def supports(problem: Problem) -> str | None:
+        gpu = _extension(problem)
+        if isinstance(gpu, str):
+            return gpu
         details = problem.details
         bitmap = details.get("pattern") in ("unstructured", "4x1")
         if name != "cuda" and bitmap != name.startswith("bitmap"):
             return f"it is for pattern {'unstructured or 4x1' if name.startswith('bitmap') else '2:4'}"
         if bitmap:
-            return _bitmap_supports(name, problem)
+            return _bitmap_supports(name, problem, gpu[0])
         if details.get("pattern") != "2:4":
             return "it is for patterns 2:4, unstructured and 4x1"
         if details.get("weight_only"):
@@ -296,9 +300,6 @@ def _sparse_linear_row(name: str) -> Kernel:
         x_dtype = _number(problem, "x_dtype", _BF16) if floats else _INT8
         if x_dtype == _F32:
             return "its 2:4 float products are of bfloat16 and float16 x; convert x, or use int8 values"
-        gpu = _extension(problem)
-        if isinstance(gpu, str):
-            return gpu
         asked = (_number(problem, "rows"), problem.n, problem.k, x_dtype)
         if name == "cuda":
             if cuda.sparse_linear_choose(*gpu, *asked) is not None:
@@ -313,24 +314,21 @@ def _sparse_linear_row(name: str) -> Kernel:
     return Kernel("sparse_linear", name, "cuda", supports)
 
 
-def _bitmap_supports(name: str, problem: Problem) -> str | None:
+def _bitmap_supports(name: str, problem: Problem, capability: int) -> str | None:
     if problem.details.get("weight_only") or problem.details.get("weight_dtype") != "int8":
         return "its products of single weights are of int8 with int8"
-    gpu = _extension(problem)
-    if isinstance(gpu, str):
-        return gpu
     rows = _number(problem, "rows")
     kernel = cuda.sparse_linear_bitmap(rows) if name == "cuda" else name
-    return _text(cuda.sparse_linear_supports(kernel, gpu[0], rows, problem.n, problem.k, _INT8))
+    return _text(cuda.sparse_linear_supports(kernel, capability, rows, problem.n, problem.k, _INT8))
 
 
 def _int8_conv2d_row(name: str) -> Kernel:
     def supports(problem: Problem) -> str | None:
-        if problem.details.get("weight_only"):
-            return "it quantises its input, which a weight-only layer must not"
         gpu = _extension(problem)
         if isinstance(gpu, str):
             return gpu
+        if problem.details.get("weight_only"):
+            return "it quantises its input, which a weight-only layer must not"
         taps = max(_number(problem, "taps"), 1)
         shape = (_number(problem, "groups"), problem.k // taps, problem.n, taps)
         return _text(cuda.int8_conv2d_supports(gpu[0], *shape))
@@ -340,14 +338,17 @@ def _int8_conv2d_row(name: str) -> Kernel:
 
 def _sparse_conv2d_row(name: str) -> Kernel:
     def supports(problem: Problem) -> str | None:
-        details = problem.details
-        if details.get("pattern") != "2:4":
-            return f"{details.get('pattern')} convolutions have no GPU kernel; prune 1x1 layers to 2:4"
-        if not details.get("int8") or details.get("weight_only"):
-            return "its 2:4 products are of int8 with int8"
         gpu = _extension(problem)
         if isinstance(gpu, str):
             return gpu
+        details = problem.details
+        pattern = details.get("pattern")
+        if pattern is None:
+            return "it is for pattern 2:4 of 1x1 layers"
+        if pattern != "2:4":
+            return f"{pattern} convolutions have no GPU kernel; prune 1x1 layers to 2:4"
+        if not details.get("int8") or details.get("weight_only"):
+            return "its 2:4 products are of int8 with int8"
         taps = max(_number(problem, "taps"), 1)
         shape = (_number(problem, "groups"), problem.k // taps, problem.n, taps)
         return _text(cuda.sparse_conv2d_supports(gpu[0], *shape))
@@ -356,11 +357,11 @@ def _sparse_conv2d_row(name: str) -> Kernel:
 
 
 def _triton_supports(problem: Problem) -> str | None:
-    if importlib.util.find_spec("triton") is None:
-        return "Triton is not installed; pip install triton"
     gpu = _gpu(problem)
     if gpu is None:
-        return "no CUDA device is visible"
+        return _NO_GPU
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed; pip install triton"
     if gpu[0] < 80:
         return f"it needs compute capability 8.0, this device has {gpu[0] // 10}.{gpu[0] % 10}"
     d = problem.details
@@ -372,7 +373,7 @@ def _triton_supports(problem: Problem) -> str | None:
 
 
 def _triton_row(op: str, refuse: Callable[[Problem], str | None]) -> Kernel:
-    return Kernel(op, "triton", "cuda", lambda problem: refuse(problem) or _triton_supports(problem))
+    return Kernel(op, "triton", "cuda", lambda problem: _triton_supports(problem) or refuse(problem))
 
 
 def _refuse_lowrank(problem: Problem) -> str | None:
@@ -388,6 +389,8 @@ def _refuse_sparse(problem: Problem) -> str | None:
         return _refuse_rows(problem)
     if pattern == "2:4":
         return "Triton has no instruction for 2:4"
+    if pattern is None:
+        return "it is for patterns 16x16, 32x32 and 64x64"
     return f"{pattern} weights are not for Triton; prune in blocks of 16x16, 32x32 or 64x64"
 
 

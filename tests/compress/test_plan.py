@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import copy
+import io
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from torch import Tensor, nn
 
 from tautorch import storage
+from tautorch.compress import Report, plan
 from tautorch.compress.plan import compilable, compile_layers, describe_layer
 from tautorch.factorize import factorize
 from tautorch.nn import Int8Conv2d, Int8Linear, LowRankLinear, PackedModule, SparseConv2d, SparseLinear
@@ -75,10 +80,44 @@ def test_gate_gives_each_layer_times_and_a_reason() -> None:
     )
     assert sorted(decided) == ["0", "2", "5", "7", "9"]
     for layer in layers:
-        assert set(layer.before_s) == set(layer.after_s) == {1, 16}
+        assert list(layer.before_s) == list(layer.after_s)
+        assert [shape.partition("x")[0] for shape in layer.before_s] == ["1", "16"]
         assert isinstance(model.get_submodule(layer.name), PackedModule) is layer.replaced
         assert layer.reason.rpartition("; ")[2].startswith("replaced" if layer.replaced else "kept")
         assert (layer.kernel == "torch") is not layer.replaced
+
+
+def test_inputs_of_one_batch_size_are_timed_apart() -> None:
+    torch.manual_seed(0)
+    model, prefill = nn.Sequential(nn.Linear(48, 32)).eval(), torch.randn(1, 32, 48)
+    (layer,) = compile_layers(model, [prefill], [prefill, prefill[:, :1]], seconds=0.005)
+    assert list(layer.before_s) == list(layer.after_s) == ["1x32x48", "1x1x48"]
+
+
+def test_errors_are_told_and_limited() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(8, 64)
+    x[:, 0] = 1e4
+    first = nn.Linear(64, 64)
+    first.weight[:, 0] = 0  # so that what the outlier drowns is all there is
+
+    def make() -> nn.Module:
+        return copy.deepcopy(nn.Sequential(first, nn.ReLU(), nn.Linear(64, 8)).eval())
+
+    report, model, limited = Report("outlier"), make(), make()
+    expected = model(x)
+    layers = compile_layers(model, [x], [x], gate=False, report=report)
+    assert report.layers is layers and layers[0].error is not None and layers[0].error > 0.5
+    assert report.model_error == pytest.approx(
+        float((model(x) - expected).norm() / expected.norm()), rel=1e-4
+    )
+    console = Console(file=io.StringIO(), width=80)
+    report.print(console)
+    assert f"model error {100 * report.model_error:.3g} %" in console.file.getvalue()  # type: ignore[attr-defined]
+    layers = compile_layers(limited, [x], [x], gate=False, max_error=0.05, report=report)
+    assert [layer.replaced for layer in layers] == [False, True]
+    assert "max_error is 5 %" in layers[0].reason
+    assert report.model_error is not None and report.model_error < 0.05
 
 
 def test_a_sparse_layer_that_loses_is_offered_dense_int8(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -155,6 +194,111 @@ def test_layers_that_others_read_stay(free: bool) -> None:
     assert isinstance(model.inner, Int8Linear) is free
     assert model.head.weight is model.words.weight
     assert (model(tokens) - expected).norm() <= 0.05 * expected.norm()
+
+
+def state_of(model: nn.Module) -> tuple[list[tuple[str, nn.Module]], list[tuple[str, Tensor]]]:
+    """Every module and tensor there is, themselves; but of packed layers, which pack when they run."""
+    modules = list(model.named_modules())
+    tensors = [
+        (f"{name}.{key}", tensor)
+        for name, module in modules
+        if not isinstance(module, PackedModule)
+        for slots in (module._parameters, module._buffers)
+        for key, tensor in slots.items()
+        if tensor is not None
+    ]
+    return modules, tensors
+
+
+def assert_same(now: Any, before: Any) -> None:
+    for these, those in zip(now, before, strict=True):
+        assert [name for name, _ in these] == [name for name, _ in those]
+        assert all(a is b for (_, a), (_, b) in zip(these, those, strict=True))
+
+
+ONE = make_batches()[0]
+
+
+@pytest.mark.parametrize(
+    ("example_inputs", "options", "error", "match"),
+    [
+        ((x for x in [ONE]), {}, TypeError, "a batch or a list of batches, got generator"),
+        ([], {}, ValueError, "example_inputs must hold at least one batch"),
+        (None, {}, TypeError, "a batch or a list of batches, got NoneType"),
+        (ONE, {"original": nn.Linear(3, 3)}, ValueError, "the model's layers, got none named '0'"),
+        (ONE, {"original": "model"}, TypeError, "original must be an nn.Module, got str"),
+        (ONE, {"layers": "5"}, TypeError, "layers must be a list of names, got the string '5'"),
+        (ONE, {"layers": ["head"]}, ValueError, "got 'head'; it has 0, 2, 5, 7, 9"),
+        (ONE, {"max_error": -1.0}, ValueError, "max_error must be at least 0"),
+        (ONE[:, :2], {}, RuntimeError, "expected input"),
+    ],
+)  # fmt: skip
+def test_wrong_arguments_change_nothing(
+    example_inputs: Any, options: dict[str, Any], error: type[Exception], match: str
+) -> None:
+    model = compress(make_model())
+    before = state_of(model)
+    with pytest.raises(error, match=match):
+        compile_layers(model, make_batches(), example_inputs, gate=False, **options)
+    assert_same(state_of(model), before)
+
+
+def test_a_model_in_training_mode_is_refused() -> None:
+    model = make_model().train()
+    before = state_of(model)
+    with pytest.raises(
+        ValueError, match=r"compile_layers: model must be in eval mode, .* call model.eval\(\)"
+    ):
+        compile_layers(model, make_batches(), ONE, gate=False)
+    assert_same(state_of(model), before)
+    with pytest.raises(TypeError, match="compile_layers: model must be an nn"):
+        compile_layers("model", make_batches(), ONE)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("where", ["progress", "the whole model's error", "the records"])
+def test_what_fails_late_leaves_the_model_as_it_was(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By then layers were replaced, batch norms folded into those that were kept, and activations fused."""
+
+    def fail(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    x = ONE.flatten(1)
+    packed = Int8Linear.from_float(nn.Linear(32, 32))
+    kept, pair = nn.Linear(192, 192), factorize(nn.Sequential(nn.Linear(192, 32)), rank=4)[0]
+    model = nn.Sequential(
+        kept, nn.BatchNorm1d(192), pair, nn.ReLU(), packed, nn.GELU(), nn.Linear(32, 5)
+    ).eval()
+    model[1].running_mean.fill_(0.5)
+    expected = model(x)
+    before, keys = state_of(model), sorted(model.state_dict())
+    progress = fail if where == "progress" else None
+    if where != "progress":
+        monkeypatch.setattr(plan, "_error" if where == "the whole model's error" else "_layer", fail)
+    with pytest.raises(KeyboardInterrupt):
+        compile_layers(model, [x], x, layers=["2", "6"], gate=False, progress=progress)
+    assert_same(state_of(model), before)
+    assert model[4] is packed and packed.activation == "none" and sorted(model.state_dict()) == keys
+    assert torch.equal(model(x), expected)
+    monkeypatch.undo()
+    compile_layers(model, [x], x, layers=["2", "6"], gate=False)
+    assert packed.activation == "gelu" and type(model[1]) is nn.Identity
+    assert (model(x) - expected).norm() < 0.05 * expected.norm()
+
+
+def test_one_tensor_is_one_batch() -> None:
+    model = make_model()
+    layers = compile_layers(model, make_batches(), ONE, seconds=0.005)
+    assert list(layers[0].before_s) == ["16x3x8x8"]
+
+
+def test_layers_are_chosen_and_activations_left() -> None:
+    model = make_model()
+    layers = compile_layers(model, make_batches(), ONE, layers=["[57]", "9"], gate=False, fuse=False)
+    assert [layer.name for layer in layers] == ["5", "7", "9"]
+    kinds = [type(module) for module in model]
+    assert kinds[0] is kinds[2] is nn.Conv2d
+    assert kinds[5:] == [Int8Linear, nn.ReLU, Int8Linear, nn.GELU, Int8Linear]
+    assert model[5].activation == "none"
 
 
 def test_a_kept_pair_can_be_saved_and_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

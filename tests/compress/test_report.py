@@ -28,11 +28,13 @@ def make_report() -> Report:
         layers=[
             Layer(
                 "features.0", "Conv2d 1→32, 3×3", "Int8Conv2d", "torch", False, "kept: slower <at 1> [b]",
-                288, 1152, 1152, {1: 1e-5, 64: 1e-4}, {1: 2e-5, 64: 9e-5}, 0.01,
+                288, 1152, 1152,
+                {"1x1x8x8": 1e-5, "64x1x8x8": 1e-4}, {"1x1x8x8": 2e-5, "64x1x8x8": 9e-5}, 0.01,
             ),
             Layer(
                 "head.1", "Linear 1152→256", "LowRankLinear", "avx512vnni", True, "replaced: 3x", 294_912,
-                1_179_648, 50_000, {1: 2e-5, 64: 2e-4}, {1: 1e-5, 64: 5e-5}, 0.02,
+                1_179_648, 50_000,
+                {"1x1152": 2e-5, "64x1152": 2e-4}, {"1x1152": 1e-5, "64x1152": 5e-5}, 0.955,
             ),
         ],
         speedups=[Speedup("compiled", "teacher", 64, 40.0, 38.0, 42.0)],
@@ -44,6 +46,7 @@ def make_report() -> Report:
         steps_s={"train": 21.5},
         notes=["Float models in channels_last."],
         environment=describe_environment(),
+        model_error=0.0321,
     )  # fmt: skip
 
 
@@ -125,7 +128,7 @@ def test_json_round_trip(tmp_path: Path) -> None:
 
 
 def test_json_of_another_version_is_refused() -> None:
-    with pytest.raises(ValueError, match="format must be 1, got 99"):
+    with pytest.raises(ValueError, match="format must be 2, got 99"):
         Report.from_dict({**make_report().to_dict(), "format": 99})
 
 
@@ -154,9 +157,41 @@ def test_terminal_tells_everything() -> None:
     for expected in (
         "99.63 % [98.7, 99.9]", "2,000,000", "8 MB", "20 ms", "60 µs", "head.1", "avx512vnni",
         "kept: slower <at 1> [b]", "Linear 1152→256 → LowRankLinear", "1.18 MB → 50 kB", "40.00",
-        "missed", "not judged", "Float models in channels_last.",
+        "missed", "not judged", "Float models in channels_last.", "64x1152: 200 µs → 50 µs", "95.5 %",
+        "model error 3.21 %",
     ):  # fmt: skip
         assert expected in text, f"{expected!r} is missing from:\n{text}"
+    assert "layer        before → after" in text  # a table
+
+
+@pytest.mark.parametrize("width", [60, 80, 119])
+@pytest.mark.parametrize("name", ["head.1", "model.decoder.layers.11.self_attention.out_proj"])
+def test_a_narrow_terminal_tells_everything_of_every_layer(width: int, name: str) -> None:
+    report = make_report()
+    shapes = {f"{batch}x32x768": 1e-3 * batch for batch in (1, 4, 16, 64)}
+    reason = "replaced: at least as fast at every input, worst 64x32x768: 200.0 -> 50.0 us (4.00x)"
+    report.layers[1] = replace(report.layers[1], name=name, reason=reason, before_s=shapes, after_s=shapes)
+    console = Console(file=io.StringIO(), width=width, force_terminal=False)
+    report.print(console)
+    lines = [line.rstrip() for line in console.file.getvalue().splitlines()]  # type: ignore[attr-defined]
+    assert "…" not in "".join(lines)
+    assert max(map(len, lines)) <= width
+    start = lines.index(name)
+    told = " ".join(" ".join(lines[start : lines.index("", start)]).split())
+    for expected in (
+        "Linear 1152→256 → LowRankLinear", "avx512vnni", "1.18 MB → 50 kB", "95.5 %", reason,
+        "1x32x768: 1 ms → 1 ms 4x32x768: 4 ms → 4 ms 16x32x768: 16 ms → 16 ms 64x32x768: 64 ms → 64 ms",
+    ):  # fmt: skip
+        assert expected in told, f"{expected!r} is missing from:\n{told}"
+
+
+def test_page_tells_shapes_of_one_batch_apart() -> None:
+    report = make_report()
+    times = {"1x32x768": 4e-4, "1x1x768": 1e-5}
+    report.layers = [replace(report.layers[1], before_s=times, after_s=times)]
+    page = Page(render(report))
+    assert "head.1 1x32x768" in page.text and "head.1 1x1x768" in page.text
+    assert page.tags.count("svg") == 6  # one less than for layers at two batches
 
 
 def test_page_is_whole_and_needs_nothing_else(tmp_path: Path) -> None:
@@ -178,6 +213,8 @@ def test_page_is_whole_and_needs_nothing_else(tmp_path: Path) -> None:
         "40×",
         "faster at batch 64",
         "99.07 %",
+        "95.5 %",
+        "Model error: 3.21 %.",
         "avx512vnni",
     ):
         assert expected in page.text, f"{expected!r} is missing"

@@ -22,7 +22,8 @@ def test_runs_and_reloads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert any(isinstance(module, PackedModule) for module in model.modules())
     with torch.inference_mode():
         assert model(torch.randn(2, 3, 16, 16)).isfinite().all()
-    assert "Layers" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "Layers" in printed and "before → after" in printed and "reason" in printed
 
 
 def test_takes_under_twenty_lines() -> None:

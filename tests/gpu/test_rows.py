@@ -49,6 +49,8 @@ def test_what_the_packed_kernels_decline(monkeypatch: pytest.MonkeyPatch) -> Non
         why("sparse_linear", pattern="2:4", weight_dtype="int8", rows=7)
         == "asked ('last', 90, 7, 24, 288, 3)"
     )
+    assert why("sparse_linear") == patterns
+    assert why("sparse_conv2d") == "it is for pattern 2:4 of 1x1 layers"  # `tautorch kernels` names none
     assert "16x16 convolutions have no GPU kernel" in str(why("sparse_conv2d", pattern="16x16", int8=True))
     assert "int8 with int8" in str(why("sparse_conv2d", pattern="2:4", int8=False))
     assert why("sparse_conv2d", pattern="2:4", int8=True, taps=9) == "asked (90, 1, 32, 24, 9)"
@@ -83,6 +85,8 @@ def test_without_a_device_every_row_declines(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(dispatch, "cuda", SimpleNamespace(driver_version=lambda: 13000))
     for name in ("cuda", "triton"):
         assert row(name).supports(Problem(OP, "cuda", 64, 64)) == "no CUDA device is visible"
+    every = [k for k in dispatch.kernels() if k.device == "cuda"]
+    assert {k.supports(Problem(k.op, "cuda", 64, 64)) for k in every} == {"no CUDA device is visible"}
     with pytest.raises(ValueError, match="int8_linear: no kernel for cuda: cuda: no CUDA device"):
         dispatch.choose(Problem(OP, "cuda", 64, 64))
 

@@ -334,6 +334,21 @@ class ModuleContract:
                 setattr(module, name, None)
         assert torch.equal(module(x), y)
 
+    def test_another_activation_shows_in_the_next_call(self, variant: str) -> None:
+        module, x = self.module(variant), self.x(variant)
+        y, before = module(x), module.activation
+        other = "relu" if before != "relu" else "none"
+        module.activation = other
+        assert module.get_config()["activation"] == other and not torch.equal(module(x), y)
+        assert torch.equal(module(x), copy.deepcopy(module)(x)) and torch.equal(
+            module(x), module._through_op(x)
+        )
+        module.activation = before
+        assert torch.equal(module(x), y)
+        with pytest.raises(ValueError, match=f"{self.op}: activation must be"):
+            module.activation = "tan"
+        assert torch.equal(module(x), y)
+
     def test_deepcopy_is_independent(self, variant: str) -> None:
         module, x = self.module(variant), self.x(variant)
         y = module(x)

@@ -38,6 +38,11 @@ def batches_of(times: Iterable[Mapping[int, float]]) -> list[int]:
     return sorted({batch for mapping in times for batch in mapping})
 
 
+def batch_of(shape: str) -> int:
+    """The first size of a shape: ``64x1152`` -> 64."""
+    return int(shape.partition("x")[0])
+
+
 def format_share(share: float) -> str:
     """Rounded down, so that only everything is 100 %: ``0.9987`` -> ``99.8 %``."""
     return f"{math.floor(share * 1000 + 1e-9) / 10:g} %"

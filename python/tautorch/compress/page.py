@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from tautorch.compress import charts
 from tautorch.compress._format import (
+    batch_of,
     batches_of,
     format_accuracy,
     format_bytes,
@@ -16,6 +17,7 @@ from tautorch.compress._format import (
     format_share,
     format_verdict,
 )
+from tautorch.convert_report import format_error
 
 if TYPE_CHECKING:
     from tautorch.compress.report import Layer, Report, Stage
@@ -57,6 +59,8 @@ def _summary(report: Report) -> str:
             f"{replaced} of {len(report.layers)} layers, with {format_share(report.compiled_share)} "
             "of the parameters, run on compiled kernels."
         )
+    if report.model_error is not None:
+        parts.append(f"Model error: {format_error(report.model_error)}.")
     if broken:
         parts.append(f"Broken: {'; '.join(broken)}.")
     elif judged:
@@ -160,29 +164,20 @@ def _layer_figures(layers: Sequence[Layer]) -> str:
         '<span><i style="background:var(--ghost)"></i>compiled, not used</span></span>'
     )
     figures = []
-    for batch in batches_of([layer.after_s for layer in layers]):
+    for batch in sorted({batch_of(shape) for layer in layers for shape in layer.after_s}):
         groups = []
         for layer in layers:
-            if batch not in layer.before_s or batch not in layer.after_s:
-                continue
-            before, after = layer.before_s[batch], layer.after_s[batch]
+            shapes = [s for s in layer.after_s if s in layer.before_s and batch_of(s) == batch]
             tone = "accent" if layer.replaced else "ghost"
-            groups.append(
-                (
-                    layer.name,
-                    [
-                        charts.Bar(
-                            before,
-                            format_seconds(before),
-                            "plain",
-                            f"{layer.before}: {format_seconds(before)}",
-                        ),
-                        charts.Bar(
-                            after, format_seconds(after), tone, f"{layer.after}: {format_seconds(after)}"
-                        ),
-                    ],
-                )
-            )
+            for shape in shapes:
+                bars = [
+                    charts.Bar(s, format_seconds(s), colour, f"{what} at {shape}: {format_seconds(s)}")
+                    for s, colour, what in (
+                        (layer.before_s[shape], "plain", layer.before),
+                        (layer.after_s[shape], tone, layer.after),
+                    )
+                ]
+                groups.append((layer.name if len(shapes) == 1 else f"{layer.name} {shape}", bars))
         title = f"Layer by layer at batch {batch}"
         figures.append(_figure(title, key, charts.bars(groups, title), raw_caption=True))
     return f'<div class="grid" style="margin-bottom:14px">{"".join(figures)}</div>' if figures else ""
@@ -224,7 +219,7 @@ def _layer_table(layers: Sequence[Layer]) -> str:
             f"<code>{escape(layer.kernel)}</code>",
             f"{layer.parameters:,}",
             f"{format_bytes(layer.bytes_before)} → {format_bytes(layer.bytes_after)}",
-            "–" if layer.error is None else f"{layer.error * 100:.2f} %",
+            format_error(layer.error) or "–",
         ]
         for layer in layers
     ]

@@ -3,25 +3,36 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 
-from tautorch.compress.report import Layer
+from tautorch._batches import Batch, call_model, example_batches, model_device
+from tautorch.compress.report import Layer, Report
 from tautorch.convert import convert
-from tautorch.convert_candidate import Candidate
-from tautorch.convert_report import ConvertReport, LayerRecord
+from tautorch.convert_candidate import Candidate, OutputError
+from tautorch.convert_report import ConvertReport, LayerRecord, ShapeTime
 from tautorch.factorize import FactorizedConv2d, FactorizedLinear
-from tautorch.fuse import fuse
-from tautorch.nn import Int8Conv2d, Int8Linear, LowRankConv2d, LowRankLinear, SparseConv2d, SparseLinear
+from tautorch.fuse import fuse as fold
+from tautorch.nn import (
+    Int8Conv2d,
+    Int8Linear,
+    LowRankConv2d,
+    LowRankLinear,
+    PackedModule,
+    SparseConv2d,
+    SparseLinear,
+)
 from tautorch.nn.tail import grid_of, left_by_quantize
 from tautorch.ownership import refusal
 from tautorch.quantize import QParams, calibrate
 
-Batch = Any
 Factory = Callable[[Any], nn.Module]
 
 SPARSE_FROM = 0.5
@@ -31,13 +42,17 @@ SPARSE_FROM = 0.5
 def compile_layers(
     model: nn.Module,
     calibration: Iterable[Batch],
-    example_inputs: Sequence[Batch],
+    example_inputs: Batch | Sequence[Batch],
     *,
+    layers: Iterable[str] | None = None,
     pattern: str = "4x1",
     observer: str = "mse",
     gate: bool = True,
+    fuse: bool = True,
     original: nn.Module | None = None,
+    max_error: float | None = None,
     seconds: float = 0.2,
+    report: Report | None = None,
     progress: Callable[[str], object] | None = None,
 ) -> list[Layer]:
     """Quantise a float model to int8 with static scales and put compiled layers in, in place.
@@ -50,48 +65,124 @@ def compile_layers(
     Args:
         model: in eval mode; batch norms folded (`tautorch.fuse`) if they are to be quantised with the layer.
         calibration: batches of what the model takes, from which the scales are chosen.
-        example_inputs: one batch for each batch size the model will see: what the gate times.
+        example_inputs: one batch, or a list with one for each batch size to come: what the gate times.
+        layers: names or shell patterns such as "encoder.*"; the others stay. None takes all there are.
         pattern: that the pruned layers were pruned in, see `tautorch.prune`.
         observer: how the scales are chosen, see `tautorch.quantize`.
         gate: False replaces every layer, unmeasured.
+        fuse: False leaves activations beside the layers they follow.
         original: the model before pruning and factorising, for the parameters and bytes of its layers.
+        max_error: a layer whose compiled one's output is further off (relative L2 norm: 0.05 is 5 %) stays.
         seconds: about how long one comparison takes.
+        report: gets the layers, and the error of the whole model's output on the example inputs.
         progress: called with the name of every layer that is decided.
 
     Returns:
         What became of each layer, in the model's order.
+
+    Raises:
+        TypeError, ValueError: an argument that does not fit. After these, as after whatever the model or
+            `progress` raises, the model is as it was.
     """
-    before = {name: model.get_submodule(name) for name in compilable(model)}
-    records: dict[str, LayerRecord] = {}
-    reasons: dict[str, list[str]] = {name: [] for name in before}
-    for name, layer in before.items():
-        if why := refusal(model, name):
-            records[name] = Candidate(name, layer).record
-            reasons[name].append(f"kept: {why}")
-            if progress is not None:
-                progress(name)
-    free = {name: layer for name, layer in before.items() if name not in records}
-    scales = calibrate(model, calibration, observer=observer) if free else {}
-    offers = {
-        name: _offers(layer, scales.get(name) or scales.get(f"{name}.down"), pattern)
-        for name, layer in free.items()
-    }
-    while plan := {name: waiting[0] for name, waiting in offers.items() if waiting}:
-        found = ConvertReport()
-        convert(model, plan, list(example_inputs), gate=gate, seconds=seconds, report=found)
-        for record in found.layers:
-            records[record.name] = record
-            reasons[record.name].append(record.reason)
-            offers[record.name] = [] if record.replaced else offers[record.name][1:]
-            if progress is not None and not offers[record.name]:
-                progress(record.name)
-    fuse(model, example_inputs[-1])
-    _make_plain(model, free)
-    sizes = {name: _original(original, name, layer) for name, layer in before.items()}
-    return [
-        _layer(records[name], before[name], model.get_submodule(name), reasons[name], sizes[name])
-        for name in before
+    before = _checked_layers(model, layers, original)
+    batches = example_batches("compile_layers", example_inputs, model_device(model))
+    expected = _outputs(model, batches)
+    with _put_back_on_error(model):
+        records: dict[str, LayerRecord] = {}
+        reasons: dict[str, list[str]] = {name: [] for name in before}
+        for name, layer in before.items():
+            if why := refusal(model, name):
+                records[name] = Candidate(name, layer).record
+                reasons[name].append(f"kept: {why}")
+                if progress is not None:
+                    progress(name)
+        free = {name: layer for name, layer in before.items() if name not in records}
+        scales = calibrate(model, calibration, observer=observer) if free else {}
+        offers = {
+            name: _offers(layer, scales.get(name) or scales.get(f"{name}.down"), pattern)
+            for name, layer in free.items()
+        }
+        while plan := {name: waiting[0] for name, waiting in offers.items() if waiting}:
+            done = ConvertReport()
+            convert(model, plan, batches, gate=gate, max_error=max_error, seconds=seconds, report=done)
+            for record in done.layers:
+                records[record.name] = record
+                reasons[record.name].append(record.reason)
+                offers[record.name] = [] if record.replaced else offers[record.name][1:]
+                if progress is not None and not offers[record.name]:
+                    progress(record.name)
+        if fuse:
+            fold(model, batches[-1])
+        _make_plain(model, free)
+        error = _error(expected, _outputs(model, batches))
+        sizes = {name: _original(original, name, layer) for name, layer in before.items()}
+        found = [
+            _layer(records[name], before[name], model.get_submodule(name), reasons[name], sizes[name])
+            for name in before
+        ]
+    if report is not None:
+        report.layers, report.model_error = found, error
+    return found
+
+
+def _checked_layers(
+    model: nn.Module, layers: Iterable[str] | None, original: nn.Module | None
+) -> dict[str, nn.Module]:
+    """The layers to compile by name; raises on what later steps would not bear, or would take for another."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"compile_layers: model must be an nn.Module, got {type(model).__name__}")
+    if model.training:
+        raise ValueError(
+            "compile_layers: model must be in eval mode, got training mode; call model.eval() first"
+        )
+    if isinstance(layers, str):
+        raise TypeError(
+            f"compile_layers: layers must be a list of names, got the string {layers!r}; use [{layers!r}]"
+        )
+    names = compilable(model)
+    wanted = ["*"] if layers is None else list(layers)
+    for entry in wanted if layers is not None else ():
+        if not any(fnmatchcase(name, entry) for name in names):
+            has = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "") or "none"
+            raise ValueError(
+                f"compile_layers: layers must name layers of the model, got {entry!r}; it has {has}"
+            )
+    chosen = [name for name in names if any(fnmatchcase(name, entry) for entry in wanted)]
+    if original is not None:
+        if not isinstance(original, nn.Module):
+            raise TypeError(f"compile_layers: original must be an nn.Module, got {type(original).__name__}")
+        there = dict(original.named_modules())
+        for name in chosen:
+            if name not in there:
+                raise ValueError(
+                    f"compile_layers: original must have the model's layers, got none named {name!r}; "
+                    "pass the model before pruning and factorising"
+                )
+    return {name: model.get_submodule(name) for name in chosen}
+
+
+@contextmanager
+def _put_back_on_error(model: nn.Module) -> Iterator[None]:
+    """Whatever is raised inside leaves the model's layers and tensors as they were."""
+    # A packed module's tensors change places when it runs, and nothing here changes them; but an activation
+    # may go into one that was there before.
+    packed = [(m, m.activation) for m in model.modules() if isinstance(m, PackedModule)]
+    slots: list[tuple[dict[str, Any], dict[str, Any]]] = [
+        (now, dict(now))
+        for module in model.modules()
+        if not isinstance(module, PackedModule)
+        for now in (module._modules, module._parameters, module._buffers)
     ]
+    try:
+        yield
+    except BaseException:
+        for layer, activation in packed:
+            if layer.activation != activation:
+                layer.activation = activation
+        for now, was in slots:
+            now.clear()
+            now.update(was)
+        raise
 
 
 def describe_layer(layer: nn.Module) -> str:
@@ -156,6 +247,24 @@ def _zeros(layer: nn.Module) -> float:
     return 1.0 - int(torch.count_nonzero(weight)) / weight.numel()  # type: ignore[arg-type,operator]
 
 
+def _outputs(model: nn.Module, batches: Sequence[Batch]) -> list[Any]:
+    """Copies of what the model says of each batch, which a later run cannot write over."""
+    with torch.no_grad():
+        return [
+            pytree.tree_map_only(torch.Tensor, torch.clone, call_model("compile_layers", model, batch))
+            for batch in batches
+        ]
+
+
+def _error(expected: Sequence[Any], got: Sequence[Any]) -> float | None:
+    """The relative L2 error over all batches."""
+    errors = OutputError()
+    for x, y in zip(expected, got, strict=True):
+        if wrong := errors.add(x, y):
+            raise ValueError(f"compile_layers: the compiled model {wrong}")
+    return errors.value
+
+
 def _make_plain(model: nn.Module, before: Mapping[str, nn.Module]) -> None:
     """Factorised pairs that were kept become plain sequences, which a saved file can describe."""
     for name, old in before.items():
@@ -175,7 +284,10 @@ def _layer(
     record: LayerRecord, before: nn.Module, after: nn.Module, reasons: list[str], size: tuple[int, int]
 ) -> Layer:
     parameters, bytes_before = size
-    times = [time for time in record.times if time.shape]
+    times: dict[str, ShapeTime] = {}
+    for time in record.times:  # of one shape in several layouts the least gain
+        if time.shape and (time.shape_text not in times or time.ratio < times[time.shape_text].ratio):
+            times[time.shape_text] = time
     layer = Layer(
         name=record.name,
         before=describe_layer(before),
@@ -186,8 +298,8 @@ def _layer(
         parameters=parameters,
         bytes_before=bytes_before,
         bytes_after=record.bytes_after,
-        before_s={time.shape[0]: time.before_s for time in times},
-        after_s={time.shape[0]: time.after_s for time in times},
+        before_s={shape: time.before_s for shape, time in times.items()},
+        after_s={shape: time.after_s for shape, time in times.items()},
         error=record.error,
     )
     return replace(layer, after=describe_layer(after)) if record.replaced else layer

@@ -21,7 +21,7 @@ from tautorch.compress import page
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
-FORMAT = 1
+FORMAT = 2
 """Version of the JSON; raised when a field changes its meaning."""
 
 
@@ -76,8 +76,9 @@ class Stage:
 class Layer:
     """What became of one layer, and why.
 
-    ``before_s`` and ``after_s`` map batch size to seconds per call of the layer that was there and of the
-    compiled one that was offered for it, also where that one lost. ``error`` is its relative output error.
+    ``before_s`` and ``after_s`` map the input's shape (``64x1152``) to seconds per call of the layer that was
+    there and of the compiled one that was offered for it, also where that one lost. ``error`` is the latter's
+    relative output error.
     """
 
     name: str
@@ -89,8 +90,8 @@ class Layer:
     parameters: int
     bytes_before: int
     bytes_after: int
-    before_s: Mapping[int, float] = field(default_factory=dict)
-    after_s: Mapping[int, float] = field(default_factory=dict)
+    before_s: Mapping[str, float] = field(default_factory=dict)
+    after_s: Mapping[str, float] = field(default_factory=dict)
     error: float | None = None
 
 
@@ -138,6 +139,8 @@ class Report:
     """Seconds that each step of the compression itself took."""
     notes: list[str] = field(default_factory=list)
     environment: dict[str, str] = field(default_factory=dict)
+    model_error: float | None = None
+    """Relative L2 error of the compiled model's output on the example inputs, against that before."""
 
     @property
     def kept_promises(self) -> bool:
@@ -173,18 +176,16 @@ class Report:
             accuracy = Proportion(**item["accuracy"]) if item["accuracy"] is not None else None
             return Stage(**{**item, "accuracy": accuracy, "latency_s": times(item["latency_s"])})
 
-        def layer(item: Mapping[str, Any]) -> Layer:
-            return Layer(**{**item, "before_s": times(item["before_s"]), "after_s": times(item["after_s"])})
-
         return cls(
             title=data["title"],
             stages=[stage(item) for item in data["stages"]],
-            layers=[layer(item) for item in data["layers"]],
+            layers=[Layer(**item) for item in data["layers"]],
             speedups=[Speedup(**item) for item in data["speedups"]],
             checks=[Check(**item) for item in data["checks"]],
             steps_s=dict(data["steps_s"]),
             notes=list(data["notes"]),
             environment=dict(data["environment"]),
+            model_error=data["model_error"],
         )
 
     def write_json(self, path: str | os.PathLike[str]) -> None:
@@ -197,7 +198,7 @@ class Report:
         Path(path).write_text(page.render(self), encoding="utf-8")
 
     def print(self, console: Console | None = None) -> None:
-        """Print the tables to ``console``, by default to the terminal."""
+        """Print it to ``console``, by default to the terminal; what is too wide for a table line by line."""
         from rich.console import Console  # rich takes longer to import than the whole of tautorch
 
         (console or Console()).print(self)

@@ -87,9 +87,10 @@ def run(settings: Settings, console: Console | None = None) -> Report:
         with steps("calibrate, convert with the gate", len(compilable(compact))) as advance:
             compiled = copy.deepcopy(compact)
             calibration = list(torch.split(data.train_x[:CALIBRATION_IMAGES], 64))
-            report.layers = compile_layers(
-                compiled, calibration, inputs, original=student, seconds=settings.seconds, progress=advance
-            )
+            compile_layers(
+                compiled, calibration, inputs, original=student, seconds=settings.seconds, report=report,
+                progress=advance,
+            )  # fmt: skip
         with steps("save, load in a fresh process", 2) as advance:
             path = settings.out / "compiled.safetensors"
             reload = save_and_reload(compiled, path, settings.out / "expected.safetensors", data, advance)

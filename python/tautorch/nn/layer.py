@@ -58,6 +58,13 @@ class LayerModule(PackedModule):
         zeros = nn.Parameter(torch.zeros(outputs, device=device), requires_grad=False) if bias else None
         self.register_parameter("bias", zeros)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "activation" and name in self.__dict__:
+            check_activation(self.op, value)
+            self.unpack_()  # plans hold it; the next call makes them anew
+            self._reset()
+        super().__setattr__(name, value)
+
     # ---- from and to float ------------------------------------------------------------------------------
 
     @classmethod

@@ -67,7 +67,7 @@ class PackedModule(nn.Module):
     #: what weights, plans and the torch op are made by
     fixed_names: ClassVar[frozenset[str]] = frozenset(
         {
-            *("quant", "activation", "weight_dtype", "rank", "pattern", "nnz", "in_features", "out_features"),
+            *("quant", "weight_dtype", "rank", "pattern", "nnz", "in_features", "out_features"),
             *("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups"),
             *("padding_mode", "geometry"),
         }
