@@ -250,6 +250,69 @@ def test_refuses_a_layer_somebody_else_reads(make: Callable[[], nn.Module], name
     assert [(n, id(m)) for n, m in model.named_modules(remove_duplicate=False)] == before
 
 
+class LoRALinear(nn.Linear):
+    """Computes more than its weight says."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs)
+        self.a, self.b = nn.Parameter(torch.randn(2, inputs)), nn.Parameter(torch.randn(outputs, 2))
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input) + input @ self.a.T @ self.b.T
+
+
+class WSConv(nn.Conv2d):
+    """Standardises its weight."""
+
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return super()._conv_forward(input, weight / weight.std((1, 2, 3), keepdim=True), bias)
+
+
+class NamedLinear(nn.Linear):
+    """Computes what nn.Linear does, whatever else it holds."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs)
+        self.lr_scale = nn.Parameter(torch.ones(1))
+
+
+def pointwise(cls: type[nn.Linear | nn.Conv2d]) -> nn.Linear | nn.Conv2d:
+    return cls(8, 8) if issubclass(cls, nn.Linear) else cls(8, 8, 1)
+
+
+@pytest.mark.parametrize("kind", sorted(MODULES))
+@pytest.mark.parametrize(("cls", "name"), [(LoRALinear, "forward"), (WSConv, "_conv_forward")])
+def test_refuses_a_subclass_that_computes_more(cls: Any, name: str, kind: str) -> None:
+    if ("Linear" in kind) != issubclass(cls, nn.Linear):
+        return
+    settings: dict[str, Any] = {"rank": 2} if kind.startswith("LowRank") else {}
+    model = nn.Sequential(pointwise(cls))
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=rf"'0': .*{cls.__name__} has a {name} of its own"):
+        convert(model, {"0": lambda layer: MODULES[kind].from_float(layer, **settings)})  # type: ignore[attr-defined]
+    assert_same(model, before)
+
+
+def test_a_factory_may_know_a_subclass() -> None:
+    def merged(layer: LoRALinear) -> nn.Module:
+        plain = nn.Linear(8, 8)
+        plain.load_state_dict({"weight": layer.weight + layer.b @ layer.a, "bias": layer.bias})
+        return Int8Linear.from_float(plain)
+
+    model = nn.Sequential(LoRALinear(8, 8)).eval()
+    x = torch.randn(4, 8)
+    expected = model(x).detach()
+    got = convert(model, {"0": merged})(x).detach()
+    assert float((got - expected).norm() / expected.norm()) < 0.05
+
+
+@pytest.mark.parametrize("cls", [NamedLinear, nn.modules.linear.NonDynamicallyQuantizableLinear])
+def test_a_subclass_that_computes_the_same_is_replaced(cls: type[nn.Linear]) -> None:
+    model = nn.Sequential(cls(8, 8)).eval()
+    convert(model, {"0": Int8Linear.from_float}, torch.randn(4, 8))
+    assert type(model[0]) is Int8Linear
+
+
 def test_layers_beside_a_reader_are_not_refused() -> None:
     decoder = nn.TransformerDecoderLayer(8, 2)  # has no fast path: its linears are called
     convert(decoder, {"linear1": Int8Linear.from_float, "linear2": Int8Linear.from_float})

@@ -332,6 +332,30 @@ def test_sequential_with_an_untraceable_child() -> None:
     assert_fused(model, torch.randn(3, 4), "1", "2.features.1")
 
 
+class WSConv(nn.Conv2d):
+    """Standardises its weight: a scale of the rows is lost."""
+
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return super()._conv_forward(input, weight / weight.std((1, 2, 3), keepdim=True), bias)
+
+
+class NamedConv(nn.Conv2d):
+    """Computes what nn.Conv2d does."""
+
+
+class Branching(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x if x.sum() > 0 else -x
+
+
+def test_subclasses_in_a_sequential_that_cannot_be_traced() -> None:
+    model = randomise(nn.Sequential(NamedConv(3, 4, 3), nn.BatchNorm2d(4), Branching()))
+    assert_fused(model, torch.randn(2, 3, 5, 5), "1")
+    model = randomise(nn.Sequential(WSConv(3, 4, 3), nn.BatchNorm2d(4), Branching()))
+    (line,) = assert_fused(model, torch.randn(2, 3, 5, 5), tolerance=1e-12)
+    assert "WSConv has a _conv_forward of its own" in line
+
+
 def test_tracing_leaves_nothing_behind() -> None:
     class Remembers(nn.Module):
         def __init__(self) -> None:

@@ -14,7 +14,7 @@ from tautorch._batches import Batch, call_model, model_device, to_device, traini
 from tautorch.capture import Call, capture
 from tautorch.convert_candidate import Candidate, Factory, OutputError, shape_time
 from tautorch.convert_report import ConvertReport, ShapeTime
-from tautorch.ownership import ReadWatch, refusal
+from tautorch.ownership import ReadWatch, held_elsewhere
 from tautorch.timing import decisive
 
 
@@ -107,7 +107,7 @@ def _checked_layers(
             problems.append(
                 f"{name!r}: it lies inside {outer!r}, which the plan replaces too; name one of them"
             )
-        elif reason := refusal(model, name):
+        elif reason := held_elsewhere(model, name):
             problems.append(f"{name!r}: {reason}")
     _raise_if(problems)
     return {name: modules[name] for name in plan}

@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
 
-from tautorch._layers import parametrised_remedy
+from tautorch._layers import other_forward, parametrised_remedy
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 # Children that torch's own modules read past their forward; the source scan cannot see into C++ fast paths.
@@ -44,7 +44,15 @@ _METADATA = frozenset(
 
 
 def refusal(model: nn.Module, name: str) -> str | None:
-    """Why the layer `name` of `model` must not be replaced, or None. Nothing is run; `name` must exist."""
+    """Why the layer `name` of `model` must not be replaced by what is made of its weight, or None.
+
+    Nothing is run; `name` must exist.
+    """
+    return other_forward(model.get_submodule(name)) or held_elsewhere(model, name)
+
+
+def held_elsewhere(model: nn.Module, name: str) -> str | None:
+    """The same for a replacement by whoever knows the layer's class."""
     layer = model.get_submodule(name)
     return (
         _own_state(layer)

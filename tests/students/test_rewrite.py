@@ -230,3 +230,21 @@ def test_a_frozen_teacher_gives_a_student_that_trains() -> None:
     teacher.fc.requires_grad_(True)
     student = depthwise_separable(teacher, images())
     assert [n for n, p in student.named_parameters() if p.requires_grad] == ["fc.weight", "fc.bias"]
+
+
+class WSConv(nn.Conv2d):
+    """Standardises its weight."""
+
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return super()._conv_forward(input, weight / weight.std((1, 2, 3), keepdim=True), bias)
+
+
+@pytest.mark.parametrize("make", [depthwise_separable, channel_shuffle])
+def test_a_subclass_that_computes_more_is_left(make: Any) -> None:
+    model = nn.Sequential(WSConv(8, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1))
+    x = torch.randn(1, 8, 6, 6)
+    with pytest.raises(ValueError, match=r"layer '0' .*WSConv has a _conv_forward of its own"):
+        make(model, x, layers=["0"])
+    student = make(model, x)
+    assert type(student[0]) is WSConv
+    assert torch.equal(student[0](x), model[0](x))
