@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 
 from tautorch._batches import Batch, call_model, model_device, to_device, training_modes_kept
 from tautorch.nn import MODULES, PackedModule
-from tautorch.ownership import class_functions, refusal
+from tautorch.ownership import class_functions, refusal, run_alone
 
 _PACKED = tuple(MODULES.values())
 _FOLDS: dict[type[nn.Module], tuple[type[nn.Module], ...]] = {
@@ -43,8 +43,9 @@ def fuse(
 
     Fold batch norm before `convert`, activations after it. Pairs are found on the `torch.fx` graph; where the
     model cannot be traced, on the graphs of the parts that can and that their parents only call. A layer is
-    left alone if something else reads its output or its weight. `report` gets one line per fold and per
-    refusal.
+    left alone if something else reads its output or its weight, and if the source of another method says it
+    may (`def embed(self, x): return self.fc1(x)`; private methods count as part of those that use them).
+    `report` gets one line per fold and per refusal.
 
     example_inputs: one batch; with it every traceable part is used, and the model's output is compared before
         and after. Raises ValueError if it moves by more than rounding, and if the model is in training mode;
@@ -241,6 +242,8 @@ def _fold(model: nn.Module, group: Group, undo: _Undo) -> Iterator[str]:
     for path in [name, *(layer for layer, _ in group)]:
         found = refusal(model, path)
         reason = reason or (f"{path}: {found}" if found else None)
+    for path, _ in group:
+        reason = reason or run_alone(model, path, name)
     if reason is not None:
         yield f"{name}: {what} not folded: {reason}"
         return
