@@ -6,6 +6,7 @@ import copy
 import json
 import time
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -567,6 +568,49 @@ def test_report_prints_and_turns_into_json() -> None:
     assert data["layers"][0]["bytes_after"] < data["layers"][0]["bytes_before"]
     text = str(report)
     assert "Int8Linear" in text and "1 of 2 layers replaced" in text and "model at 1x16" in text
+
+
+class Wraps(nn.Module):
+    """A model whose output is what `wrap` makes of a layer's."""
+
+    def __init__(self, wrap: Callable[[Tensor], object]) -> None:
+        super().__init__()
+        self.fc, self.wrap = nn.Linear(16, 8), wrap
+
+    def forward(self, x: Tensor) -> object:
+        return self.wrap(self.fc(x))
+
+
+def test_the_error_of_an_object_is_that_of_its_tensors() -> None:
+    x, errors = torch.randn(4, 16), []
+    for wrap in (lambda y: y, lambda y: SimpleNamespace(logits=y, loss=None)):
+        torch.manual_seed(3)
+        report = ConvertReport()
+        convert(Wraps(wrap), {"fc": Int8Linear.from_float}, x, report=report)
+        assert report.uncompared == ""
+        errors.append(report.model_error)
+    assert errors[0] == errors[1] != 0
+
+
+def test_an_object_with_other_tensors_is_refused() -> None:
+    class Twice(Wrapped):
+        def forward(self, x: Tensor) -> Any:
+            return SimpleNamespace(y=self.layer(x).y.double())
+
+    model = nn.Sequential(Wraps(lambda y: SimpleNamespace(y=y)))
+    with pytest.raises(ValueError, match=r"'0': Twice .*must return torch.float32 .*, got torch.float64"):
+        convert(model, {"0": Twice}, torch.randn(4, 16))
+
+
+@pytest.mark.parametrize("wrap", [lambda y: y.argmax(-1), lambda y: float(y.sum()), lambda y: y[:0]])
+def test_the_report_says_that_nothing_was_compared(wrap: Any) -> None:
+    report = ConvertReport()
+    convert(Wraps(wrap), {"fc": Int8Linear.from_float}, torch.randn(4, 16), report=report)
+    assert report.model_error is None
+    assert "model error unknown: its output on the example inputs holds no float tensor" in str(report)
+    report = ConvertReport()
+    convert(Wraps(wrap), {"fc": Int8Linear.from_float}, report=report)
+    assert "unknown" not in str(report)
 
 
 @pytest.mark.parametrize("kind", sorted(MODULES))

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+from collections import UserDict
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributions import Normal
 
 from tautorch.convert import convert
 from tautorch.fuse import fuse
@@ -562,6 +565,58 @@ def test_example_inputs_confirm_a_right_fold() -> None:
     fuse(model, {"x": x})
     assert type(model.bn1) is nn.Identity
     torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
+
+
+@dataclass
+class Out:
+    y: Tensor
+
+
+class Plain:
+    def __init__(self, y: Tensor) -> None:
+        self.held, self.me = [y], self
+
+
+class Slotted:
+    __slots__ = ("y",)
+
+    def __init__(self, y: Tensor) -> None:
+        self.y = y
+
+
+class Unknown(UserDict[str, Tensor]):
+    """A mapping that torch knows nothing of, as Hugging Face's outputs are."""
+
+    def __init__(self, y: Tensor) -> None:
+        super().__init__({"y": y})
+
+
+class WalkerWith(Walker):
+    """Its layers' outputs are read where nothing but the comparison can see it."""
+
+    def __init__(self, wrap: Any) -> None:
+        super().__init__(True)
+        self.wrap = wrap
+
+    def forward(self, x: Tensor) -> Any:
+        return self.wrap(super().forward(x))
+
+
+@pytest.mark.parametrize("wrap", [Out, Plain, Slotted, Unknown, lambda y: Normal(y, y.exp())])
+def test_the_comparison_goes_into_objects(wrap: Any) -> None:
+    model = randomise(WalkerWith(wrap))
+    with pytest.raises(ValueError, match="fuse: nothing was changed, because the output moved by"):
+        fuse(model, torch.randn(3, 4))
+    assert type(model.features[1]) is nn.BatchNorm1d
+
+
+@pytest.mark.parametrize("wrap", [Tensor.item, Tensor.long, lambda y: y[None][:0]])
+def test_an_output_without_float_numbers_confirms_nothing(wrap: Any) -> None:
+    model = randomise(WalkerWith(wrap))
+    lines: list[str] = []
+    fuse(model, torch.randn(3, 4), report=lines)
+    assert type(model.features[1]) is nn.BatchNorm1d
+    assert lines == ["example_inputs: left out, as the output holds no float tensor to compare"]
 
 
 def test_bad_arguments() -> None:

@@ -70,6 +70,8 @@ def convert(
         candidate.new.train(modes[candidate.name])
     if report is not None:
         _fill(report, model, candidates, times, error, gate)
+        if batches and report.replaced and error is None:
+            report.uncompared = "its output on the example inputs holds no float tensor to compare"
     return model
 
 

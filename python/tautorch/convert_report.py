@@ -61,6 +61,7 @@ class ConvertReport:
     layers: list[LayerRecord] = field(default_factory=list)
     model: list[ShapeTime] = field(default_factory=list)
     model_error: float | None = None  # relative L2 error of the model's output over the example inputs
+    uncompared: str = ""  # why there is none, with example inputs
     model_parameters: int = 0  # of the whole model before the conversion
     gated: bool = False
     device: str = "cpu"
@@ -98,6 +99,7 @@ class ConvertReport:
             "  ".join([*(c.ljust(w) for c, w in zip(row, widths, strict=False)), row[4]]) for row in rows
         ]
         lines += [f"model at {time}" for time in self.model]
+        lines += [f"model error unknown: {self.uncompared}"] if self.uncompared else []
         share = (
             f"{len(self.replaced)} of {len(self.layers)} layers replaced, {100 * self.converted_share:.1f} %"
         )

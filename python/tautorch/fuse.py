@@ -17,7 +17,7 @@ from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree as pytree
 
-from tautorch._batches import Batch, call_model, model_device, to_device, training_modes_kept
+from tautorch._batches import Batch, call_model, model_device, opened, to_device, training_modes_kept
 from tautorch.nn import MODULES, PackedModule
 from tautorch.ownership import class_functions, refusal, run_alone
 
@@ -48,8 +48,8 @@ def fuse(
     `report` gets one line per fold and per refusal.
 
     example_inputs: one batch; with it every traceable part is used, and the model's output is compared before
-        and after. Raises ValueError if it moves by more than rounding, and if the model is in training mode;
-        the model is then as it was.
+        and after (an output without a float tensor leaves it out). Raises ValueError if the output moves by
+        more than rounding, and if the model is in training mode; the model is then as it was.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"fuse: model must be an nn.Module, got {type(model).__name__}")
@@ -59,6 +59,9 @@ def fuse(
     lines: list[str] = []
     with torch.no_grad(), training_modes_kept(model):
         before = None if batch is None else call_model("fuse", model, batch)
+        if batch is not None and not _floats(before):
+            batch = None
+            lines.append("example_inputs: left out, as the output holds no float tensor to compare")
         undo = _Undo()
         try:
             for prefix, part in _parts(model, everything=batch is not None):
@@ -306,12 +309,17 @@ def _fold_norm(layer: nn.Module, norm: _BatchNorm, undo: _Undo) -> None:
     undo.set(layer, "bias", nn.Parameter(shift.to(weight), requires_grad=trained))
 
 
+def _floats(output: object) -> list[torch.Tensor]:
+    """The float numbers of a model's output."""
+    tensors = [t for t in pytree.tree_leaves(opened(output)) if isinstance(t, torch.Tensor)]
+    return [t for t in tensors if t.is_floating_point() and t.numel()]
+
+
 def _check_close(before: object, after: object) -> None:
     difference, norm = 0.0, 0.0
-    for x, y in zip(pytree.tree_leaves(before), pytree.tree_leaves(after), strict=True):
-        if isinstance(x, torch.Tensor) and x.is_floating_point():
-            difference += float((y.double() - x.double()).square().sum())
-            norm += float(x.double().square().sum())
+    for x, y in zip(_floats(before), _floats(after), strict=True):
+        difference += float((y.double() - x.double()).square().sum())
+        norm += float(x.double().square().sum())
     if not difference <= _TOLERANCE**2 * norm:
         raise ValueError(
             "fuse: nothing was changed, because the output moved by "
