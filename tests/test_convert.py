@@ -6,6 +6,7 @@ import copy
 import json
 import time
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -249,6 +250,69 @@ def test_refuses_a_layer_somebody_else_reads(make: Callable[[], nn.Module], name
     assert reason in str(caught.value)
     assert repr(name) in str(caught.value)
     assert [(n, id(m)) for n, m in model.named_modules(remove_duplicate=False)] == before
+
+
+class LoRALinear(nn.Linear):
+    """Computes more than its weight says."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs)
+        self.a, self.b = nn.Parameter(torch.randn(2, inputs)), nn.Parameter(torch.randn(outputs, 2))
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input) + input @ self.a.T @ self.b.T
+
+
+class WSConv(nn.Conv2d):
+    """Standardises its weight."""
+
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return super()._conv_forward(input, weight / weight.std((1, 2, 3), keepdim=True), bias)
+
+
+class NamedLinear(nn.Linear):
+    """Computes what nn.Linear does, whatever else it holds."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs)
+        self.lr_scale = nn.Parameter(torch.ones(1))
+
+
+def pointwise(cls: type[nn.Linear | nn.Conv2d]) -> nn.Linear | nn.Conv2d:
+    return cls(8, 8) if issubclass(cls, nn.Linear) else cls(8, 8, 1)
+
+
+@pytest.mark.parametrize("kind", sorted(MODULES))
+@pytest.mark.parametrize(("cls", "name"), [(LoRALinear, "forward"), (WSConv, "_conv_forward")])
+def test_refuses_a_subclass_that_computes_more(cls: Any, name: str, kind: str) -> None:
+    if ("Linear" in kind) != issubclass(cls, nn.Linear):
+        return
+    settings: dict[str, Any] = {"rank": 2} if kind.startswith("LowRank") else {}
+    model = nn.Sequential(pointwise(cls))
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=rf"'0': .*{cls.__name__} has a {name} of its own"):
+        convert(model, {"0": lambda layer: MODULES[kind].from_float(layer, **settings)})  # type: ignore[attr-defined]
+    assert_same(model, before)
+
+
+def test_a_factory_may_know_a_subclass() -> None:
+    def merged(layer: LoRALinear) -> nn.Module:
+        plain = nn.Linear(8, 8)
+        plain.load_state_dict({"weight": layer.weight + layer.b @ layer.a, "bias": layer.bias})
+        return Int8Linear.from_float(plain)
+
+    model = nn.Sequential(LoRALinear(8, 8)).eval()
+    x = torch.randn(4, 8)
+    expected = model(x).detach()
+    got = convert(model, {"0": merged})(x).detach()
+    assert float((got - expected).norm() / expected.norm()) < 0.05
+
+
+@pytest.mark.parametrize("cls", [NamedLinear, nn.modules.linear.NonDynamicallyQuantizableLinear])
+def test_a_subclass_that_computes_the_same_is_replaced(cls: type[nn.Linear]) -> None:
+    model = nn.Sequential(cls(8, 8)).eval()
+    convert(model, {"0": Int8Linear.from_float}, torch.randn(4, 8))
+    assert type(model[0]) is Int8Linear
 
 
 def test_layers_beside_a_reader_are_not_refused() -> None:
@@ -572,6 +636,49 @@ def test_a_layer_whose_error_is_not_known_stays_under_a_limit() -> None:
 def test_limits_that_make_no_sense(limit: float, inputs: Tensor | None, match: str) -> None:
     with pytest.raises(ValueError, match=match):
         convert(mlp(), {"0": Int8Linear.from_float}, inputs, max_error=limit)
+
+
+class Wraps(nn.Module):
+    """A model whose output is what `wrap` makes of a layer's."""
+
+    def __init__(self, wrap: Callable[[Tensor], object]) -> None:
+        super().__init__()
+        self.fc, self.wrap = nn.Linear(16, 8), wrap
+
+    def forward(self, x: Tensor) -> object:
+        return self.wrap(self.fc(x))
+
+
+def test_the_error_of_an_object_is_that_of_its_tensors() -> None:
+    x, errors = torch.randn(4, 16), []
+    for wrap in (lambda y: y, lambda y: SimpleNamespace(logits=y, loss=None)):
+        torch.manual_seed(3)
+        report = ConvertReport()
+        convert(Wraps(wrap), {"fc": Int8Linear.from_float}, x, report=report)
+        assert report.uncompared == ""
+        errors.append(report.model_error)
+    assert errors[0] == errors[1] != 0
+
+
+def test_an_object_with_other_tensors_is_refused() -> None:
+    class Twice(Wrapped):
+        def forward(self, x: Tensor) -> Any:
+            return SimpleNamespace(y=self.layer(x).y.double())
+
+    model = nn.Sequential(Wraps(lambda y: SimpleNamespace(y=y)))
+    with pytest.raises(ValueError, match=r"'0': Twice .*must return torch.float32 .*, got torch.float64"):
+        convert(model, {"0": Twice}, torch.randn(4, 16))
+
+
+@pytest.mark.parametrize("wrap", [lambda y: y.argmax(-1), lambda y: float(y.sum()), lambda y: y[:0]])
+def test_the_report_says_that_nothing_was_compared(wrap: Any) -> None:
+    report = ConvertReport()
+    convert(Wraps(wrap), {"fc": Int8Linear.from_float}, torch.randn(4, 16), report=report)
+    assert report.model_error is None
+    assert "model error unknown: its output on the example inputs holds no float tensor" in str(report)
+    report = ConvertReport()
+    convert(Wraps(wrap), {"fc": Int8Linear.from_float}, report=report)
+    assert "unknown" not in str(report)
 
 
 @pytest.mark.parametrize("kind", sorted(MODULES))

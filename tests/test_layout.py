@@ -81,6 +81,7 @@ ARROWS: dict[str, set[str]] = {
     "dispatch": {"_C", "_cuda"},
     "ops": {"dispatch", "reference", "triton_kernels", "tuning", "_C", "_cuda"},
     "nn": {
+        "_layers",
         "ops",
         "dispatch",
         "reference",

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import chain
+from types import ModuleType
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from tautorch import distributed
 
@@ -48,6 +50,31 @@ def call_model(op: str, model: Callable[..., Any], batch: Any) -> Any:
         f"{op}: a batch must be a tensor, a tuple of positional or a dict of keyword arguments, "
         f"got {type(batch).__name__}; from a DataLoader of (input, target) pass `[x for x, _ in loader]`"
     )
+
+
+def opened(value: Any) -> Any:
+    """What a model returned, with unknown mappings, dataclasses and other objects as dicts of what they hold.
+
+    An object that comes again is None then: objects may refer to each other.
+    """
+    seen: dict[int, object] = {}
+
+    def inside(leaf: Any) -> Any:
+        if isinstance(leaf, (Tensor, nn.Module, type, ModuleType)):
+            return leaf
+        slots = [n for cls in type(leaf).__mro__ for n in _names(vars(cls).get("__slots__", ()))]
+        held = leaf if isinstance(leaf, Mapping) else getattr(leaf, "__dict__", {})
+        parts = {n: getattr(leaf, n) for n in slots if hasattr(leaf, n)} | dict(held)
+        if not parts or id(leaf) in seen:
+            return None if parts else leaf
+        seen[id(leaf)] = leaf
+        return {type(leaf).__qualname__: pytree.tree_map(inside, parts)}
+
+    return pytree.tree_map(inside, value)
+
+
+def _names(slots: str | Iterable[str]) -> Iterable[str]:
+    return [slots] if isinstance(slots, str) else slots
 
 
 def model_device(model: nn.Module) -> torch.device | None:

@@ -35,6 +35,16 @@ def own_weight(layer: nn.Module) -> str | None:
     return None
 
 
+def other_forward(layer: nn.Module) -> str | None:
+    """Why a layer of a subclass of torch's may compute more than its weight says, None if it does not."""
+    for base in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d):
+        for name in ("forward", "_conv_forward"):
+            if isinstance(layer, base) and getattr(type(layer), name, None) is not getattr(base, name, None):
+                kind = type(layer).__name__
+                return f"{kind} has a {name} of its own, which may do more than nn.{base.__name__}"
+    return None
+
+
 def parametrised_remedy(layer: nn.Module, name: str) -> str:
     """What to do about a parametrised tensor; a parametrisation may say so itself, in `remedy`."""
     said = [getattr(part, "remedy", None) for part in layer.parametrizations[name]]  # type: ignore[index]

@@ -21,7 +21,7 @@ from tautorch._batches import (
 from tautorch.capture import Call, capture
 from tautorch.convert_candidate import Candidate, Factory, OutputError, shape_time
 from tautorch.convert_report import ConvertReport, ShapeTime
-from tautorch.ownership import ReadWatch, refusal
+from tautorch.ownership import ReadWatch, held_elsewhere
 from tautorch.timing import decisive
 
 
@@ -85,6 +85,8 @@ def convert(
         candidate.new.train(modes[candidate.name])
     if report is not None:
         _fill(report, model, candidates, times, error, gate)
+        if batches and report.replaced and error is None:
+            report.uncompared = "its output on the example inputs holds no float tensor to compare"
     return model
 
 
@@ -122,7 +124,7 @@ def _checked_layers(
             problems.append(
                 f"{name!r}: it lies inside {outer!r}, which the plan replaces too; name one of them"
             )
-        elif reason := refusal(model, name):
+        elif reason := held_elsewhere(model, name):
             problems.append(f"{name!r}: {reason}")
     _raise_if(problems)
     return {name: modules[name] for name in plan}

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from tautorch._batches import opened
 from tautorch.capture import Call
 from tautorch.convert_report import LayerRecord, ShapeTime, format_error
 from tautorch.timing import Comparison, decisive
@@ -125,8 +126,8 @@ class OutputError:
         return math.sqrt(self._difference / max(self._norm, torch.finfo(torch.float64).tiny))
 
     def add(self, expected: Any, got: Any) -> str | None:
-        wanted, spec = pytree.tree_flatten(expected)
-        found, found_spec = pytree.tree_flatten(got)
+        wanted, spec = pytree.tree_flatten(opened(expected))
+        found, found_spec = pytree.tree_flatten(opened(got))
         if spec != found_spec:
             return f"must return {spec}, got {found_spec}"
         for x, y in zip(wanted, found, strict=True):
@@ -135,7 +136,7 @@ class OutputError:
             if not isinstance(y, torch.Tensor) or x.shape != y.shape or x.dtype != y.dtype:
                 got_kind = f"{y.dtype} {list(y.shape)}" if isinstance(y, torch.Tensor) else type(y).__name__
                 return f"must return {x.dtype} {list(x.shape)}, got {got_kind}"
-            if x.is_floating_point():
+            if x.is_floating_point() and x.numel():
                 finite = x.isfinite()
                 if not bool(y.isfinite()[finite].all()):
                     return "returns non-finite values where the layer's are finite; check its scales"

@@ -72,6 +72,7 @@ class ConvertReport:
     layers: list[LayerRecord] = field(default_factory=list)
     model: list[ShapeTime] = field(default_factory=list)
     model_error: float | None = None  # relative L2 error of the model's output over the example inputs
+    uncompared: str = ""  # why there is none, with example inputs
     model_parameters: int = 0  # of the whole model before the conversion
     gated: bool = False
     device: str = "cpu"
@@ -111,6 +112,7 @@ class ConvertReport:
         lines += [f"model at {time}" for time in self.model]
         if self.model_error is not None:
             lines.append(f"model error {format_error(self.model_error)}")
+        lines += [f"model error unknown: {self.uncompared}"] if self.uncompared else []
         share = (
             f"{len(self.replaced)} of {len(self.layers)} layers replaced, {100 * self.converted_share:.1f} %"
         )

@@ -17,9 +17,9 @@ from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree as pytree
 
-from tautorch._batches import Batch, call_model, model_device, to_device, training_modes_kept
-from tautorch.nn import MODULES, PackedModule
-from tautorch.ownership import class_functions, refusal
+from tautorch._batches import Batch, call_model, model_device, opened, to_device, training_modes_kept
+from tautorch.nn import MODULES
+from tautorch.ownership import class_functions, refusal, run_alone
 
 _PACKED = tuple(MODULES.values())
 _FOLDS: dict[type[nn.Module], tuple[type[nn.Module], ...]] = {
@@ -43,12 +43,13 @@ def fuse(
 
     Fold batch norm before `convert`, activations after it. Pairs are found on the `torch.fx` graph; where the
     model cannot be traced, on the graphs of the parts that can and that their parents only call. A layer is
-    left alone if something else reads its output or its weight. `report` gets one line per fold and per
-    refusal.
+    left alone if something else reads its output or its weight, and if the source of another method says it
+    may (`def embed(self, x): return self.fc1(x)`; private methods count as part of those that use them).
+    `report` gets one line per fold and per refusal.
 
     example_inputs: one batch; with it every traceable part is used, and the model's output is compared before
-        and after. Raises ValueError if it moves by more than rounding, and if the model is in training mode;
-        the model is then as it was.
+        and after (an output without a float tensor leaves it out). Raises ValueError if the output moves by
+        more than rounding, and if the model is in training mode; the model is then as it was.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"fuse: model must be an nn.Module, got {type(model).__name__}")
@@ -58,6 +59,9 @@ def fuse(
     lines: list[str] = []
     with torch.no_grad(), training_modes_kept(model):
         before = None if batch is None else call_model("fuse", model, batch)
+        if batch is not None and not _floats(before):
+            batch = None
+            lines.append("example_inputs: left out, as the output holds no float tensor to compare")
         undo = _Undo()
         try:
             for prefix, part in _parts(model, everything=batch is not None):
@@ -208,9 +212,6 @@ class _Undo:
         self._steps.append(lambda: setattr(module, name, before))
         setattr(module, name, value)
 
-    def also(self, step: Callable[[], None]) -> None:
-        self._steps.append(step)
-
     def run(self) -> None:
         for step in reversed(self._steps):
             step()
@@ -241,6 +242,8 @@ def _fold(model: nn.Module, group: Group, undo: _Undo) -> Iterator[str]:
     for path in [name, *(layer for layer, _ in group)]:
         found = refusal(model, path)
         reason = reason or (f"{path}: {found}" if found else None)
+    for path, _ in group:
+        reason = reason or run_alone(model, path, name)
     if reason is not None:
         yield f"{name}: {what} not folded: {reason}"
         return
@@ -248,7 +251,7 @@ def _fold(model: nn.Module, group: Group, undo: _Undo) -> Iterator[str]:
         if isinstance(follower, _BatchNorm):
             _fold_norm(layer, follower, undo)
         else:
-            _set_activation(layer, activation, undo)
+            undo.set(layer, "activation", activation)
     parent, _, child = name.rpartition(".")
     undo.set(model.get_submodule(parent), child, nn.Identity().eval())
     yield f"{name}: {what} folded into {', '.join(layer for layer, _ in group)}"
@@ -261,19 +264,10 @@ def _activation(module: nn.Module) -> str | None:
     return {nn.ReLU: "relu", nn.SiLU: "silu"}.get(type(module))
 
 
-def _set_activation(layer: nn.Module, activation: str | None, undo: _Undo) -> None:
-    if isinstance(layer, PackedModule):
-        layer.unpack_()  # its plans hold the activation; the next call makes them anew
-        undo.also(layer.unpack_)
-    undo.set(layer, "activation", activation)
-
-
 def _norm_refusal(layer: nn.Module, norm: _BatchNorm) -> str | None:
     weight = layer.weight
     if norm.training or norm.running_mean is None or norm.running_var is None:
         return "it normalises with the statistics of the batch"
-    if type(layer) not in _FOLDS[type(norm)]:
-        return f"{type(layer).__name__} is a subclass whose forward may do more"
     if not isinstance(weight, torch.Tensor) or not weight.is_floating_point():
         return "the weight before it is not floating point"
     if weight.shape[0] != norm.num_features:
@@ -305,12 +299,17 @@ def _fold_norm(layer: nn.Module, norm: _BatchNorm, undo: _Undo) -> None:
     undo.set(layer, "bias", nn.Parameter(shift.to(weight), requires_grad=trained))
 
 
+def _floats(output: object) -> list[torch.Tensor]:
+    """The float numbers of a model's output."""
+    tensors = [t for t in pytree.tree_leaves(opened(output)) if isinstance(t, torch.Tensor)]
+    return [t for t in tensors if t.is_floating_point() and t.numel()]
+
+
 def _check_close(before: object, after: object) -> None:
     difference, norm = 0.0, 0.0
-    for x, y in zip(pytree.tree_leaves(before), pytree.tree_leaves(after), strict=True):
-        if isinstance(x, torch.Tensor) and x.is_floating_point():
-            difference += float((y.double() - x.double()).square().sum())
-            norm += float(x.double().square().sum())
+    for x, y in zip(_floats(before), _floats(after), strict=True):
+        difference += float((y.double() - x.double()).square().sum())
+        norm += float(x.double().square().sum())
     if not difference <= _TOLERANCE**2 * norm:
         raise ValueError(
             "fuse: nothing was changed, because the output moved by "

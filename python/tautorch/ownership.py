@@ -10,8 +10,9 @@ from __future__ import annotations
 import ast
 import inspect
 import textwrap
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import cache
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
 
-from tautorch._layers import parametrised_remedy
+from tautorch._layers import other_forward, parametrised_remedy
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 # Children that torch's own modules read past their forward; the source scan cannot see into C++ fast paths.
@@ -44,7 +45,15 @@ _METADATA = frozenset(
 
 
 def refusal(model: nn.Module, name: str) -> str | None:
-    """Why the layer `name` of `model` must not be replaced, or None. Nothing is run; `name` must exist."""
+    """Why the layer `name` of `model` must not be replaced by what is made of its weight, or None.
+
+    Nothing is run; `name` must exist.
+    """
+    return other_forward(model.get_submodule(name)) or held_elsewhere(model, name)
+
+
+def held_elsewhere(model: nn.Module, name: str) -> str | None:
+    """The same for a replacement by whoever knows the layer's class."""
     layer = model.get_submodule(name)
     return (
         _own_state(layer)
@@ -142,27 +151,163 @@ def _attribute_chains(cls: type[nn.Module]) -> tuple[tuple[str, tuple[str | None
 def class_functions(cls: type[nn.Module]) -> Iterator[tuple[str, ast.AST]]:
     """The syntax of a module class's `forward` and of the methods and properties it uses, by name.
 
-    A method without source (written in a REPL, or in C) is left out.
+    Overridden ones are there too: `super()` may call them. A method without source (written in a REPL, or in
+    C) is left out.
     """
-    methods: dict[str, list[ast.AST]] = {}
+    for name, tree in _reached(_methods(cls), "forward"):  # type: ignore[arg-type]
+        if tree is not None:
+            yield name, tree
+
+
+@cache
+def _methods(cls: type[nn.Module]) -> dict[str, list[ast.AST | None]]:
+    """The syntax of the methods and properties of a class, without torch's own; None without source."""
+    methods: dict[str, list[ast.AST | None]] = {}
     for base in cls.__mro__:
-        if base in (nn.Module, object) or base in _CONTAINERS:
-            break
+        if base in nn.Module.__mro__ or base in _CONTAINERS:
+            continue
         for name, member in vars(base).items():
             function = member.fget if isinstance(member, property) else inspect.unwrap(member)
             if inspect.isfunction(function):
-                with suppress(OSError, TypeError, SyntaxError):
-                    methods.setdefault(name, []).append(
-                        ast.parse(textwrap.dedent(inspect.getsource(function)))
-                    )
-    wanted, done = ["forward"], {"forward"}
+                tree = _tree(function, bound=not isinstance(member, staticmethod))
+                methods.setdefault(name, []).append(tree)
+    return methods
+
+
+def _tree(function: FunctionType, bound: bool) -> ast.AST | None:
+    """The syntax of a function, the first argument of a `bound` one called `self`."""
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
+    except (OSError, TypeError, SyntaxError):
+        return None
+    code = function.__code__
+    for node in ast.walk(tree) if bound and code.co_argcount else ():
+        if isinstance(node, ast.Name) and node.id == code.co_varnames[0]:
+            node.id = "self"
+    return tree
+
+
+def _reached(
+    methods: Mapping[str, list[ast.AST | None]], start: str, but: str = ""
+) -> Iterator[tuple[str, ast.AST | None]]:
+    """A method and those it uses, directly or not; `but` is not looked into."""
+    wanted, done = [start], {start, but}
     while wanted:
         name = wanted.pop()
         for tree in methods.get(name, ()):
             yield name, tree
-            used = {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute)} & methods.keys()
+            nodes = () if tree is None else ast.walk(tree)
+            used = {n.attr for n in nodes if isinstance(n, ast.Attribute)} & methods.keys()
             wanted += used - done
             done |= used
+
+
+def run_alone(model: nn.Module, layer: str, follower: str) -> str | None:
+    """Why `layer` may be run without `follower`, which `forward` runs after it; None if nothing says so.
+
+    Read from the source of the other methods of the classes above them, such as `embed(x): self.fc1(x)`.
+    Private ones count as part of those that use them.
+    """
+    path, other = layer.split("."), follower.split(".")
+    common = _shared(path, other)
+    for depth in range(len(path)):
+        ancestor = model.get_submodule(".".join(path[:depth]))
+        for method, runs in _entries(type(ancestor)):  # type: ignore[arg-type]
+            label = f"{type(ancestor).__name__}.{method}"
+            if runs is None:
+                return f"{label}, whose source cannot be read, may run {layer} without it"
+            if _runs_alone(runs, path[depth:], other[depth:] if depth <= common else []):
+                return f"{label} may run {layer} without it"
+    return None
+
+
+# (the attributes and indices behind `self`, whether it is called); None stands for any index or child.
+_Run = tuple[tuple[str | None, ...], bool]
+
+
+def _shared(path: list[str], other: list[str]) -> int:
+    """How many names two paths begin with alike."""
+    pairs = zip(path, other, strict=False)
+    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(path), len(other)))
+
+
+def _runs_alone(runs: Iterable[_Run], path: list[str], other: list[str]) -> bool:
+    shared = _shared(path, other)  # containers that hold both
+    alone = False
+    for chain, called in runs:
+        if len(chain) > len(path) or not all(c in (None, p) for c, p in zip(chain, path, strict=False)):
+            continue
+        if None in chain[shared:] or (len(chain) == shared and not called):
+            return True  # it takes the container apart
+        alone = alone or len(chain) > shared
+    return alone and not any(
+        len(chain) > shared and None not in chain and list(chain) == other[: len(chain)] for chain, _ in runs
+    )
+
+
+@cache
+def _entries(cls: type[nn.Module]) -> list[tuple[str, list[_Run] | None]]:
+    """The methods of a class that may be called beside `forward`, and what they run; None without source."""
+    methods = _methods(cls)  # type: ignore[arg-type]
+    public = [name for name in methods if not name.startswith("_") and name != "forward"]
+    used = {n for start in ["forward", "__init__", *public] for n, _ in _reached(methods, start)}
+    found: list[tuple[str, list[_Run] | None]] = []
+    for start in [*public, *(name for name in methods if name not in used and name != "__init__")]:
+        trees = [tree for _, tree in _reached(methods, start, but="forward")]
+        if None not in trees:
+            found.append((start, [run for tree in trees if tree is not None for run in _runs(tree)]))
+        elif not start.startswith("__"):  # dataclass and others write these
+            found.append((start, None))
+    return found
+
+
+_WALKS = frozenset({"children", "named_children", "modules", "named_modules", "_modules"})
+
+
+def _runs(tree: ast.AST) -> Iterator[_Run]:
+    """What a method calls or hands on of `self`: `self.a.b(x)`, `self.a[i](x)`, `run(self.a, x)`.
+
+    Walks through the children (`self.children()`, `getattr(self, name)`) count where the method calls what
+    it finds.
+    """
+    nodes = list(ast.walk(tree))
+    called = {id(n.func) for n in nodes if isinstance(n, ast.Call)}
+    inner = {id(n.value) for n in nodes if isinstance(n, (ast.Attribute, ast.Subscript))}
+    walks: list[tuple[str | None, ...]] = []
+    for node in nodes:
+        chain = _chain(node)
+        if isinstance(node, ast.Name) and node.id == "self" and id(node) not in inner | called:
+            walks.append((None,))  # getattr(self, name), enumerate(self)
+        elif chain and chain[-1] in _WALKS:
+            walks.append((*chain[:-1], None))
+        elif chain and id(node) not in inner and not isinstance(getattr(node, "ctx", None), ast.Store):
+            looked = chain[-1] in ("forward", "__call__")
+            yield (chain[:-1] if looked else chain), looked or id(node) in called
+    if walks and _calls_what_it_finds(nodes):
+        yield from ((chain, True) for chain in walks)
+
+
+def _chain(node: ast.AST) -> tuple[str | None, ...]:
+    """("a", "0", "b") of `self.a[0].b`, None for an index that is no constant; () of anything else."""
+    parts: list[str | None] = []
+    while isinstance(node, (ast.Attribute, ast.Subscript)):
+        if isinstance(node, ast.Attribute):
+            parts.append(node.attr)
+        else:
+            value = node.slice.value if isinstance(node.slice, ast.Constant) else None
+            parts.append(str(value) if isinstance(value, (int, str)) else None)
+        node = node.value
+    return tuple(reversed(parts)) if isinstance(node, ast.Name) and node.id == "self" else ()
+
+
+def _calls_what_it_finds(nodes: list[ast.AST]) -> bool:
+    """Whether a method calls a name that it binds, or what another call or an index gives."""
+    bound = {n.id for n in nodes if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+    functions = [n.func for n in nodes if isinstance(n, ast.Call)]
+    return any(
+        isinstance(f, (ast.Call, ast.Subscript)) or (isinstance(f, ast.Name) and f.id in bound)
+        for f in functions
+    )
 
 
 def _chains(tree: ast.AST) -> Iterator[tuple[str | None, ...]]:

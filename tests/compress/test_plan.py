@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -328,3 +329,20 @@ def test_a_factorised_pair_counts_as_one_layer() -> None:
 )
 def test_describe_layer(layer: nn.Module, expected: str) -> None:
     assert describe_layer(layer) == expected
+
+
+class Doubled(nn.Linear):
+    """Computes more than its weight says."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return 2 * super().forward(input)
+
+
+def test_a_subclass_that_computes_more_is_not_replaced() -> None:
+    model = nn.Sequential(Doubled(16, 16), nn.ReLU()).eval()
+    x = torch.randn(4, 16)
+    expected = model(x)
+    with suppress(ValueError):  # that names the layer
+        compile_layers(model, [x], [x], gate=False)
+    assert type(model[0]) is Doubled
+    assert torch.equal(model(x), expected)

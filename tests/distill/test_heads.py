@@ -114,3 +114,17 @@ def test_bad_input_is_named_and_changes_nothing() -> None:
     assert not model.head._forward_hooks
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name])
+
+
+class ScaledLinear(nn.Linear):
+    """Computes more than its weight says."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return 2 * super().forward(input)
+
+
+def test_a_head_that_computes_more_needs_calibration() -> None:
+    model = Net(ScaledLinear(96, 80))
+    with pytest.raises(ValueError, match="calibration must be given for layer 'head': ScaledLinear has a fo"):
+        light_head(model, "head", rank=4)
+    assert type(model.head) is ScaledLinear

@@ -274,3 +274,18 @@ def test_a_late_failure_changes_nothing() -> None:
         factorize(model, "whitened", rank=2, calibration=[batch(), batch() * torch.nan])
     assert dict(model.named_modules()) == before
     assert not model[0]._forward_pre_hooks
+
+
+class LoRALinear(nn.Linear):
+    """Computes more than its weight says."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input) + input
+
+
+def test_a_subclass_that_computes_more_is_left() -> None:
+    model = nn.Sequential(LoRALinear(16, 16), nn.Linear(16, 16))
+    with pytest.raises(ValueError, match=r"layer '0' .*LoRALinear has a forward of its own"):
+        factorize(model, rank=2, layers=["0"])
+    factorize(model, rank=2)
+    assert [type(layer) for layer in model] == [LoRALinear, FactorizedLinear]

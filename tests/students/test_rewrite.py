@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from torch.nn import functional as F
 
 import tautorch as tt
 from tautorch.students import channel_shuffle, compare, cost, depthwise_separable
+from tautorch.students.checks import check_same_outputs
 
 
 def small() -> ResNet:
@@ -230,3 +232,37 @@ def test_a_frozen_teacher_gives_a_student_that_trains() -> None:
     teacher.fc.requires_grad_(True)
     student = depthwise_separable(teacher, images())
     assert [n for n, p in student.named_parameters() if p.requires_grad] == ["fc.weight", "fc.bias"]
+
+
+class Held(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, width)
+
+    def forward(self, x: Tensor) -> Any:
+        return SimpleNamespace(y=self.fc(x))
+
+
+def test_outputs_held_by_objects_are_checked() -> None:
+    x = torch.randn(2, 4)
+    check_same_outputs("here", Held(3), Held(3), x)
+    with pytest.raises(ValueError, match="here: the student must return"):
+        check_same_outputs("here", Held(3), Held(5), x)
+
+
+class WSConv(nn.Conv2d):
+    """Standardises its weight."""
+
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return super()._conv_forward(input, weight / weight.std((1, 2, 3), keepdim=True), bias)
+
+
+@pytest.mark.parametrize("make", [depthwise_separable, channel_shuffle])
+def test_a_subclass_that_computes_more_is_left(make: Any) -> None:
+    model = nn.Sequential(WSConv(8, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1))
+    x = torch.randn(1, 8, 6, 6)
+    with pytest.raises(ValueError, match=r"layer '0' .*WSConv has a _conv_forward of its own"):
+        make(model, x, layers=["0"])
+    student = make(model, x)
+    assert type(student[0]) is WSConv
+    assert torch.equal(student[0](x), model[0](x))

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from tautorch import distributed
 from tautorch._batches import Batches, run_calibration
-from tautorch._layers import replace_layers
+from tautorch._layers import other_forward, replace_layers
 from tautorch.distill.arguments import whole
 from tautorch.factorize.svd import Svd
 
@@ -76,6 +76,9 @@ def light_head(
         if value is not None:
             whole("light_head", setting, value)
     if calibration is None:
+        more = other_forward(head)
+        if more is not None:
+            raise ValueError(f"light_head: calibration must be given for layer {name!r}: {more}")
         if not isinstance(head, nn.Linear) or rank is None or channels is not None:
             raise ValueError(
                 "light_head: calibration must be given unless an nn.Linear head gets a rank, got "

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from tautorch._layers import other_forward
 from tautorch.ops import library as lib
 
 from .eager import plain
@@ -78,6 +79,9 @@ class LayerModule(PackedModule):
             raise TypeError(
                 f"{cls.op}: from_float takes nn.{cls.float_type.__name__}, got {type(module).__name__}"
             )
+        more = other_forward(module)
+        if more is not None:
+            raise TypeError(f"{cls.op}: from_float takes nn.{cls.float_type.__name__}, but {more}")
 
     def _take(self, bias: Tensor | None, **buffers: Tensor | None) -> None:
         """Fill in buffers, and the bias of a float layer."""

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from tautorch._batches import Batch, call_model, left_as_it_is, model_device, to_device
+from tautorch._batches import Batch, call_model, left_as_it_is, model_device, opened, to_device
 
 
 def trainable(student: nn.Module) -> nn.Module:
@@ -26,9 +26,9 @@ def run(op: str, model: nn.Module, example_input: Batch) -> Any:
 
 def check_same_outputs(op: str, teacher: nn.Module, student: nn.Module, example_input: Batch) -> None:
     """ValueError unless the student runs and returns tensors of the teacher's shapes and dtypes."""
-    wanted, form = pytree.tree_flatten(run(op, teacher, example_input))
+    wanted, form = pytree.tree_flatten(opened(run(op, teacher, example_input)))
     try:
-        got, got_form = pytree.tree_flatten(run(op, student, example_input))
+        got, got_form = pytree.tree_flatten(opened(run(op, student, example_input)))
     except Exception as error:
         raise ValueError(
             f"{op}: the student must run on example_input, it fails with {type(error).__name__}: {error}; "
