@@ -403,6 +403,24 @@ def test_all_problems_are_named_at_once() -> None:
         convert(mlp(), {"x": Wrapped, "y": Wrapped})
 
 
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [
+        (torch.compile, "_orig_mod.0"),
+        (torch.compile, "0"),
+        (lambda m: m.compile() or m, "0"),
+        (lambda m: nn.Sequential(torch.compile(m)), "0._orig_mod.2"),
+    ],
+)
+def test_a_compiled_model_is_refused(make: Any, name: str) -> None:
+    model = make(mlp())
+    with pytest.raises(ValueError, match=r"it is compiled; convert before torch.compile, or pass model"):
+        convert(model, {name: Int8Linear.from_float}, torch.randn(2, 16))
+    model = nn.Sequential(torch.compile(mlp(), backend="eager"), nn.Linear(8, 8))
+    convert(model, {"1": Int8Linear.from_float}, torch.randn(2, 16))
+    assert type(model[1]) is Int8Linear
+
+
 def test_overlapping_entries_are_refused() -> None:
     model = nn.Sequential(mlp())
     with pytest.raises(ValueError, match=r"'0.2': it lies inside '0'"):

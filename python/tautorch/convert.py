@@ -110,10 +110,19 @@ def _checked_layers(
             "convert: gate=True must have example_inputs to time on, got None; pass a real batch"
         )
     modules = dict(model.named_modules(remove_duplicate=False))
+    compiled = [
+        name
+        for name, module in modules.items()
+        if "_orig_mod" in module._modules or module._compiled_call_impl is not None
+    ]
     problems: list[str] = []
     for name in plan:
         if name == "":
             problems.append("'': the model itself cannot be replaced in place; wrap it in nn.Sequential")
+        elif example_inputs is not None and any(f"{name}.".startswith(c and f"{c}.") for c in compiled):
+            # what a layer gets does not show in compiled code
+            remedy = "convert before torch.compile, or pass model._orig_mod"
+            problems.append(f"{name!r}: it is compiled; {remedy}")
         elif name not in modules:
             close = difflib.get_close_matches(name, modules, n=3)
             problems.append(

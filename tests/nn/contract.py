@@ -120,6 +120,13 @@ class ModuleContract:
         assert len(ours) >= len(theirs)
         assert all(p.kind == inspect.Parameter.KEYWORD_ONLY for p in ours[len(theirs) :])
 
+    def test_input_is_named_as_the_layers(self, variant: str) -> None:
+        theirs, ours = (inspect.signature(t.forward) for t in (self.float_type, self.module_type))
+        assert list(ours.parameters) == list(theirs.parameters)
+        module, x = self.module(variant), self.x(variant)
+        assert torch.equal(module(input=x), module(x))
+        assert torch.equal(module(input=x), module(x))
+
     def test_class_is_registered(self) -> None:
         assert MODULES[self.module_type.__name__] is self.module_type
         assert issubclass(self.module_type, PackedModule)
@@ -511,6 +518,17 @@ class ModuleContract:
         torch._dynamo.reset()
         y = torch.compile(nn.Sequential(module, nn.ReLU()), fullgraph=True)(x)
         assert torch.equal(y, torch.relu(module(x)))
+
+    @pytest.mark.parametrize("packed", [False, True])
+    def test_symbolic_trace(self, variant: str, packed: bool) -> None:
+        module, x = self.module(variant), self.x(variant)
+        if packed:
+            module(x)
+        model = nn.Sequential(module, nn.Identity())
+        graph = torch.fx.symbolic_trace(model)
+        assert set(graph.state_dict()) <= set(model.state_dict()), "a traced graph takes canonical weights"
+        for given in (x, self.x(variant, 5)):
+            assert torch.equal(graph(given), module(given))
 
     @pytest.mark.parametrize("packed", [False, True])
     def test_export(self, variant: str, packed: bool) -> None:

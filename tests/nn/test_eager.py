@@ -159,7 +159,7 @@ def test_calling_is_noticed(make: Callable[[], nn.Module]) -> None:
     ):
         layer(x.clone().requires_grad_()).sum().backward()
     assert sorted(seen) == [1, 2]
-    assert torch.equal(layer(x=x), want) and torch.equal(layer(x), want)
+    assert torch.equal(layer(input=x), want) and torch.equal(layer(x), want)
 
 
 def test_a_subclass_keeps_its_forward() -> None:

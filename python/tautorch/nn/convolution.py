@@ -161,15 +161,15 @@ class ConvModule(LayerModule):
                 return out
         return super().__call__(*args, **kwargs)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         if not is_compiling():
-            call = _eager_call(STATE, self.__dict__, x) or self._fresh_call(x)
+            call = _eager_call(STATE, self.__dict__, input) or self._fresh_call(input)
             if call is not None:
-                out = conv.run_conv(self.run, call, x)
+                out = conv.run_conv(self.run, call, input)
                 if out is not None:
                     return out
         # graphs, gradients, the reference backend, and every error
-        return self._through_op(autocast_input(x))
+        return self._through_op(input if self._in_graph(input) else autocast_input(input))
 
 
 _forward = ConvModule.forward

@@ -12,7 +12,6 @@ from tautorch.ops import int8_linear as _op  # noqa: F401  (registers the operat
 from tautorch.ops import library as lib
 from tautorch.ops.int8_linear import OP, pack, plan, unpack
 
-from .eager import autocast_input
 from .linear import LinearModule
 from .packed import Canonical
 from .tail import QUANTS, int8_tensors
@@ -135,7 +134,7 @@ class Int8Linear(LinearModule):
         if weight is None:
             weight = buffers["packed"]
         y: Tensor = torch.ops.tautorch.int8_linear(
-            autocast_input(x),
+            x,
             weight,
             buffers["weight_scale"],
             bias,

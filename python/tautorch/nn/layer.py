@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from tautorch._layers import other_forward
 from tautorch.ops import library as lib
@@ -144,6 +145,15 @@ class LayerModule(PackedModule):
     def _through_op(self, x: Tensor) -> Tensor:
         """The torch operator on x."""
         raise NotImplementedError
+
+    def _in_graph(self, x: object) -> bool:
+        """Whether x stands for a tensor of a graph of ``torch.fx``, which takes canonical weights then."""
+        if not isinstance(x, Proxy):
+            return False
+        for part in self.modules():  # a residual is one
+            if isinstance(part, PackedModule):
+                part.unpack_()
+        return True
 
     def _own_bias(self) -> Tensor | None:
         """``self.bias`` in less time where it is a parameter; replicas and parametrisations have others."""

@@ -12,7 +12,7 @@ from tautorch import _C
 from tautorch.ops import library as lib
 from tautorch.ops._gpu_product import launches
 
-from .eager import STATE, USUAL, is_compiling, plain_on_cuda
+from .eager import STATE, USUAL, autocast_input, is_compiling, plain_on_cuda
 from .layer import LayerModule
 
 _direct_call, _eager_call, _run_rows = _C.direct_call, _C.eager_call, _C.run_rows
@@ -91,24 +91,26 @@ class LinearModule(LayerModule):
                 return out
         return super().__call__(*args, **kwargs)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         if not is_compiling():
-            call = _eager_call(STATE, self.__dict__, x) or self._fresh_call(x)
+            call = _eager_call(STATE, self.__dict__, input) or self._fresh_call(input)
             if call is not None:
-                out: Tensor | None = _run_rows(self.run, call, x)
+                out: Tensor | None = _run_rows(self.run, call, input)
                 if out is None and type(call[0]) is bytes:  # a plan of the CPU
-                    out = lib.run_linear(self.run, call, x)
+                    out = lib.run_linear(self.run, call, input)
                 if out is not None:
                     return out
-            if plain_on_cuda(x, self._parameters):
-                watched = self._watch_on(x.device)
+            if plain_on_cuda(input, self._parameters):
+                watched = self._watch_on(input.device)
                 with launches() as found:
-                    y = self._through_op(self._checked(x))
+                    y = self._through_op(self._checked(input))
                 if found and watched is not None:
                     self._remember(found[-1], watched)
                 return y
         # graphs, gradients, the reference backend, and every error
-        return self._through_op(self._checked(x))
+        if self._in_graph(input):
+            return self._through_op(input)
+        return self._through_op(autocast_input(self._checked(input)))
 
 
 _forward = LinearModule.forward

@@ -12,7 +12,6 @@ from tautorch import _C, dispatch
 from tautorch.ops.int8_linear import pack, unpack
 from tautorch.ops.lowrank_linear import OP, plan, problem
 
-from .eager import autocast_input
 from .factors import svd_factors
 from .int8_linear import Int8Linear
 from .linear import LinearModule
@@ -307,7 +306,7 @@ class LowRankLinear(LowRankModule, LinearModule):
     def _through_op(self, x: Tensor) -> Tensor:
         buffers, bias = self._buffers, self._own_bias()  # by name nn.Module takes 0.3 us each
         y: Tensor = torch.ops.tautorch.lowrank_linear(
-            autocast_input(x), *self._operands(), bias, buffers["down_scale"], buffers["up_scale"],
+            x, *self._operands(), bias, buffers["down_scale"], buffers["up_scale"],
             self.out_features, self.rank, *self._residual_operands(), buffers["x_scale"],
             buffers["x_zero_point"], False, self.activation,
         )  # fmt: skip

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from tautorch import _C, dispatch
 from tautorch.ops.sparse_linear import OP, plan, problem
 
-from .eager import autocast_input
 from .factors import weight_dtype_of
 from .linear import LinearModule
 from .packed import Canonical
@@ -138,7 +137,7 @@ class SparseLinear(SparseModule, LinearModule):
         buffers, bias = self._buffers, self._own_bias()  # by name nn.Module takes 0.3 us each
         values, crow, col = self._operands()
         y: Tensor = torch.ops.tautorch.sparse_linear(
-            autocast_input(x), values, crow, col, buffers["weight_scale"], bias, self.pattern,
+            x, values, crow, col, buffers["weight_scale"], bias, self.pattern,
             self.out_features, buffers["x_scale"], buffers["x_zero_point"], False, self.activation,
             buffers["out_scale"], buffers["out_zero_point"],
         )  # fmt: skip
