@@ -197,6 +197,14 @@ def test_layers_that_others_read_stay(free: bool) -> None:
     assert (model(tokens) - expected).norm() <= 0.05 * expected.norm()
 
 
+def test_a_convolution_that_no_kernel_pads_stays() -> None:
+    model = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1, padding_mode="circular"), nn.Conv2d(8, 8, 1)).eval()
+    x = torch.randn(2, 8, 6, 6)
+    first, second = compile_layers(model, [x], [x], gate=False)
+    assert not first.replaced and "padding_mode must be" in first.reason and type(model[0]) is nn.Conv2d
+    assert second.replaced and isinstance(model[1], Int8Conv2d)
+
+
 def state_of(model: nn.Module) -> tuple[list[tuple[str, nn.Module]], list[tuple[str, Tensor]]]:
     """Every module and tensor there is, themselves; but of packed layers, which pack when they run."""
     modules = list(model.named_modules())

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from tautorch._batches import Batch, call_model, example_batches, model_device
+from tautorch._batches import Batch, call_model, example_batches, left_as_it_is, model_device
 from tautorch.compress.report import Layer, Report
 from tautorch.convert import convert
 from tautorch.convert_candidate import Candidate, OutputError
@@ -91,7 +91,7 @@ def compile_layers(
         records: dict[str, LayerRecord] = {}
         reasons: dict[str, list[str]] = {name: [] for name in before}
         for name, layer in before.items():
-            if why := refusal(model, name):
+            if why := refusal(model, name) or _not_compiled(layer):
                 records[name] = Candidate(name, layer).record
                 reasons[name].append(f"kept: {why}")
                 if progress is not None:
@@ -224,6 +224,17 @@ def compilable(model: nn.Module) -> list[str]:
     return found
 
 
+def _not_compiled(layer: nn.Module) -> str | None:
+    """Why no compiled layer can take this one's place, None if one can."""
+    first = layer.down if isinstance(layer, (FactorizedLinear, FactorizedConv2d)) else layer
+    if isinstance(first, nn.Conv2d):
+        try:
+            Int8Conv2d._arguments(first)  # of its padding mode
+        except (TypeError, ValueError) as error:
+            return str(error)
+    return None
+
+
 def _offers(layer: nn.Module, scale: QParams | None, pattern: str) -> list[Factory]:
     """Makers of compiled layers to try in turn, the one that promises most first."""
     quant: dict[str, Any] = {"quant": "dynamic"}
@@ -249,7 +260,7 @@ def _zeros(layer: nn.Module) -> float:
 
 def _outputs(model: nn.Module, batches: Sequence[Batch]) -> list[Any]:
     """Copies of what the model says of each batch, which a later run cannot write over."""
-    with torch.no_grad():
+    with left_as_it_is(model):
         return [
             pytree.tree_map_only(torch.Tensor, torch.clone, call_model("compile_layers", model, batch))
             for batch in batches
