@@ -150,8 +150,8 @@ Ref gpu_rows(PyObject *call, PyObject *x, int64_t rows, PyObject **sizes, Py_ssi
     return out;
 }
 
-// Whether x's memory holds the numbers negated, as in the imaginary part of a conjugate. Of contiguous tensors
-// only those of one number do; for the others the question would cost 45 ns.
+// Whether x's memory holds the numbers negated, as in the imaginary part of a conjugate. Of contiguous
+// tensors only those of one number do; for the others the question would cost 45 ns.
 bool is_negated(PyObject *x) { return is_true(steal(PyObject_CallMethod(x, "is_neg", nullptr))); }
 
 // The output [..., n] of a linear operator's call, (plan, k, n, code of x's dtype, output dtype, its code,

@@ -42,7 +42,8 @@ template <class F> void parallel_tasks(int64_t n, const F &f) {
 
 // Calls f(), a whole request, which a pool may have begun on a thread that waits for another one's tasks.
 template <class F> void as_request(const F &f) {
-    detail::request([](int64_t, int64_t, void *ctx) { (*static_cast<const F *>(ctx))(); }, const_cast<F *>(&f));
+    detail::request([](int64_t, int64_t, void *ctx) { (*static_cast<const F *>(ctx))(); },
+                    const_cast<F *>(&f));
 }
 
 // The sum of the first word of every whole cache line, read by all threads of the pool.
