@@ -88,7 +88,7 @@ def test_a_waiting_thread_may_run_another_request(
 def test_a_waiting_thread_may_run_another_requests_tasks(
     lib: Library, use_pool: Callable[[Any], None]
 ) -> None:
-    outer, inner = Request(lib, 1, 16, 128, 8192), Request(lib, 2, 16, 256, 16384)
+    outer, inner = Request(lib, 1, 16, 128, 8192), Request(lib, 2, 256, 512, 512)
     expected = outer.result(), inner.result()
     owner = threading.get_ident()
     waiting: queue.Queue[tuple[Any, int, int, threading.Event]] = queue.Queue()
@@ -107,7 +107,7 @@ def test_a_waiting_thread_may_run_another_requests_tasks(
             fn(i, i + 1, context)
             for _ in range(2):
                 try:
-                    work, _, _, event = waiting.get(timeout=5.0 if other.is_alive() else 0.0)
+                    work, _, _, event = waiting.get(timeout=0.05 if taken else 5.0)
                 except queue.Empty:
                     break
                 work()
@@ -121,7 +121,7 @@ def test_a_waiting_thread_may_run_another_requests_tasks(
     got = outer.result()
     while other.is_alive():
         try:
-            work, _, _, event = waiting.get(timeout=0.1)
+            work, _, _, event = waiting.get(timeout=0.01)
         except queue.Empty:
             continue
         work()
