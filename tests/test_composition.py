@@ -222,23 +222,26 @@ def test_training_a_pruned_model_must_say_what_becomes_of_its_zeros() -> None:
     assert not zeros(model)
 
 
-HOLDERS: dict[str, Callable[[nn.Module], Any]] = {
-    "a schedule that begins later": lambda m: prune.Schedule(m, 0.8, pattern="4x1", begin=100, end=200),
-    "a schedule": lambda m: prune.Schedule(m, 0.8, pattern="4x1", end=4),
-    "masks": prune.hold_masks,
-}
+def test_masks_hold_the_zeros_of_every_layer_beside_a_schedule() -> None:
+    for schedule in ({"begin": 100, "end": 200}, {"end": 4}):
+        model = pruned(net(), None)
+        before = zeros(model)
+        callbacks = [prune.Schedule(model, 0.8, pattern="4x1", **schedule)]
+        distilled(model, None, callbacks=callbacks, keep_zeros=True)
+        assert all(bool(zeros(model)[layer][mask].all()) for layer, mask in before.items())
 
 
-@pytest.mark.parametrize("name", HOLDERS)
-def test_what_is_said_to_hold_zeros_holds_those_of_every_layer(name: str) -> None:
-    model = pruned(net(), None)
+def test_a_schedule_goes_on_with_what_it_pruned() -> None:
+    model = net()
+    schedule = prune.Schedule(model, 0.5, pattern="4x1", end=4)
+    distilled(model, None, callbacks=[schedule])
     before = zeros(model)
-    distilled(model, None, callbacks=[HOLDERS[name](model)])
-    assert all(bool(zeros(model)[layer][mask].all()) for layer, mask in before.items())
+    distilled(model, None, callbacks=[schedule])
+    assert len(before) == 4 and all(torch.equal(zeros(model)[layer], mask) for layer, mask in before.items())
 
 
 NOT_HOLDERS: dict[str, Callable[[nn.Module], Any]] = {
-    "a schedule of other layers": lambda m: prune.Schedule(m, 0.8, pattern="4x1", end=4, layers=["conv"]),
+    "a schedule that has not begun": lambda m: prune.Schedule(m, 0.8, pattern="4x1", begin=100, end=200),
     "masks of other layers": lambda m: prune.hold_masks(m, {"conv": m.conv.weight != 0}),
     "nobody": lambda _: lambda run: None,
 }

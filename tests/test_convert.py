@@ -796,3 +796,49 @@ def test_state_in_buffers_is_that_of_before(gate: bool) -> None:
     assert isinstance(model.layer, Int8Linear)
     assert model.cache is cache and model.steps is steps and int(steps) == 1
     assert torch.equal(cache, expected)
+
+
+class Grows(nn.Module):
+    """A table that is made anew for longer inputs; an attribute says how long it is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(16, 16)
+        self.grow(4)
+
+    def grow(self, length: int) -> None:
+        self.length = length
+        self.register_buffer("table", torch.linspace(0, 1, length)[:, None], persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[1] > self.length:
+            self.grow(x.shape[1])
+        return self.layer(x) * self.table[: x.shape[1]]
+
+
+def test_a_table_that_a_run_made_longer_fits_afterwards() -> None:
+    model, x = Grows().eval(), torch.randn(2, 9, 16)
+    expected = copy.deepcopy(model)(x)
+    calibrate(model, [x])
+    assert torch.equal(model(x), expected)
+    model = Grows().eval()
+    convert(model, {"layer": Int8Linear.from_float}, example_inputs=x)
+    assert model.length == 4 and model(x).shape == x.shape
+
+
+def test_buffers_without_values_or_of_many_bytes_are_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Counts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("few", torch.zeros(2))
+            self.register_buffer("many", torch.zeros(100))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.few += 1
+            self.many += 1
+            return x
+
+    monkeypatch.setattr("tautorch._batches._COPIED_BYTES", 64)
+    model = nn.Sequential(nn.Linear(8, 8), Counts(), nn.LazyBatchNorm1d()).eval()
+    assert list(calibrate(model, [torch.randn(4, 8)])) == ["0"]
+    assert float(model[1].few[0]) == 0.0 and float(model[1].many[0]) == 1.0

@@ -432,11 +432,11 @@ def test_other_methods_that_keep_the_order_let_fold() -> None:
     torch.testing.assert_close(model.features(x), expected)
 
 
-def test_a_method_without_source_may_run_anything() -> None:
+def test_a_method_without_source_may_run_what_it_names() -> None:
     scope: dict[str, Any] = {}
     exec("def embed(self, x): return self.fc(x)", scope)
     model = randomise(type("Typed", (Entries,), {"embed": scope["embed"]})())
-    lines = assert_fused(model, torch.randn(3, 4))
+    lines = assert_fused(model, torch.randn(3, 4), "net.1")
     assert lines[0].endswith("Typed.embed, whose source cannot be read, may run fc without it")
 
 
@@ -626,3 +626,68 @@ def test_bad_arguments() -> None:
         fuse(nn.Sequential(nn.Linear(2, 2)))
     with pytest.raises(TypeError, match="fuse: a batch must be a tensor"):
         fuse(nn.Sequential(nn.Linear(2, 2)).eval(), [torch.randn(2, 2)])  # type: ignore[arg-type]
+
+
+class Helped(nn.Module):
+    """Methods that run none of its layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
+        self.stem, self.norm = nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.stem(self.body(x)))
+
+    def save(self, path: str) -> None:
+        torch.save(self.body, path)
+
+    def card(self) -> str:
+        return """
+# card
+"""
+
+    def freeze(self) -> None:
+        for layer in [self.stem]:
+            layer.requires_grad_(False)
+
+    def init_weights(self) -> None:
+        init = nn.init.kaiming_normal_
+        for layer in self.modules():
+            if isinstance(layer, nn.Conv2d):
+                init(layer.weight)
+
+
+def test_methods_that_run_nothing_let_fold() -> None:
+    report: list[str] = []
+    fuse(Helped().eval(), torch.randn(2, 3, 8, 8), report=report)
+    assert report == [
+        "body.1: batch norm folded into body.0",
+        "norm: batch norm folded into stem",
+    ]
+
+
+def test_a_list_whose_layers_are_called_keeps_them_apart() -> None:
+    class Listed(Helped):
+        def features(self, x: Tensor) -> Tensor:
+            for layer in [self.body, self.stem]:
+                x = layer(x)
+            return x
+
+    report: list[str] = []
+    fuse(Listed().eval(), torch.randn(2, 3, 8, 8), report=report)
+    assert "Listed.features may run stem without it" in report[1] and "not folded" in report[1]
+
+
+def test_graph_modules_fold() -> None:
+    model = torch.fx.symbolic_trace(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))).eval()
+    report: list[str] = []
+    fuse(model, torch.randn(2, 3, 8, 8), report=report)
+    assert report == ["1: batch norm folded into 0"]
+
+
+def test_only_what_follows_the_layers_named() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8)).eval()
+    report: list[str] = []
+    fuse(model, torch.randn(2, 3, 8, 8), layers=["2"], report=report)
+    assert report == ["3: batch norm folded into 2"] and isinstance(model[1], nn.BatchNorm2d)

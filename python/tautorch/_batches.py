@@ -55,20 +55,28 @@ def call_model(op: str, model: Callable[..., Any], batch: Any) -> Any:
 def opened(value: Any) -> Any:
     """What a model returned, with unknown mappings, dataclasses and other objects as dicts of what they hold.
 
-    An object that comes again is None then: objects may refer to each other.
+    An object that comes again is None then, as objects may refer to each other, and so is what lies 20 deep.
     """
     seen: dict[int, object] = {}
+    depth = 0
 
     def inside(leaf: Any) -> Any:
+        nonlocal depth
         if isinstance(leaf, (Tensor, nn.Module, type, ModuleType)):
             return leaf
         slots = [n for cls in type(leaf).__mro__ for n in _names(vars(cls).get("__slots__", ()))]
         held = leaf if isinstance(leaf, Mapping) else getattr(leaf, "__dict__", {})
         parts = {n: getattr(leaf, n) for n in slots if hasattr(leaf, n)} | dict(held)
-        if not parts or id(leaf) in seen:
-            return None if parts else leaf
+        if not parts:
+            return leaf
+        if id(leaf) in seen or depth == 20:
+            return None
         seen[id(leaf)] = leaf
-        return {type(leaf).__qualname__: pytree.tree_map(inside, parts)}
+        depth += 1
+        try:
+            return {type(leaf).__qualname__: pytree.tree_map(inside, parts)}
+        finally:
+            depth -= 1
 
     return pytree.tree_map(inside, value)
 
@@ -95,30 +103,60 @@ def training_modes_kept(model: nn.Module) -> Iterator[None]:
 
 
 class KeptBuffers:
-    """A model's buffers as they are now; not those of packed layers, which change form when they run."""
+    """A model's buffers as they are now, to be put back after runs.
+
+    Not those of packed layers, which change form when they run, and of those over 64 MB not what a run writes
+    into them.
+    """
 
     def __init__(self, model: nn.Module) -> None:
-        self._kept = [
-            (module._buffers, name, tensor, None if tensor is None else (_version(tensor), tensor.clone()))
-            for module in model.modules()
-            if not hasattr(module, "packed_names")
-            for name, tensor in module._buffers.items()
-        ]
+        self._modules = [_Kept(m) for m in model.modules() if not hasattr(m, "packed_names") and m._buffers]
 
     def put_back(self) -> None:
         """Make them so again: a cache that a run filled, a counter it advanced."""
         with torch.no_grad():
-            for i, (store, name, tensor, saved) in enumerate(self._kept):
-                store[name] = tensor
-                if tensor is None or saved is None or _version(tensor) == saved[0] != -1:
-                    continue
+            for module in self._modules:
+                module.put_back()
+
+
+class _Kept:
+    """A module's buffers, and its plain attributes that may say of what size they are."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module, self._buffers = module, dict(module._buffers)
+        own = {name: value for name, value in vars(module).items() if name not in _OF_MODULES}
+        self._plain = {name: v for name, v in own.items() if isinstance(v, _PLAIN) or v is None}
+        self._copies = {
+            name: (_version(tensor), tensor.clone())
+            for name, tensor in self._buffers.items()
+            if tensor is not None
+            and not isinstance(tensor, nn.UninitializedBuffer)
+            and tensor.numel() * tensor.element_size() <= _COPIED_BYTES
+        }
+
+    def put_back(self) -> None:
+        slots = self._module._buffers
+        bound = [name for name, tensor in self._buffers.items() if slots.get(name) is not tensor]
+        if bound:
+            slots.update(self._buffers)
+            vars(self._module).update(self._plain)
+        for name, (version, copy) in self._copies.items():
+            tensor = self._buffers[name]
+            assert tensor is not None
+            if _version(tensor) != version or version == _UNKNOWN:
                 with torch.inference_mode(tensor.is_inference()):
-                    tensor.copy_(saved[1])
-                self._kept[i] = (store, name, tensor, (_version(tensor), saved[1]))
+                    tensor.copy_(copy)
+                self._copies[name] = (_version(tensor), copy)
+
+
+_OF_MODULES = frozenset(vars(nn.Module()))
+_PLAIN = (bool, int, float, str, Tensor)
+_COPIED_BYTES = 64 << 20
+_UNKNOWN = -1  # inference tensors count no changes
 
 
 def _version(tensor: Tensor) -> int:
-    return -1 if tensor.is_inference() else tensor._version
+    return _UNKNOWN if tensor.is_inference() else tensor._version
 
 
 @contextmanager

@@ -8,16 +8,25 @@ from __future__ import annotations
 import ast
 import inspect
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree as pytree
 
-from tautorch._batches import Batch, call_model, model_device, opened, to_device, training_modes_kept
+from tautorch._batches import (
+    Batch,
+    call_model,
+    left_as_it_is,
+    model_device,
+    opened,
+    to_device,
+    training_modes_kept,
+)
 from tautorch.nn import MODULES
 from tautorch.ownership import class_functions, refusal, run_alone
 
@@ -31,7 +40,11 @@ _TOLERANCE = 1e-2  # relative L2; a wrong fold is off by the size of the output,
 
 
 def fuse(
-    model: nn.Module, example_inputs: Batch | None = None, *, report: list[str] | None = None
+    model: nn.Module,
+    example_inputs: Batch | None = None,
+    *,
+    layers: Iterable[str] | None = None,
+    report: list[str] | None = None,
 ) -> nn.Module:
     """Folds layers of an eval-mode `model` together, in place, and returns it.
 
@@ -45,7 +58,8 @@ def fuse(
     model cannot be traced, on the graphs of the parts that can and that their parents only call. A layer is
     left alone if something else reads its output or its weight, and if the source of another method says it
     may (`def embed(self, x): return self.fc1(x)`; private methods count as part of those that use them).
-    `report` gets one line per fold and per refusal.
+    `report` gets one line per fold and per refusal. With `layers`, only what follows layers of these
+    names is folded.
 
     example_inputs: one batch; with it every traceable part is used, and the model's output is compared before
         and after (an output without a float tensor leaves it out). Raises ValueError if the output moves by
@@ -57,8 +71,9 @@ def fuse(
         raise ValueError("fuse: model must be in eval mode, got training mode; call model.eval() first")
     batch = to_device(example_inputs, model_device(model))
     lines: list[str] = []
+    only = None if layers is None else set(layers)
     with torch.no_grad(), training_modes_kept(model):
-        before = None if batch is None else call_model("fuse", model, batch)
+        before = None if batch is None else _run(model, batch)
         if batch is not None and not _floats(before):
             batch = None
             lines.append("example_inputs: left out, as the output holds no float tensor to compare")
@@ -66,15 +81,22 @@ def fuse(
         try:
             for prefix, part in _parts(model, everything=batch is not None):
                 for group in part:
-                    lines += _fold(model, tuple((prefix + a, prefix + b) for a, b in group), undo)
+                    named = tuple((prefix + a, prefix + b) for a, b in group)
+                    if only is None or all(layer in only for layer, _ in named):
+                        lines += _fold(model, named, undo)
             if batch is not None:
-                _check_close(before, call_model("fuse", model, batch))
+                _check_close(before, _run(model, batch))
         except BaseException:
             undo.run()
             raise
     if report is not None:
         report += lines
     return model
+
+
+def _run(model: nn.Module, batch: Any) -> Any:
+    with left_as_it_is(model):
+        return call_model("fuse", model, batch)
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import ast
 import inspect
-import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cache
-from types import FunctionType
+from types import CodeType, FunctionType
 from typing import Any
 
 import torch
@@ -148,6 +147,10 @@ def _attribute_chains(cls: type[nn.Module]) -> tuple[tuple[str, tuple[str | None
     return _CHAINS[cls]
 
 
+# A method's syntax, or the names it uses where its source cannot be read.
+_Body = ast.AST | frozenset[str]
+
+
 def class_functions(cls: type[nn.Module]) -> Iterator[tuple[str, ast.AST]]:
     """The syntax of a module class's `forward` and of the methods and properties it uses, by name.
 
@@ -155,14 +158,14 @@ def class_functions(cls: type[nn.Module]) -> Iterator[tuple[str, ast.AST]]:
     C) is left out.
     """
     for name, tree in _reached(_methods(cls), "forward"):  # type: ignore[arg-type]
-        if tree is not None:
+        if isinstance(tree, ast.AST):
             yield name, tree
 
 
 @cache
-def _methods(cls: type[nn.Module]) -> dict[str, list[ast.AST | None]]:
-    """The syntax of the methods and properties of a class, without torch's own; None without source."""
-    methods: dict[str, list[ast.AST | None]] = {}
+def _methods(cls: type[nn.Module]) -> dict[str, list[_Body]]:
+    """The methods and properties of a class without those of every module; see `_Body`."""
+    methods: dict[str, list[_Body]] = {}
     for base in cls.__mro__:
         if base in nn.Module.__mro__ or base in _CONTAINERS:
             continue
@@ -174,12 +177,14 @@ def _methods(cls: type[nn.Module]) -> dict[str, list[ast.AST | None]]:
     return methods
 
 
-def _tree(function: FunctionType, bound: bool) -> ast.AST | None:
-    """The syntax of a function, the first argument of a `bound` one called `self`."""
+def _tree(function: FunctionType, bound: bool) -> _Body:
+    """The syntax of a function, the first argument of a `bound` one called `self`; or the names it uses."""
     try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
+        source = inspect.getsource(function)
+        # Not dedent: strings may begin their lines at column 0.
+        tree = ast.parse(f"if True:\n{source}" if source[:1].isspace() else source)
     except (OSError, TypeError, SyntaxError):
-        return None
+        return frozenset(_names_in(function.__code__))
     code = function.__code__
     for node in ast.walk(tree) if bound and code.co_argcount else ():
         if isinstance(node, ast.Name) and node.id == code.co_varnames[0]:
@@ -187,17 +192,26 @@ def _tree(function: FunctionType, bound: bool) -> ast.AST | None:
     return tree
 
 
-def _reached(
-    methods: Mapping[str, list[ast.AST | None]], start: str, but: str = ""
-) -> Iterator[tuple[str, ast.AST | None]]:
+def _names_in(code: CodeType) -> Iterator[str]:
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, str):
+            yield constant  # of getattr
+        elif isinstance(constant, CodeType):
+            yield from _names_in(constant)
+
+
+def _reached(methods: Mapping[str, list[_Body]], start: str, but: str = "") -> Iterator[tuple[str, _Body]]:
     """A method and those it uses, directly or not; `but` is not looked into."""
     wanted, done = [start], {start, but}
     while wanted:
         name = wanted.pop()
         for tree in methods.get(name, ()):
             yield name, tree
-            nodes = () if tree is None else ast.walk(tree)
-            used = {n.attr for n in nodes if isinstance(n, ast.Attribute)} & methods.keys()
+            if isinstance(tree, ast.AST):
+                used = {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute)} & methods.keys()
+            else:
+                used = set(tree) & methods.keys()
             wanted += used - done
             done |= used
 
@@ -212,9 +226,9 @@ def run_alone(model: nn.Module, layer: str, follower: str) -> str | None:
     common = _shared(path, other)
     for depth in range(len(path)):
         ancestor = model.get_submodule(".".join(path[:depth]))
-        for method, runs in _entries(type(ancestor)):  # type: ignore[arg-type]
+        for method, runs, names in _entries(type(ancestor)):  # type: ignore[arg-type]
             label = f"{type(ancestor).__name__}.{method}"
-            if runs is None:
+            if names & {path[depth], *_WALKS}:
                 return f"{label}, whose source cannot be read, may run {layer} without it"
             if _runs_alone(runs, path[depth:], other[depth:] if depth <= common else []):
                 return f"{label} may run {layer} without it"
@@ -246,22 +260,32 @@ def _runs_alone(runs: Iterable[_Run], path: list[str], other: list[str]) -> bool
 
 
 @cache
-def _entries(cls: type[nn.Module]) -> list[tuple[str, list[_Run] | None]]:
-    """The methods of a class that may be called beside `forward`, and what they run; None without source."""
+def _entries(cls: type[nn.Module]) -> list[tuple[str, list[_Run], frozenset[str]]]:
+    """Methods that may be called beside `forward`: what they run, and names in those without source.
+
+    Not those of torch's own classes (a `GraphModule`'s `to_folder`).
+    """
     methods = _methods(cls)  # type: ignore[arg-type]
-    public = [name for name in methods if not name.startswith("_") and name != "forward"]
+    theirs = {n for base in cls.__mro__ if base.__module__.split(".")[0] != "torch" for n in vars(base)}
+    public = [name for name in methods if not name.startswith("_") and name != "forward" and name in theirs]
     used = {n for start in ["forward", "__init__", *public] for n, _ in _reached(methods, start)}
-    found: list[tuple[str, list[_Run] | None]] = []
-    for start in [*public, *(name for name in methods if name not in used and name != "__init__")]:
+    found = []
+    hidden = [name for name in methods if name not in used and name != "__init__" and name in theirs]
+    for start in [*public, *hidden]:
         trees = [tree for _, tree in _reached(methods, start, but="forward")]
-        if None not in trees:
-            found.append((start, [run for tree in trees if tree is not None for run in _runs(tree)]))
-        elif not start.startswith("__"):  # dataclass and others write these
-            found.append((start, None))
+        runs = [run for tree in trees if isinstance(tree, ast.AST) for run in _runs(tree)]
+        # dataclass and others write some without source
+        unread = [tree for tree in trees if isinstance(tree, frozenset) and not start.startswith("__")]
+        found.append((start, runs, frozenset[str]().union(*unread)))
     return found
 
 
 _WALKS = frozenset({"children", "named_children", "modules", "named_modules", "_modules"})
+
+# What takes a layer and runs nothing.
+_INERT = frozenset(
+    {"save", "isinstance", "hasattr", "type", "id", "len", "print", "repr", "str", "copy", "deepcopy"}
+)
 
 
 def _runs(tree: ast.AST) -> Iterator[_Run]:
@@ -271,15 +295,22 @@ def _runs(tree: ast.AST) -> Iterator[_Run]:
     it finds.
     """
     nodes = list(ast.walk(tree))
-    called = {id(n.func) for n in nodes if isinstance(n, ast.Call)}
+    calls = [n for n in nodes if isinstance(n, ast.Call)]
+    called = {id(n.func) for n in calls}
+    inert = {id(a) for n in calls if _last_name(n.func) in _INERT for a in n.args}
+    listed = {id(e) for n in nodes if isinstance(n, (ast.List, ast.Tuple, ast.Set)) for e in n.elts}
     inner = {id(n.value) for n in nodes if isinstance(n, (ast.Attribute, ast.Subscript))}
     walks: list[tuple[str | None, ...]] = []
     for node in nodes:
         chain = _chain(node)
         if isinstance(node, ast.Name) and node.id == "self" and id(node) not in inner | called:
             walks.append((None,))  # getattr(self, name), enumerate(self)
+        elif chain and id(node) in inert:
+            continue
         elif chain and chain[-1] in _WALKS:
             walks.append((*chain[:-1], None))
+        elif chain and id(node) in listed:
+            walks.append(chain)
         elif chain and id(node) not in inner and not isinstance(getattr(node, "ctx", None), ast.Store):
             looked = chain[-1] in ("forward", "__call__")
             yield (chain[:-1] if looked else chain), looked or id(node) in called
@@ -300,9 +331,18 @@ def _chain(node: ast.AST) -> tuple[str | None, ...]:
     return tuple(reversed(parts)) if isinstance(node, ast.Name) and node.id == "self" else ()
 
 
+def _last_name(function: ast.expr) -> str:
+    return function.attr if isinstance(function, ast.Attribute) else getattr(function, "id", "")
+
+
 def _calls_what_it_finds(nodes: list[ast.AST]) -> bool:
-    """Whether a method calls a name that it binds, or what another call or an index gives."""
-    bound = {n.id for n in nodes if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+    """Whether a method calls a loop's name, a name bound to something of `self`, or what a call gives."""
+    targets = [n.target for n in nodes if isinstance(n, (ast.For, ast.comprehension))]
+    for node in nodes:
+        if isinstance(node, (ast.Assign, ast.NamedExpr, ast.AnnAssign)) and node.value is not None:
+            own = any(isinstance(n, ast.Name) and n.id == "self" for n in ast.walk(node.value))
+            targets += (node.targets if isinstance(node, ast.Assign) else [node.target]) if own else []
+    bound = {n.id for target in targets for n in ast.walk(target) if isinstance(n, ast.Name)}
     functions = [n.func for n in nodes if isinstance(n, ast.Call)]
     return any(
         isinstance(f, (ast.Call, ast.Subscript)) or (isinstance(f, ast.Name) and f.id in bound)

@@ -290,7 +290,8 @@ def test_what_fails_late_leaves_the_model_as_it_was(where: str, monkeypatch: pyt
     assert torch.equal(model(x), expected)
     monkeypatch.undo()
     compile_layers(model, [x], x, layers=["2", "6"], gate=False)
-    assert packed.activation == "gelu" and type(model[1]) is nn.Identity
+    assert model[2].activation == "relu" and type(model[3]) is nn.Identity
+    assert packed.activation == "none" and type(model[1]) is nn.BatchNorm1d  # of layers that were not chosen
     assert (model(x) - expected).norm() < 0.05 * expected.norm()
 
 
@@ -354,3 +355,22 @@ def test_a_subclass_that_computes_more_is_not_replaced() -> None:
         compile_layers(model, [x], [x], gate=False)
     assert type(model[0]) is Doubled
     assert torch.equal(model(x), expected)
+
+
+def test_layers_that_were_not_chosen_keep_their_batch_norms() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(48, 8)).eval()
+    x, norm = torch.randn(4, 3, 4, 4), model[1]
+    compile_layers(model, [x], [x], gate=False, layers=["3"])
+    assert model[1] is norm and isinstance(model[3], Int8Linear)
+
+
+def test_an_error_beside_a_scripted_part_comes_through() -> None:
+    model = nn.Sequential(torch.jit.script(nn.Sequential(nn.Linear(8, 8)).eval()), nn.Linear(8, 8)).eval()
+    before = model[1]
+
+    def progress(name: str) -> None:
+        raise RuntimeError("mine")
+
+    with pytest.raises(RuntimeError, match="mine"):
+        compile_layers(model, [torch.randn(2, 8)], [torch.randn(2, 8)], gate=False, progress=progress)
+    assert model[1] is before

@@ -289,3 +289,12 @@ def test_a_subclass_that_computes_more_is_left() -> None:
         factorize(model, rank=2, layers=["0"])
     factorize(model, rank=2)
     assert [type(layer) for layer in model] == [LoRALinear, FactorizedLinear]
+
+
+def test_tucker_of_nothing_but_zeros() -> None:
+    model = nn.Sequential(nn.Conv2d(16, 16, 3))
+    nn.init.zeros_(model[0].weight)
+    x = torch.randn(1, 16, 6, 6)
+    expected = model(x)
+    done = factorize(model, method="tucker", energy=0.9)
+    assert isinstance(done[0], TuckerConv2d) and torch.equal(done(x), expected)

@@ -322,6 +322,8 @@ class ModuleContract:
         y, state = module(x), module.state_dict()
         names = [name for name in state if not state[name].is_floating_point() and "indices" not in name]
         names = [name for name in names if name in module.packed_names]
+        if not names:
+            pytest.skip("its weights are floats")
         for name in names:
             with pytest.raises(RuntimeError, match=r"torch\.int8, got torch\.float32"):
                 module.load_state_dict({**state, name: torch.randn(state[name].shape)}, strict=False)
@@ -336,9 +338,10 @@ class ModuleContract:
     def test_what_the_weights_were_made_by_is_fixed(self, variant: str) -> None:
         module, x = self.module(variant), self.x(variant)
         y = module(x)
-        for name in sorted(module.fixed_names & module.__dict__.keys()):
+        for name in sorted(module._fixed & module.__dict__.keys()):
             with pytest.raises(AttributeError, match=f"{self.op}: {name} is fixed when the layer is made"):
                 setattr(module, name, None)
+            setattr(module, name, getattr(module, name))  # the same again is no matter
         assert torch.equal(module(x), y)
 
     def test_another_activation_shows_in_the_next_call(self, variant: str) -> None:

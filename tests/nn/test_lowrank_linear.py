@@ -199,3 +199,22 @@ def test_another_residual_shows_in_the_next_call(weight_dtype: torch.dtype) -> N
     ours.residual = Int8Linear.from_float(nn.Linear(64, 32, bias=False))
     with pytest.raises(ValueError, match="residual must be 64 -> 64"):
         ours(x)
+
+
+def test_a_pickle_without_a_registered_residual_stays_ready() -> None:
+    layer = LowRankLinear.from_float(nn.Linear(16, 8), rank=2)
+    state = layer.__getstate__()
+    state["_modules"] = {}
+    state["residual"] = None
+    old = LowRankLinear.__new__(LowRankLinear)
+    old.__setstate__(state)
+    x = torch.randn(3, 16)
+    assert torch.equal(old(x), layer(x)) and old.ready() and old.residual is None
+
+
+def test_every_layer_of_a_checkpoint_tells_what_is_wrong_with_it() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), Int8Linear(4, 4))
+    state = {**model.state_dict(), "0.weight": torch.zeros(1, 1)}
+    del state["1.bias"]
+    with pytest.raises(RuntimeError, match=r'(?s)Missing key\(s\).*"1.bias".*size mismatch for 0.weight'):
+        model.load_state_dict(state)

@@ -112,7 +112,8 @@ def compile_layers(
                 if progress is not None and not offers[record.name]:
                     progress(record.name)
         if fuse:
-            fold(model, batches[-1])
+            replaced = [name for name in free if records[name].replaced]
+            fold(model, batches[-1], layers=None if layers is None else replaced)
         _make_plain(model, free)
         error = _error(expected, _outputs(model, batches))
         sizes = {name: _original(original, name, layer) for name, layer in before.items()}
@@ -170,7 +171,7 @@ def _put_back_on_error(model: nn.Module) -> Iterator[None]:
     slots: list[tuple[dict[str, Any], dict[str, Any]]] = [
         (now, dict(now))
         for module in model.modules()
-        if not isinstance(module, PackedModule)
+        if not isinstance(module, (PackedModule, torch.jit.ScriptModule))  # a script's parts stay as they are
         for now in (module._modules, module._parameters, module._buffers)
     ]
     try:

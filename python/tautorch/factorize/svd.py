@@ -64,7 +64,9 @@ def tucker_energy(weight: Tensor) -> Tensor:
     full = weight.detach().double()
     u_out, u_in = _left(full.flatten(1), full.shape[0]), _left(full.transpose(0, 1).flatten(1), full.shape[1])
     core = torch.einsum("oihw,ob,ia->bahw", full, u_out, u_in).square().sum((2, 3))
-    total = core.sum().clamp_min(1e-300)
+    total = core.sum()
+    if float(total) == 0.0:
+        return torch.ones(full.shape[:2], dtype=torch.float64, device=full.device)
     padded = torch.nn.functional.pad(
         core, (0, full.shape[1] - core.shape[1], 0, full.shape[0] - core.shape[0])
     )

@@ -62,6 +62,12 @@ class ConvModule(LayerModule):
     """
 
     float_type: ClassVar[type[nn.Module]] = nn.Conv2d
+    fixed_names = frozenset(
+        {
+            *("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups"),
+            *("padding_mode", "geometry"),
+        }
+    )
 
     def __init__(
         self,

@@ -26,6 +26,7 @@ class LayerModule(PackedModule):
     run: ClassVar[Any]
     #: the layer this one replaces
     float_type: ClassVar[type[nn.Module]]
+    fixed_names = frozenset({"quant"})
 
     bias: nn.Parameter | None
     x_scale: Tensor | None

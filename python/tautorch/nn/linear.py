@@ -26,6 +26,7 @@ class LinearModule(LayerModule):
     """
 
     float_type: ClassVar[type[nn.Module]] = nn.Linear
+    fixed_names = frozenset({"in_features", "out_features"})
 
     def __init__(
         self,

@@ -20,6 +20,7 @@ from .tail import grid_of, static_tensors
 class LowRankModule(LayerModule):
     """A layer whose weight is ``up @ down``; see its subclasses."""
 
+    fixed_names = frozenset({"rank", "weight_dtype"})
     packed_names: ClassVar[tuple[str, ...]] = ("down", "up")
     fp32_names: ClassVar[tuple[str, ...]] = ("down", "up", "down_scale", "up_scale", "bias", "x_scale")
 

@@ -261,6 +261,11 @@ class LowRankLinear(LowRankModule, LinearModule):
             residual._prepare(kernel)
         super()._prepare(kernel)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if "residual" in self.__dict__:  # pickled by a version that did not register that there is none
+            self._modules["residual"] = self.__dict__.pop("residual")
+
     def _watch(self) -> None:
         super()._watch()
         self._seen = [*self._seen, (self._modules, "residual", self.residual)]  # it may be replaced

@@ -64,14 +64,13 @@ class PackedModule(nn.Module):
     #: buffers and parameters that stay fp32 through ``.half()`` and the like
     fp32_names: ClassVar[tuple[str, ...]] = ("weight_scale", "bias", "x_scale", "out_scale")
 
-    #: what weights, plans and the torch op are made by
-    fixed_names: ClassVar[frozenset[str]] = frozenset(
-        {
-            *("quant", "weight_dtype", "rank", "pattern", "nnz", "in_features", "out_features"),
-            *("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups"),
-            *("padding_mode", "geometry"),
-        }
-    )
+    #: what weights, plans and the torch op are made by, beside those of the classes above
+    fixed_names: ClassVar[frozenset[str]] = frozenset()
+    _fixed: ClassVar[frozenset[str]]
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls._fixed = frozenset().union(*(vars(base).get("fixed_names", ()) for base in cls.__mro__))
 
     _epoch: int
     _keep: list[Tensor]
@@ -84,7 +83,7 @@ class PackedModule(nn.Module):
         self._reset()
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in self.fixed_names and name in self.__dict__:
+        if name in self._fixed and name in self.__dict__ and value != self.__dict__[name]:
             raise AttributeError(
                 f"{self.op}: {name} is fixed when the layer is made, got {value!r} for "
                 f"{getattr(self, name)!r}; make another one, of get_config() or the float layer"
@@ -306,6 +305,7 @@ class PackedModule(nn.Module):
         error_msgs: list[str],
     ) -> None:
         self.unpack_()
+        fits = True
         # Before anything is copied: torch would round a float checkpoint's weights to integers.
         for name in self.packed_names:
             own, given = self._buffers[name], state_dict.get(prefix + name)
@@ -314,11 +314,12 @@ class PackedModule(nn.Module):
                 and isinstance(given, Tensor)
                 and own.is_floating_point() != given.is_floating_point()
             ):
+                fits = False
                 error_msgs.append(
                     f"{prefix}{name} of {type(self).__name__} must be {own.dtype}, got {given.dtype}; load a "
                     "float checkpoint into the float model, before it is converted"
                 )
-        if not error_msgs:
+        if fits:
             super()._load_from_state_dict(
                 state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
             )

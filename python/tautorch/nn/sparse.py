@@ -37,6 +37,7 @@ def _stored(
 class SparseModule(LayerModule):
     """A layer with ``values``, ``crow_indices`` and ``col_indices`` of ``reference/layouts``."""
 
+    fixed_names = frozenset({"pattern", "nnz", "weight_dtype"})
     packed_names: ClassVar[tuple[str, ...]] = ("values", "crow_indices", "col_indices")
     fp32_names: ClassVar[tuple[str, ...]] = ("values", "weight_scale", "bias", "x_scale", "out_scale")
 

@@ -10,9 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from tautorch import distributed
 from tautorch._batches import Batches, check_batches
-from tautorch._layers import pruned_share, select_layers
+from tautorch._layers import select_layers
 from tautorch.prune.choice import Rule, choose
 from tautorch.prune.importance import Importance, LossOf, check_importance
 from tautorch.prune.patterns import (
@@ -33,8 +32,8 @@ class Schedule:
     """Raise a model's sparsity over its training, and keep the masks in between.
 
     Call `step()` after each optimizer step, or give it to `Distiller(callbacks=[schedule])`. Step t is the
-    number of calls so far; masks are made again, from the weights of that moment, where t is due. Layers that
-    are pruned already keep their zeros until then.
+    number of calls so far; masks are made again, from the weights of that moment, where t is due. Until
+    the first of these it holds no zeros: of a model that is pruned already give `Distiller(keep_zeros=True)`.
 
     - "oneshot": the whole sparsity at step `begin`.
     - "cubic": s_t = s (1 - (1 - (t - begin) / (end - begin))^3) every `every` steps from `begin` to `end`
@@ -97,7 +96,7 @@ class Schedule:
         if isinstance(calibration, Iterator):
             raise ValueError("Schedule: calibration must be re-iterable, got an iterator; pass a list")
         check_importance("Schedule", importance, calibration, loss)
-        chosen = select_layers("Schedule", model, layers)
+        select_layers("Schedule", model, layers)
         self._plan = _plan(kind, sparsity, begin, end, every, steps, rounds)
         if rewind is not None and not 0 <= rewind < min(self._plan):
             raise ValueError(
@@ -116,12 +115,7 @@ class Schedule:
             "normalize": normalize,
             "refit": refit,
         }
-        pruned = {
-            name: layer.weight.detach() != 0
-            for name, layer in chosen.items()
-            if not distributed.is_sharded(layer.weight) and pruned_share(layer)
-        }
-        self._handle = MaskHandle(model, pruned)
+        self._handle = MaskHandle(model, {})
         self._rewind, self._optimizer = rewind, optimizer
         self._early: dict[str, Tensor] = _values(model) if rewind == 0 else {}
         self.steps_done = 0
@@ -129,7 +123,7 @@ class Schedule:
 
     @property
     def masks(self) -> dict[str, Tensor]:
-        """The masks held now, by layer name; before the first due step those of layers already pruned."""
+        """The masks held now, by layer name; empty before the first due step."""
         return self._handle.masks
 
     @property

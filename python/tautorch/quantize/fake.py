@@ -78,6 +78,8 @@ class FakeQuantWeight(nn.Module):
         given = state_dict.get(f"{prefix}mask")
         if self.mask is None and given is not None:  # of a model that was pruned before it was prepared
             self.mask = torch.empty_like(given, device=self.step.device)
+        elif given is None and f"{prefix}step" in state_dict:  # of one that was not
+            self.mask = None
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def scale(self) -> Tensor:
