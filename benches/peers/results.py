@@ -13,6 +13,7 @@ import torch
 from benches.peers.arena import Contestant, Timed, ratio
 
 import tautorch
+from tautorch.testing.cores import patience_ended
 
 Row = dict[str, Any]
 
@@ -126,7 +127,8 @@ def quieter(row: Row, before: Row) -> bool:
 class Results:
     """Rows in a JSON file; a row replaces the one of the same part and case, and the others stay.
 
-    `quieter`: only where it is the quieter one, whoever of its contestants gains by that.
+    `quieter`: only where it is the quieter one, whoever of its contestants gains by that. One whose patience
+    with shared cores ended replaces none with fewer shared slices.
     """
 
     path: Path | None
@@ -142,7 +144,8 @@ class Results:
         old: dict[str, Any] = json.loads(self.path.read_text()) if self.path.exists() else {}
         key = (row["part"], row["case"])
         rows = {(r["part"], r["case"]): r for r in old.get("rows", [])}
-        if not (self.quieter and key in rows) or quieter(row, rows[key]):
+        before = rows.get(key)
+        if before is None or not (patience_ended(row, before) or (self.quieter and not quieter(row, before))):
             rows.pop(key, None)  # to the end
             rows[key] = row
         versions = {**old.get("versions", {}), **self.about["versions"]}

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
+from pathlib import Path
 
 import pytest
 from benches.peers.__main__ import parse
 from benches.peers.arena import Contestant, contest
+from benches.peers.results import Results
 from benches.report.page import _shared_host
 
 from tautorch.testing import bench, cores
@@ -115,6 +118,31 @@ def test_rows_say_how_many_of_their_own_windows_were_shared(monkeypatch: pytest.
     patient = Table(timed=True)
     patient.compare("b", "nobody looks", lambda: None, {"peer": lambda: None}, seconds=0.0)
     assert "shared_slices" not in patient.rows[0]
+
+
+def test_a_row_whose_patience_ended_replaces_none_with_fewer_shared_slices(tmp_path: Path) -> None:
+    def kept(*shared: int | None) -> list[float]:
+        """The row that is left after each of some runs, by what they took."""
+        left = []
+        for us, slices in enumerate(shared):
+            table = Table(timed=True)
+            figures = {} if slices is None else {"shared_slices": slices}
+            table.rows.append({"bench": "b", "case": "a", "us": float(us), **figures})
+            path = table.write(tmp_path)
+            assert path is not None
+            (row,) = json.loads(path.read_text())["rows"]
+            left.append(row["us"])
+            Results(file, {"versions": {}}).add(
+                {"part": "p", "case": "a", "us": float(us), "peers": {}, "own": {}, **figures}
+            )
+            assert json.loads(file.read_text())["rows"][0]["us"] == row["us"]
+        return left
+
+    file = tmp_path / "peers.json"
+    assert kept(None, 3, 0, 2, 0, None) == [0.0, 0.0, 2.0, 2.0, 4.0, 5.0]
+    for path in tmp_path.iterdir():
+        path.unlink()
+    assert kept(5, 6, 4, 4, 0) == [0.0, 0.0, 2.0, 2.0, 4.0]
 
 
 def test_the_fastest_look_so_far_is_what_own_cores_take() -> None:

@@ -24,7 +24,7 @@ import torch
 
 import tautorch
 from tautorch import _C
-from tautorch.testing.cores import Cores
+from tautorch.testing.cores import Cores, patience_ended
 from tautorch.timing import median_interval
 
 WINDOW_S = 0.05
@@ -38,7 +38,8 @@ class Table:
 
     `quieter`: a row of the file gives way only to one whose sides took less time (ours and what it is held
     against: on a shared machine, whoever gains by it). Rows without two such times are always replaced.
-    `cores`: with patience, rows say in how many of their windows other guests were seen.
+    `cores`: with patience, rows say in how many of their windows other guests were seen; a row with such
+    windows replaces none with fewer.
     """
 
     timed: bool
@@ -127,7 +128,8 @@ class Table:
         for row in self.rows:
             row["date"] = time.strftime("%Y-%m-%d")
             key = (row["bench"], row["case"])
-            if not (self.quieter and key in kept) or _quieter(row, kept[key]):
+            old = kept.get(key)
+            if old is None or not (patience_ended(row, old) or (self.quieter and not _quieter(row, old))):
                 kept.pop(key, None)  # to the end
                 kept[key] = row
         rows = list(kept.values())

@@ -11,9 +11,9 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
 T = TypeVar("T")
 SHARED = 1.35
@@ -68,6 +68,12 @@ def patience(text: str) -> float:
     if not 0 <= seconds < math.inf:
         raise ValueError(text)
     return seconds
+
+
+def patience_ended(row: Mapping[str, Any], before: Mapping[str, Any]) -> bool:
+    """Whether a row has slices of shared cores, and no fewer than the row that it would replace says."""
+    shared = row.get("shared_slices", 0)
+    return bool(shared and shared >= before.get("shared_slices", 0))
 
 
 @dataclass
