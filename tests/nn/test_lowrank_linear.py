@@ -218,3 +218,22 @@ def test_every_layer_of_a_checkpoint_tells_what_is_wrong_with_it() -> None:
     del state["1.bias"]
     with pytest.raises(RuntimeError, match=r'(?s)Missing key\(s\).*"1.bias".*size mismatch for 0.weight'):
         model.load_state_dict(state)
+
+
+class Adapter(nn.Module):
+    """Something between its two layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down, self.up = nn.Linear(16, 4, bias=False), nn.Linear(4, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.up(torch.relu(self.down(x)))
+
+
+def test_two_layers_with_something_between_are_no_pair() -> None:
+    with pytest.raises(TypeError, match="Adapter, whose forward may do more"):
+        LowRankLinear.from_float(Adapter())
+    swapped = nn.Sequential(OrderedDict(up=nn.Linear(16, 4), down=nn.Linear(4, 16)))
+    with pytest.raises(TypeError, match="OrderedDict"):
+        LowRankLinear.from_float(swapped)

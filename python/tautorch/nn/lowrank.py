@@ -65,6 +65,11 @@ class LowRankModule(LayerModule):
         if len(list(module.children())) != 2:
             kind = cls.float_type.__name__
             raise TypeError(f"{cls.op}: from_float takes nn.{kind} or a pair, got {type(module).__name__}")
+        if type(module).forward is not nn.Sequential.forward or list(module._modules) != ["down", "up"]:
+            raise TypeError(
+                f"{cls.op}: from_float takes a pair as nn.Sequential(OrderedDict(down=..., up=...)), got "
+                f"{type(module).__name__}, whose forward may do more"
+            )
         return down, up
 
     @classmethod
