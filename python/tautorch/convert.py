@@ -62,6 +62,7 @@ def convert(
     a name that does not exist; a layer whose weight somebody else reads (tied, shared memory, parametrised,
     registered twice, or read directly by a parent such as `nn.MultiheadAttention`); a layer with hooks; a
     factory that fails; a replacement that fails on the example inputs. The model is then as it was.
+    Runs leave no trace, but for what the model's own forward writes into buffers of over 64 MB or into lists.
     """
     layers = _checked_layers(model, plan, example_inputs, gate)
     _check_max_error(max_error, example_inputs)

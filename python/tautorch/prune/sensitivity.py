@@ -80,7 +80,8 @@ def sensitivity(
     """Prune one layer at a time, to each sparsity, and measure what that does (Han et al. 2015, section 4).
 
     Args:
-        model: as it was afterwards, bit for bit.
+        model: as it was afterwards, bit for bit, but for what its own forward writes into buffers of over
+            64 MB or into lists.
         evaluate: (model in eval mode) -> its score, higher is better; called once for each layer and sparsity
             and once for the whole model, without gradients.
         sparsities: in (0, 1); by default 50, 70, 80 and 90 %, for an n:m pattern its own.

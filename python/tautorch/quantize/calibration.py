@@ -30,7 +30,8 @@ def calibrate(
     """The static scale and zero point of the input of each Linear and Conv2d, by qualified name.
 
     Args:
-        model: run over `batches` in eval mode; it is not changed.
+        model: run over `batches` in eval mode; it is not changed, but for what its own forward writes into
+            buffers of over 64 MB, or into lists and other objects.
         batches: batches of what the model takes. Under `torch.distributed` each rank gives its own, and all
             get the parameters of the whole.
         observer: "minmax", "percentile" (99.99 %), "mse", "kl", or a callable that makes an `Observer`, such

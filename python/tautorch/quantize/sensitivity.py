@@ -78,7 +78,8 @@ def sensitivity(
     """Quantise one layer at a time, as `prepare_qat` does, and measure what that does to the model.
 
     One run of the model over `batches` for each layer (and one of the metric). The layers at the head of the
-    list are those to leave in float, to give more bits, or to train. The model is not changed.
+    list are those to leave in float, to give more bits, or to train. The model is not
+    changed, but for what its own forward writes into buffers of over 64 MB or into lists.
     Under `torch.distributed` each rank gives its own batches, and the metric of rank 0 counts.
 
     Args:
