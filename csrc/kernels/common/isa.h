@@ -8,15 +8,18 @@
 
 namespace tautorch {
 
-// What sparse_i8_scaled makes of its sums: max(least, (sum + correction * colsum) * rows * outputs + bias).
-// Pointers start at the first output; but for rows they may be null, for 0 (colsum, bias) or 1 (outputs).
+constexpr int kTileOutputs = 128; // of an input-major tile, at most
+
+// What sparse_i8_scaled makes of its sums: (sum + correction * colsum) * rows * outputs + bias, and relu of
+// that. Pointers start at the first output; but for rows they may be null, for 0 (colsum, bias) or 1
+// (outputs).
 struct SparseScales {
     const float *rows; // [64]
     const float *outputs, *bias;
     const int32_t *colsum;
     int32_t correction;
-    float least;   // results are at least this: 0 for relu, -inf for none
-    int64_t count; // outputs left; a last group of 4 may have fewer
+    bool relu;
+    int64_t count; // outputs, kTileOutputs at most; the last group of 4 may have fewer
     // What will be written next, to be fetched meanwhile: `lines` rows of line_bytes, line_step bytes apart.
     const char *line;
     int64_t line_step, line_bytes;

@@ -8,8 +8,6 @@
 
 namespace tautorch {
 
-constexpr int kTileOutputs = 128; // of an input-major tile
-
 // Input-major tiles [kTileOutputs][w] of accumulators on their way to row-major output: 16 rows by up to
 // kTileOutputs outputs at a time. Stores of fewer than 128 outputs to rows that lie a multiple of 4 KB apart
 // cost 0.6 cycles an output, of 128 and more 0.16.

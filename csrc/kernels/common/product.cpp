@@ -7,7 +7,6 @@
 #include "kernels/common/strips.h"
 
 #include <algorithm>
-#include <limits>
 
 namespace tautorch {
 namespace {
@@ -63,8 +62,7 @@ void run_panel(const Isa &isa, const uint8_t *packed, int64_t group, const void 
                 rest.epilogue.activation = Activation::none;
         }
     }
-    const float least =
-        !e.addend && e.activation == Activation::relu ? 0.0f : -std::numeric_limits<float>::infinity();
+    const bool relu = !e.addend && e.activation == Activation::relu;
     const PanelStore store(isa, rest, acc, w, scaled && !out.along_m);
     const int64_t size = size_of(e.out_dtype), row_bytes = out.row_stride * size;
     // Zen 4, 4x1, float out: fetching the lines of a tile while its lists run takes 10 to 25 % off where the
@@ -85,7 +83,7 @@ void run_panel(const Isa &isa, const uint8_t *packed, int64_t group, const void 
                 isa.sparse_i8_scaled(x, start + b * lists, index, values, s, end, b > 0, acc,
                                      {scale, e.w_scale ? e.w_scale + n0 : nullptr,
                                       e.bias && !e.addend ? e.bias + n0 : nullptr,
-                                      e.correction ? e.colsum + n0 : nullptr, e.correction, least, cols,
+                                      e.correction ? e.colsum + n0 : nullptr, e.correction, relu, cols,
                                       base + m0 * row_bytes + n0 * size, row_bytes, cols * size,
                                       fetch ? rows : 0, !out.along_m});
             else

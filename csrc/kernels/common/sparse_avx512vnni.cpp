@@ -32,32 +32,6 @@ inline __attribute__((always_inline)) void dot(__m512i &acc, __m512i x, __m512i 
     asm("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(x), "v"(w));
 }
 
-// Scales of GS outputs, those past the last one 0.
-template <int GS> struct GroupScales {
-    float w[GS], b[GS];
-    int32_t from[GS]; // what the sums start from
-    GroupScales(const SparseScales &s, int64_t n) {
-        for (int r = 0; r < GS; ++r) {
-            const bool real = n + r < s.count;
-            w[r] = !real ? 0.0f : s.outputs ? s.outputs[n + r] : 1.0f;
-            b[r] = real && s.bias ? s.bias[n + r] : 0.0f;
-            // Unsigned: the product may pass 2^31, the corrected sum does not.
-            from[r] = real && s.colsum ? static_cast<int32_t>(static_cast<uint32_t>(s.colsum[n + r]) *
-                                                              static_cast<uint32_t>(s.correction))
-                                       : 0;
-        }
-    }
-};
-
-// Part `part` of `parts` of the lines that are written next, in memory or in caches further out.
-inline void fetch_lines(const SparseScales &s, int64_t part, int64_t parts) {
-    for (int64_t r = s.lines * part / parts; r < s.lines * (part + 1) / parts; ++r) {
-        const char *line = s.line + r * s.line_step;
-        for (int64_t b = 0; b < s.line_bytes; b += 64)
-            asm volatile("prefetchw %0" : : "m"(line[b]));
-    }
-}
-
 // 4 x 4 in every 128-bit lane.
 inline __attribute__((always_inline)) void turn_lanes(__m512 (&y)[4]) {
     const __m512d a = _mm512_castps_pd(_mm512_unpacklo_ps(y[0], y[1])),
@@ -70,10 +44,24 @@ inline __attribute__((always_inline)) void turn_lanes(__m512 (&y)[4]) {
     y[3] = _mm512_castpd_ps(_mm512_unpackhi_pd(b, d));
 }
 
-// Scaled: the sums leave as floats; otherwise `scales` is null.
-template <int GS, bool Scaled>
+// One quad of kept inputs, i[0..3], times the GS outputs' values v.
+template <int GS>
+inline __attribute__((always_inline)) void quad(const uint8_t *x, const uint16_t *i, const int8_t *v,
+                                                __m512i (&acc)[GS][4]) {
+    __m512i t[4];
+    interleave64(x, i, t);
+#pragma GCC unroll 4
+    for (int r = 0; r < GS; ++r) {
+        const __m512i w = broadcast4(v + r * 4);
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; ++j)
+            dot(acc[r][j], t[j], w);
+    }
+}
+
+template <int GS>
 void panel64(const uint8_t *x, const uint32_t *start, const uint16_t *idx, const int8_t *values, int64_t g0,
-             int64_t g1, bool add, int32_t *out, const SparseScales *scales) {
+             int64_t g1, bool add, int32_t *out) {
     // One output has 4 chains of products, too few for their latency of 4 to 5 cycles: two sets of them.
     constexpr int U = GS == 1 ? 2 : 1;
     for (int64_t g = g0; g < g1; ++g, out += GS * 64) {
@@ -84,57 +72,89 @@ void panel64(const uint8_t *x, const uint32_t *start, const uint16_t *idx, const
         if constexpr (U == 2)
             for (int j = 0; j < 4; ++j)
                 c[1][0][j] = _mm512_setzero_si512();
-        if constexpr (Scaled)
-            fetch_lines(*scales, g - g0, g1 - g0);
         const uint16_t *i = idx + 4 * int64_t{start[g]}, *end = idx + 4 * int64_t{start[g + 1]};
         const int8_t *v = values + 4 * GS * int64_t{start[g]};
-        const auto step = [&](int at, __m512i(&acc)[GS][4]) __attribute__((always_inline)) {
-            __m512i t[4];
-            interleave64(x, i + 4 * at, t);
-#pragma GCC unroll 4
-            for (int r = 0; r < GS; ++r) {
-                const __m512i w = broadcast4(v + (at * GS + r) * 4);
-#pragma GCC unroll 4
-                for (int j = 0; j < 4; ++j)
-                    dot(acc[r][j], t[j], w);
-            }
-        };
         for (; i + 4 * U <= end; i += 4 * U, v += 4 * U * GS)
 #pragma GCC unroll 2
             for (int u = 0; u < U; ++u)
-                step(u, c[u]);
+                quad<GS>(x, i + 4 * u, v + 4 * GS * u, c[u]);
         if (U == 2 && i < end)
-            step(0, c[0]);
+            quad<GS>(x, i, v, c[0]);
         if constexpr (U == 2)
             for (int j = 0; j < 4; ++j)
                 c[0][0][j] = _mm512_add_epi32(c[0][0][j], c[1][0][j]);
-        if constexpr (Scaled) {
-            static_assert(GS == 4);
-            // max gives back its second operand where either is NaN.
-            const __m512 least = _mm512_set1_ps(scales->least);
-            const GroupScales<GS> s(*scales, (g - g0) * GS);
-            float *to = reinterpret_cast<float *>(out);
+        for (int r = 0; r < GS; ++r)
+            for (int j = 0; j < 4; ++j)
+                _mm512_storeu_si512(out + r * 64 + 16 * j, c[0][r][j]);
+    }
+}
+
+// What the sums of a tile's outputs start from, and what they are scaled with; 0 past the last output.
+struct TileScales {
+    alignas(64) int32_t from[kTileOutputs];
+    alignas(64) float w[kTileOutputs], b[kTileOutputs];
+
+    explicit TileScales(const SparseScales &s) {
+        for (int64_t n = 0; n < s.count; n += 16) {
+            const __mmask16 there =
+                s.count - n >= 16 ? 0xffff : static_cast<__mmask16>((1 << (s.count - n)) - 1);
+            // Modulo 2^32: the product may pass it, the corrected sum does not.
+            _mm512_store_si512(from + n,
+                               s.colsum ? _mm512_mullo_epi32(_mm512_maskz_loadu_epi32(there, s.colsum + n),
+                                                             _mm512_set1_epi32(s.correction))
+                                        : _mm512_setzero_si512());
+            _mm512_store_ps(w + n, s.outputs ? _mm512_maskz_loadu_ps(there, s.outputs + n)
+                                             : _mm512_maskz_mov_ps(there, _mm512_set1_ps(1.0f)));
+            _mm512_store_ps(b + n, s.bias ? _mm512_maskz_loadu_ps(there, s.bias + n) : _mm512_setzero_ps());
+        }
+    }
+};
+
+// Lists of four outputs whose sums leave as floats; Turned: as sparse_rows takes them. All that `s` says is
+// read before the first list: the stores could change it for all that the compiler knows.
+template <bool Turned>
+void panel64_scaled(const uint8_t *x, const uint32_t *start, const uint16_t *idx, const int8_t *values,
+                    int64_t g0, int64_t g1, bool add, float *__restrict out, const SparseScales &s) {
+    const TileScales tile(s);
+    const float *__restrict rows = s.rows, *__restrict w = tile.w, *__restrict b = tile.b;
+    const int32_t *__restrict from = tile.from;
+    const bool relu = s.relu;
+    const char *line = s.line, *const past = s.line + s.lines * s.line_step;
+    const int64_t line_step = s.line_step, line_bytes = s.line_bytes,
+                  fetched = div_up(s.lines, g1 - g0) * line_step;
+    for (int64_t g = g0; g < g1; ++g, out += 256, w += 4, b += 4, from += 4) {
+        __m512i c[4][4];
+        for (int r = 0; r < 4; ++r) {
+            const __m512i first = _mm512_set1_epi32(from[r]);
+            for (int j = 0; j < 4; ++j)
+                c[r][j] = add ? _mm512_add_epi32(first, load512(out + r * 64 + 16 * j)) : first;
+        }
+        for (const char *last = line + fetched; line < last && line < past; line += line_step)
+            for (int64_t at = 0; at < line_bytes; at += 64)
+                asm volatile("prefetcht1 %0" : : "m"(line[at]));
+        const uint16_t *i = idx + 4 * int64_t{start[g]}, *end = idx + 4 * int64_t{start[g + 1]};
+        const int8_t *v = values + 16 * int64_t{start[g]};
+        for (; i < end; i += 4, v += 16)
+            quad<4>(x, i, v, c);
 #pragma GCC unroll 4
-            for (int j = 0; j < 4; ++j) {
-                __m512 y[4];
+        for (int j = 0; j < 4; ++j) {
+            __m512 y[4];
 #pragma GCC unroll 4
-                for (int r = 0; r < 4; ++r) {
-                    const __m512i sum = _mm512_add_epi32(c[0][r][j], _mm512_set1_epi32(s.from[r]));
-                    const __m512 scaled = _mm512_mul_ps(
-                        _mm512_mul_ps(_mm512_cvtepi32_ps(sum), _mm512_loadu_ps(scales->rows + 16 * j)),
-                        _mm512_set1_ps(s.w[r]));
-                    y[r] = _mm512_max_ps(least, _mm512_add_ps(scaled, _mm512_set1_ps(s.b[r])));
-                }
-                if (scales->turned)
-                    turn_lanes(y);
+            for (int r = 0; r < 4; ++r) {
+                const __m512 scaled =
+                    _mm512_mul_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(c[r][j]), _mm512_loadu_ps(rows + 16 * j)),
+                                  _mm512_set1_ps(w[r]));
+                y[r] = _mm512_add_ps(scaled, _mm512_set1_ps(b[r]));
+            }
+            if (relu) // NaN stays: max gives back its second operand then
 #pragma GCC unroll 4
                 for (int r = 0; r < 4; ++r)
-                    _mm512_storeu_ps(to + (scales->turned ? 64 * j + 16 * r : 64 * r + 16 * j), y[r]);
-            }
-        } else {
-            for (int r = 0; r < GS; ++r)
-                for (int j = 0; j < 4; ++j)
-                    _mm512_storeu_si512(out + r * 64 + 16 * j, c[0][r][j]);
+                    y[r] = _mm512_max_ps(_mm512_setzero_ps(), y[r]);
+            if (Turned)
+                turn_lanes(y);
+#pragma GCC unroll 4
+            for (int r = 0; r < 4; ++r)
+                _mm512_storeu_ps(out + (Turned ? 64 * j + 16 * r : 64 * r + 16 * j), y[r]);
         }
     }
 }
@@ -187,7 +207,7 @@ void panel16(const uint8_t *x, const uint32_t *start, const uint16_t *idx, const
 void sparse_i8_avx512vnni(int gs, int w, const uint8_t *x, const uint32_t *start, const uint16_t *idx,
                           const int8_t *values, int64_t g0, int64_t g1, bool add, int32_t *acc) {
     if (w == 64)
-        (gs == 4 ? panel64<4, false> : panel64<1, false>)(x, start, idx, values, g0, g1, add, acc, nullptr);
+        (gs == 4 ? panel64<4> : panel64<1>)(x, start, idx, values, g0, g1, add, acc);
     else
         (gs == 4 ? panel16<4> : panel16<1>)(x, start, idx, values, g0, g1, add, acc);
 }
@@ -226,7 +246,8 @@ void sparse_rows_avx512vnni(const float *turned, int block, int rows, int cols, 
 void sparse_i8_scaled_avx512vnni(const uint8_t *x, const uint32_t *start, const uint16_t *idx,
                                  const int8_t *values, int64_t g0, int64_t g1, bool add, int32_t *acc,
                                  const SparseScales &scales) {
-    panel64<4, true>(x, start, idx, values, g0, g1, add, acc, &scales);
+    (scales.turned ? panel64_scaled<true> : panel64_scaled<false>)(x, start, idx, values, g0, g1, add,
+                                                                   reinterpret_cast<float *>(acc), scales);
 }
 
 } // namespace tautorch
