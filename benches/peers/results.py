@@ -146,7 +146,6 @@ class Results:
         rows = {(r["part"], r["case"]): r for r in old.get("rows", [])}
         before = rows.get(key)
         if before is None or not (patience_ended(row, before) or (self.quieter and not quieter(row, before))):
-            rows.pop(key, None)  # to the end
             rows[key] = row
         versions = {**old.get("versions", {}), **self.about["versions"]}
         head = {**self.about, "versions": versions, "quieter": self.quieter or old.get("quieter", False)}

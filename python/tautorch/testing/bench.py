@@ -130,7 +130,6 @@ class Table:
             key = (row["bench"], row["case"])
             old = kept.get(key)
             if old is None or not (patience_ended(row, old) or (self.quieter and not _quieter(row, old))):
-                kept.pop(key, None)  # to the end
                 kept[key] = row
         rows = list(kept.values())
         about = {
