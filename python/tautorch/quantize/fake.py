@@ -39,7 +39,9 @@ class _Round(torch.autograd.Function):
     ) -> Tensor:
         scaled = x * (1.0 / step) if reciprocal else x / step
         q = torch.clamp(torch.round(scaled) + zero, low, high) - zero
-        inside = (scaled + zero >= low) & (scaled + zero <= high)
+        # high * step, divided by step again, may come out a rounding above high: 7.0000005 is inside.
+        slack = (high - low) * 2.0**-22
+        inside = (scaled + zero >= low - slack) & (scaled + zero <= high + slack)
         ctx.save_for_backward(inside, torch.where(inside, q - scaled, q))
         ctx.dims, ctx.gain, ctx.shape = dims, gain, step.shape
         return q * step
