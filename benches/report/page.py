@@ -78,6 +78,11 @@ def _shared_host(*files: dict[str, Any] | None) -> str:
     looked = [row for row in rows if "shared_slices" in row]
     quieter = any(file.get("quieter") for file in had)
     text = " Others work on the same host." if looked or quieter else ""
+    if looked and all(row.get("shared_slices") == 0 for row in rows):
+        return text + (
+            " Slices were taken again where another guest was seen on the cores before or after them; no row "
+            "has such a slice left."
+        )
     if looked:
         parts = ", ".join(dict.fromkeys(row.get("part") or f"make bench: {row['bench']}" for row in looked))
         own = sum(row["shared_slices"] == 0 for row in looked)

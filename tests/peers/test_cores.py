@@ -173,3 +173,4 @@ def test_the_page_tells_rows_of_own_cores_from_others() -> None:
     ours = {"rows": [{"bench": "int8_linear", "shared_slices": 0}]}
     text = _shared_host({"rows": rows, "quieter": True}, ours)
     assert "Of 3 rows (conv, make bench: int8_linear)" in text and "2 of these rows" in text
+    assert "no row has such a slice left" in _shared_host({"rows": rows[:1]}, ours)
