@@ -196,7 +196,7 @@ def pruned_teacher() -> nn.Sequential:
 
 
 def test_training_recovers_what_four_bits_lose() -> None:
-    """Of one network of this size 0.5 to 1.0 of the mistakes are left; the median says more."""
+    """Of one network of this size 0.4 to 1.2 of the mistakes are left; the median says more."""
     left = []
     for _ in range(5):
         teacher = pruned_teacher()
