@@ -197,6 +197,24 @@ def test_layers_that_others_read_stay(free: bool) -> None:
     assert (model(tokens) - expected).norm() <= 0.05 * expected.norm()
 
 
+def test_a_layer_that_is_seen_to_be_read_when_the_model_runs_stays() -> None:
+    class Sly(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(32, 32), nn.Linear(32, 32)
+
+        def forward(self, x: Tensor) -> Tensor:
+            layer = getattr(self, "a")  # noqa: B009 - the source does not say self.a.weight
+            return nn.functional.linear(self.b(x), layer.weight)
+
+    model, x = Sly().eval(), torch.randn(8, 32)
+    expected = model(x)
+    a, b = compile_layers(model, [x], [x], gate=False)
+    assert not a.replaced and a.reason == "kept: its weight is read directly by a call of linear"
+    assert b.replaced and isinstance(model.b, Int8Linear) and isinstance(model.a, nn.Linear)
+    assert (model(x) - expected).norm() <= 0.05 * expected.norm()
+
+
 def test_a_convolution_that_no_kernel_pads_stays() -> None:
     model = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1, padding_mode="circular"), nn.Conv2d(8, 8, 1)).eval()
     x = torch.randn(2, 8, 6, 6)

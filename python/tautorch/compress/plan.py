@@ -30,7 +30,7 @@ from tautorch.nn import (
     SparseLinear,
 )
 from tautorch.nn.tail import grid_of, left_by_quantize
-from tautorch.ownership import refusal
+from tautorch.ownership import ReadWatch, refusal
 from tautorch.quantize import QParams, calibrate
 
 Factory = Callable[[Any], nn.Module]
@@ -59,7 +59,7 @@ def compile_layers(
 
     A layer with at least half of its weights pruned is offered a sparse kernel and, where that loses, a dense
     int8 one; a factorised layer a low-rank one; any other layer the dense int8 one. A layer that static QAT
-    left on its grid keeps the scales it learned; one that `convert` refuses (tied, in an attention) stays.
+    left on its grid keeps the scales it learned; one that `convert` refuses (tied, read by others) stays.
     Activations that follow a replaced layer are fused into it.
 
     Args:
@@ -86,12 +86,18 @@ def compile_layers(
     """
     before = _checked_layers(model, layers, original)
     batches = example_batches("compile_layers", example_inputs, model_device(model))
-    expected = _outputs(model, batches)
+    refused = {
+        name: why for name, layer in before.items() if (why := refusal(model, name) or _not_compiled(layer))
+    }
+    with ReadWatch({name: layer for name, layer in before.items() if name not in refused}) as watch:
+        expected = _outputs(model, batches)
+    for name, by in watch.readers.items():
+        refused[name] = f"its weight is read directly by a call of {by}"
     with _put_back_on_error(model):
         records: dict[str, LayerRecord] = {}
         reasons: dict[str, list[str]] = {name: [] for name in before}
         for name, layer in before.items():
-            if why := refusal(model, name) or _not_compiled(layer):
+            if why := refused.get(name):
                 records[name] = Candidate(name, layer).record
                 reasons[name].append(f"kept: {why}")
                 if progress is not None:
