@@ -337,17 +337,20 @@ def test_a_repeated_block_is_converted_once_for_all_its_uses() -> None:
     assert isinstance(model[0][0], Int8Linear)
 
 
+class Sly(nn.Module):
+    """Reads a weight in a way that its source does not show."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(size, size), nn.Linear(size, size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        layer = getattr(self, "a")  # noqa: B009 - the source does not say self.a.weight
+        return F.linear(self.b(x), layer.weight)
+
+
 def test_a_read_that_only_shows_at_run_time_is_noticed() -> None:
-    class Sly(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
-
-        def forward(self, x: Tensor) -> Tensor:
-            layer = getattr(self, "a")  # noqa: B009 - the source does not say self.a.weight
-            return F.linear(self.b(x), layer.weight)
-
-    model = Sly()
+    model = Sly(4)
     convert(copy.deepcopy(model), {"b": Int8Linear.from_float}, torch.randn(2, 4))
     with pytest.raises(ValueError, match=r"'a': its weight is read directly by a call of linear"):
         convert(model, {"b": Int8Linear.from_float, "a": Int8Linear.from_float}, torch.randn(2, 4))

@@ -22,6 +22,8 @@ from tautorch.nn import Int8Conv2d, Int8Linear, LowRankLinear, PackedModule, Spa
 from tautorch.prune import prune
 from tautorch.quantize import FakeQuantInput, finalize, prepare_qat
 
+from ..test_convert import Sly
+
 
 def make_model() -> nn.Module:
     torch.manual_seed(0)
@@ -198,16 +200,7 @@ def test_layers_that_others_read_stay(free: bool) -> None:
 
 
 def test_a_layer_that_is_seen_to_be_read_when_the_model_runs_stays() -> None:
-    class Sly(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.a, self.b = nn.Linear(32, 32), nn.Linear(32, 32)
-
-        def forward(self, x: Tensor) -> Tensor:
-            layer = getattr(self, "a")  # noqa: B009 - the source does not say self.a.weight
-            return nn.functional.linear(self.b(x), layer.weight)
-
-    model, x = Sly().eval(), torch.randn(8, 32)
+    model, x = Sly(32).eval(), torch.randn(8, 32)
     expected = model(x)
     a, b = compile_layers(model, [x], [x], gate=False)
     assert not a.replaced and a.reason == "kept: its weight is read directly by a call of linear"
