@@ -28,22 +28,27 @@ GEMM += ("sparse_conv2d/sparse_conv2d_24", "sparse_linear/sparse_linear_bitmap")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3, torch.int32: 4}
 
 
+def cuda_headers(nvcc: str) -> Path:
+    """The folder of CUDA's headers."""
+    dry = subprocess.run(
+        [nvcc, "--dryrun", "-c", "-x", "cu", "/dev/null"], capture_output=True, text=True, check=True
+    )
+    tops = [line.partition("TOP=")[2] for line in dry.stderr.splitlines() if "TOP=" in line]
+    return Path(tops[0]) / "include"
+
+
 def build(folder: Path) -> ctypes.CDLL:
     """The emulated kernels as a library in ``folder``; skips where nvcc or g++ is missing."""
     nvcc, compiler = shutil.which("nvcc"), shutil.which("g++")
     if nvcc is None or compiler is None:
         pytest.skip("nvcc (for CUDA's headers) and g++ are needed: install CUDA 13 and g++")
-    dry = subprocess.run(
-        [nvcc, "--dryrun", "-c", "-x", "cu", "/dev/null"], capture_output=True, text=True, check=True
-    )
-    tops = [line.partition("TOP=")[2] for line in dry.stderr.splitlines() if "TOP=" in line]
     library = folder / "device.so"
     sources = [ROOT / f"csrc/kernels/common/quantize_rows{part}.cu" for part in ("", "_after", "_parts")]
     sources.append(HERE / "emulate.cpp")
     sources += [ROOT / f"csrc/kernels/int8_linear/int8_linear_{name}.cu" for name in ("pack", "stream")]
     sources += [ROOT / f"csrc/kernels/{name}.cu" for name in GEMM]
     command = [compiler, "-std=c++20", "-O1", "-ffp-contract=off", "-shared", "-fPIC", "-pthread", "-w"]
-    command += ["-isystem", f"{tops[0]}/include", "-I", str(HERE), "-I", str(ROOT / "csrc")]
+    command += ["-isystem", str(cuda_headers(nvcc)), "-I", str(HERE), "-I", str(ROOT / "csrc")]
     command += ['-DTAUTORCH_EMULATED_LAUNCH="emulate.h"', "-include", "emulate.h", "-x", "c++"]
     done = subprocess.run(
         [*command, *map(str, sources), "-o", str(library)], capture_output=True, text=True, check=False

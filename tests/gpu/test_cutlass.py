@@ -14,6 +14,8 @@ import torch
 
 from tautorch.reference.layouts import encode
 
+from . import emulated
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -61,6 +63,34 @@ def test_tiles_are_those_that_cutlass_makes(host: Path) -> None:
     """No tile is made that nobody needs, and the estimate knows which are shared."""
     done = subprocess.run([host, "schedule"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_rows_are_read_once_and_by_whole_pieces(tmp_path: Path) -> None:
+    """Of any K: a step that began off 16 bytes would be a misaligned address on the device."""
+    nvcc, compiler, headers = shutil.which("nvcc"), shutil.which("g++"), _headers()
+    if nvcc is None or compiler is None or headers is None:
+        pytest.skip("nvcc (for CUDA's headers), g++ and CUTLASS's headers are needed: run `make cuda`")
+    program, source = tmp_path / "rows", Path(__file__).with_name("cutlass_rows.cpp")
+    # CUTLASS's headers hold what g++ takes only so; it is not run here.
+    command = [
+        compiler,
+        "-std=c++17",
+        "-O1",
+        "-w",
+        "-fpermissive",
+        "-I",
+        str(headers),
+        "-I",
+        str(ROOT / "csrc"),
+    ]
+    cuda = emulated.cuda_headers(nvcc)
+    command += ["-isystem", str(cuda), "-isystem", str(cuda / "cccl")]
+    done = subprocess.run(
+        [*command, str(source), "-o", str(program)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    done = subprocess.run([program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 @pytest.mark.parametrize("n,k", [(1, 4), (64, 128), (65, 136), (70, 460), (129, 1000)])

@@ -1,5 +1,6 @@
 // What CUTLASS's tile schedulers for 9.0 make of a number of tiles, as far as choosing kernels and their
-// arguments needs it: host code without CUTLASS, which a test holds against CUTLASS's own.
+// arguments needs it, and the K of its main loop for 8.0: host code without CUTLASS, which a test holds
+// against CUTLASS's own.
 #pragma once
 
 #include <algorithm>
@@ -51,5 +52,9 @@ inline TileRounds shared_rounds(int64_t tiles, int64_t steps, int multiprocessor
     const int64_t sharers = std::min<int64_t>(multiprocessors, shared * steps / kLeastSteps);
     return {static_cast<double>(before) + static_cast<double>(shared) / static_cast<double>(sharers), true};
 }
+
+// The K to tell CUTLASS 2 of int8 rows that are read in pieces of 16 bytes. Of its steps the first is the
+// short one and the next begins where that ends: off 16 bytes, had K not been rounded up to whole pieces.
+inline int64_t k_in_pieces(int64_t k) { return round_up(k, 16); }
 
 } // namespace tautorch::cuda

@@ -2,9 +2,8 @@
 // mainloop (cp.async into shared memory, mma.sync m16n8k32 s8 x s8 -> s32) with our epilogue as a visitor
 // tree. One block per output tile.
 //
-// Operands are read in 16-byte pieces that are predicated by their first element, so the last piece of a row
-// may reach into the padding: the packed weight's is zero, which makes whatever x has there count for
-// nothing.
+// Operands are read in 16-byte pieces, the last of a row too, which may reach into the padding: the packed
+// weight's is zero, which makes whatever x has there count for nothing. So K is told in whole pieces.
 #include "cutlass/cutlass.h"
 #include "cutlass/gemm/device/gemm_universal_adapter.h"
 #include "cutlass/gemm/kernel/default_gemm_universal_with_visitor.h"
@@ -12,6 +11,7 @@
 // After the gemm headers: it uses names that it does not include.
 #include "cutlass/epilogue/threadblock/fusion/visitors.hpp"
 
+#include "kernels/common/tile_schedule.h"
 #include "kernels/int8_linear/int8_linear_epilogue.cuh"
 #include "kernels/int8_linear/int8_linear_instances.h"
 
@@ -159,7 +159,7 @@ template <class G, class Out> int launch(const Int8Linear &a, cudaStream_t strea
     const typename G::Tree::Arguments tree{
         values, typename G::Store::Arguments{static_cast<Out *>(a.y), {a.ldy, _1{}, _0{}}}};
 
-    const GemmCoord problem(static_cast<int>(a.m), static_cast<int>(a.n), static_cast<int>(a.k));
+    const GemmCoord problem(static_cast<int>(a.m), static_cast<int>(a.n), static_cast<int>(k_in_pieces(a.k)));
     const typename Device::Arguments args(cutlass::gemm::GemmUniversalMode::kGemm, problem, 1, tree,
                                           static_cast<const int8_t *>(a.x), a.weight, nullptr, nullptr, 0, 0,
                                           0, 0, a.ldx, a.ldw, 0, 0);
