@@ -16,7 +16,7 @@ from tautorch.dispatch import Problem
 from tautorch.nn import Int8Linear
 from tautorch.reference.int8_linear import int8_linear as reference
 from tautorch.reference.quantizer import quantize_rows
-from tautorch.testing.cases import Case, linear_case
+from tautorch.testing.cases import Case, conv_case, linear_case
 from tautorch.testing.tolerances import assert_close
 
 OP = "int8_linear"
@@ -344,7 +344,7 @@ def test_a_module_repeats_its_launch(kernel: str) -> None:
         want = module._through_op(x)
         for _ in range(3):
             assert torch.equal(module(x), want) and dispatch.last_used(OP) in ROWS
-        assert rows in module._gpu_calls[x.dtype][10]
+        assert kernel == "triton" or rows in module._gpu_calls[x.dtype][10]  # the extension's are
         torch.cuda.synchronize()
         with torch.cuda.stream(side):
             for _ in range(2):
@@ -380,6 +380,6 @@ def test_scales_elsewhere_are_refused() -> None:
 
 
 def test_other_operators_say_that_they_have_no_kernel() -> None:
-    case = on_gpu(linear_case("sparse_linear", 3, 32, 32))
-    with pytest.raises(ValueError, match="4x1 weights have no GPU kernel"):
-        case(ops.sparse_linear)
+    case = on_gpu(conv_case("int8_conv2d", (1, 8, 5, 5), (8, 4, 3, 3), groups=2))
+    with pytest.raises(ValueError, match="groups have no GPU kernel"):
+        case(ops.int8_conv2d)
