@@ -89,8 +89,12 @@ def need_gpu(stage: str, otherwise: str = "") -> None:
 
 
 def need_extension(stage: str) -> None:
-    if not list((PACKAGE / "tautorch").glob("_cuda*.so")):
-        raise Cannot(f"{stage}: tautorch._cuda is not built; run --stage build first")
+    """Not a file of its name: without it the table has no CUDA rows, and their tests would be none."""
+    command = [sys.executable, "-c", "import tautorch._cuda"]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        why = (done.stderr.splitlines() or [f"exit {done.returncode}"])[-1]
+        raise Cannot(f"{stage}: this Python cannot import tautorch._cuda ({why}); run --stage build first")
 
 
 def environment() -> dict[str, str]:
@@ -135,7 +139,8 @@ def build(state: State, deadline: float, only: str) -> str:
         )
     configure = [tool("cmake"), "-G", "Ninja", "-S", str(ROOT), "-B", str(BUILD), "--log-level=WARNING"]
     configure += [f"-DCMAKE_MAKE_PROGRAM={tool('ninja')}", f"-DPython_EXECUTABLE={sys.executable}"]
-    subprocess.run(configure, env=environment(), check=True)
+    if subprocess.run(configure, env=environment(), check=False).returncode != 0:
+        raise Cannot("build: cmake cannot configure it, see above")
     begin = time.monotonic()
     command = [tool("ninja"), "-C", str(BUILD), "-j", str(os.cpu_count() or 2)]
     code = run_within(deadline - begin, command, environment(), BUILD / "build.log")

@@ -38,6 +38,34 @@ def test_each_stage_says_in_one_line_what_it_lacks(stage: str) -> None:
     assert done.stdout.startswith(f"{stage}: no CUDA device is visible") and done.stdout.count("\n") == 1
 
 
+def test_an_extension_of_another_python_is_none(
+    run: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the stage would pass without a test of any CUDA kernel."""
+    monkeypatch.setattr(run, "PACKAGE", tmp_path)
+    (tmp_path / "tautorch").mkdir()
+    (tmp_path / "tautorch" / "_cuda.cpython-310-x86_64-linux-gnu.so").touch()
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\necho 'ImportError: not for me' >&2\nexit 1\n")
+    python.chmod(0o755)
+    monkeypatch.setattr(run.sys, "executable", str(python))
+    with pytest.raises(run.Cannot, match=r"^test: .* import tautorch\._cuda \(ImportError: not for me\)"):
+        run.need_extension("test")
+    python.write_text("#!/bin/sh\ntest \"$2\" = 'import tautorch._cuda'\n")
+    run.need_extension("test")
+
+
+def test_a_build_that_cannot_be_configured_is_one_line(
+    run: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "need_gpu", lambda stage, otherwise="": None)
+    monkeypatch.setattr(run.shutil, "which", lambda name: f"/bin/{name}")
+    monkeypatch.setattr(run, "tool", lambda name: "false")
+    monkeypatch.setenv("TAUTORCH_CUTLASS_DIR", "/nowhere")
+    with pytest.raises(run.Cannot, match="build: cmake cannot configure it"):
+        run.build(run.State(), time.monotonic() + 60, "")
+
+
 def test_the_stages_need_no_installed_distribution() -> None:
     """They run the source tree as it is, by a Python in which tautorch was never installed."""
     program = (
