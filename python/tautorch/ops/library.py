@@ -319,7 +319,7 @@ class Tail(NamedTuple):
         names = ("weight_scale", "bias", "x_scale") if codes["mode"] == GIVEN else ("weight_scale", "bias")
         live = {codes[n] for n in names} | {t.data_ptr() for t in also if t is not None}
         # Scales of rows come with their rows: another call has others.
-        return Prepared(call, keep, frozenset(live), codes["x_scales"] <= 1)
+        return Prepared(call, keep, frozenset(live), codes["mode"] != GIVEN or codes["x_scales"] == 1)
 
 
 def quant_mode(x_dtype: torch.dtype, x_scale: Tensor | None, float_input: bool) -> int:
