@@ -524,6 +524,20 @@ class ConvSuite(OperatorSuite):
             none = case.with_x(case.x[:0]).but(x_scale=torch.empty(0))
             agree(none, kernel)
 
+    @pytest.mark.parametrize("bits", [0x7FFFFFFF, -1, 0x7F80FFFF])
+    def test_a_sample_of_any_nan(self, kernel: str, bits: int) -> None:
+        """Of a scale that is NaN, whatever its other bits, which no carry may turn into a number."""
+        nan = torch.tensor([bits], dtype=torch.int32).view(torch.float32)
+        scale, point = torch.cat([torch.tensor([0.5]), nan, nan]), torch.tensor([3], dtype=torch.int32)
+        with dispatch.force(self.op, kernel):
+            for variant, size in itertools.product(self.variants(), (1, 3)):
+                case = conv_case(self.op, (3, 32, 6, 6), (64, 32, size, size), mode="int8", **variant)
+                for memory in (torch.contiguous_format, torch.channels_last):
+                    laid = case.with_x(case.x.contiguous(memory_format=memory)).but(x_scale=scale)
+                    for dtype in X_DTYPES:
+                        agree(laid.but(out_dtype=dtype), kernel)
+                    agree(laid.but(out_scale=torch.tensor([0.5]), out_zero_point=point), kernel)
+
     def test_pairs_and_ints_agree(self, kernel: str) -> None:
         case = self.small(stride=2, padding=2, dilation=2)
         with dispatch.force(self.op, kernel):
