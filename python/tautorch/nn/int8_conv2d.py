@@ -130,7 +130,7 @@ class Int8Conv2d(ConvModule):
         return plan(packed, self.geometry, codes)
 
     def _through_op(self, x: Tensor) -> Tensor:
-        buffers, bias = self._buffers, self._own_bias()  # by name nn.Module takes 0.3 us each
+        buffers, bias = self._state(), self._own_bias()  # by name nn.Module takes 0.3 us each
         weight = buffers["weight"]
         y: Tensor = torch.ops.tautorch.int8_conv2d(
             x,

@@ -189,7 +189,8 @@ class LowRankModule(LayerModule):
 
     def _operands(self) -> tuple[Tensor | None, Tensor | None]:
         """What the torch op takes for down and up: the canonical factors, or their packs."""
-        packed, down, up = (self._buffers[n] for n in ("packed", "down", "up"))
+        buffers = self._state()
+        packed, down, up = (buffers[n] for n in ("packed", "down", "up"))
         if packed is not None and (down is None or up is None):
             return self._parts(packed)
         return down, up

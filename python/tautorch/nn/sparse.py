@@ -152,8 +152,9 @@ class SparseModule(LayerModule):
 
     def _operands(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """What the torch op takes: the canonical buffers, or the pack."""
-        values, crow, col = (self._buffers[n] for n in ("values", "crow_indices", "col_indices"))
-        return (values, crow, col) if values is not None else (self._buffers["packed"], None, None)
+        buffers = self._state()
+        values, crow, col = (buffers[n] for n in ("values", "crow_indices", "col_indices"))
+        return (values, crow, col) if values is not None else (buffers["packed"], None, None)
 
     def _float_input(self) -> bool:
         return self.weight_dtype != torch.int8
