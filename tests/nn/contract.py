@@ -729,7 +729,7 @@ class ModuleContract:
     def test_the_way_to_the_operator_at_any_moment(self, variant: str) -> None:
         """Another thread packs or unpacks between any two of its steps, or it comes between two of theirs."""
         module, x = self.module(variant), self.x(variant)
-        expected, step = module(x), Step()
+        expected, weight, step = module(x), module.dense_weight(), Step()
         parts = [part for part in module.modules() if isinstance(part, PackedModule)]
         for part in parts:
             part.unpack_()
@@ -745,6 +745,8 @@ class ModuleContract:
 
         def call() -> None:
             assert torch.equal(module._through_op(x), expected)
+            assert torch.equal(module.dense_weight(), weight)
+            assert module.weight_device() == x.device
 
         for first, then in ((packed, unpacked), (unpacked, packed)):
             for after in itertools.count(1):

@@ -107,7 +107,8 @@ class Int8Conv2d(ConvModule):
         return new.train(module.training)
 
     def dense_weight(self) -> Tensor:
-        packed, weight = self._buffers["packed"], self._buffers["weight"]
+        buffers = self._state()
+        packed, weight = buffers["packed"], buffers["weight"]
         if packed is not None:
             weight = conv.unpack(packed, self.geometry.weight_shape)
         assert weight is not None

@@ -105,8 +105,9 @@ class Int8Linear(LinearModule):
         return new.train(module.training)
 
     def dense_weight(self) -> Tensor:
-        packed = self._buffers["packed"]
-        weight = unpack(packed) if packed is not None else self._buffers["weight"]
+        buffers = self._state()
+        packed = buffers["packed"]
+        weight = unpack(packed) if packed is not None else buffers["weight"]
         assert weight is not None
         return weight.to(torch.float32) * self.weight_scale[:, None]
 

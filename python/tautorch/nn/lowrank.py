@@ -117,8 +117,9 @@ class LowRankModule(LayerModule):
 
     def _float_factors(self) -> tuple[Tensor, Tensor]:
         """The factors as fresh float32 tensors."""
-        packed = self._buffers["packed"]
-        factors = dict(self._buffers) if packed is None else self._unpack(packed)
+        buffers = self._state()
+        packed = buffers["packed"]
+        factors = buffers if packed is None else self._unpack(packed)
         result = []
         for name, scale in (("down", self.down_scale), ("up", self.up_scale)):
             factor = factors[name]

@@ -239,7 +239,7 @@ class PackedModule(nn.Module):
         self._seen, self._stamps = seen, stamps
 
     def _state(self) -> dict[str, Tensor | None]:
-        """The buffers at one moment, as a thread on its way to the operator needs them.
+        """The buffers at one moment, as a thread needs them that does not hold the lock.
 
         Another thread may change them between two look-ups. At any moment the first of ``packed_names`` is
         there and so are the others, or the pack is.
