@@ -38,7 +38,7 @@ template <class T> void run_linear(Args &a, int slot, void (*op)(const T &)) {
     check_call(p.args.quant, x_dtype, out_dtype, p.args.m);
     if (p.args.m < 0)
         throw py::value_error("rows must not be negative");
-    if (!p.args.x && p.args.m * p.macs > 0)
+    if (!p.args.x && p.args.m * header_of(p.args.packed).k > 0)
         throw py::value_error("x has no memory");
     p.args.x_stride = p.args.x ? stride : 0; // rows of no elements lie nowhere
     p.args.quant.dtype = static_cast<DType>(x_dtype);

@@ -55,7 +55,9 @@ Epilogue checked_epilogue(const char *op, const Tail &tail, int64_t outputs) {
 ActQuant checked_quant(const char *op, const Tail &tail, const PackHeader &h) {
     ActQuant q;
     q.mode = code_of(op, "mode", tail.mode, ActQuant::none);
-    if (!tail.x_scale && (q.mode == ActQuant::given || q.mode == ActQuant::fixed))
+    // The scales of no rows lie nowhere; check_call refuses any rows with them.
+    const bool scaled = q.mode == ActQuant::fixed || (q.mode == ActQuant::given && tail.x_scales != 0);
+    if (!tail.x_scale && scaled)
         refuse(op, "x_scale", "be given", "none");
     if (q.mode == ActQuant::given) {
         q.given_scale = tail.x_scale;

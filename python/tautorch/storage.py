@@ -303,7 +303,8 @@ def _fill(
         raise StructureError(f"leaves {filled.missing_keys or filled.unexpected_keys} over")
     for module in model.modules():
         if isinstance(module, SparseModule):  # kernels follow the indices wherever they point
-            check_layout(*module._layout(), module.pattern, module._shape, module._groups, op=module.op)
+            layout = module._layout(module._buffers)
+            check_layout(*layout, module.pattern, module._shape, module._groups, op=module.op)
 
 
 def _check_packed(name: str, value: torch.Tensor) -> None:

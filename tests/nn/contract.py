@@ -9,13 +9,14 @@ from __future__ import annotations
 import copy
 import inspect
 import io
+import itertools
 import json
 import multiprocessing
 import os
 import pickle
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
 import pytest
@@ -54,6 +55,53 @@ def resident_bytes(module: nn.Module) -> int:
     """Bytes of the distinct storages a module holds on to."""
     storages = {t.untyped_storage() for t in tensors_of(module.__dict__, set())}
     return sum({s.data_ptr(): s.nbytes() for s in storages}.values())
+
+
+class Step:
+    """Runs one thing after so many look-ups and changes that another makes."""
+
+    def __init__(self) -> None:
+        self.left, self.what = 0, lambda: None
+
+    def __call__(self) -> None:
+        self.left -= 1
+        if self.left == 0:
+            self.what()
+
+    def run(self, what: Callable[[], None], during: Callable[[], None], after: int) -> bool:
+        """Whether `during` took as many."""
+        self.left, self.what = after, what
+        during()
+        reached = self.left <= 0
+        self.left = 0
+        return reached
+
+
+class Stepping(dict[str, Any]):
+    """Buffers that tell of every look-up and change."""
+
+    def __init__(self, buffers: dict[str, Any], step: Step) -> None:
+        super().__init__(buffers)
+        self.step = step
+
+    def __getitem__(self, name: str) -> Any:
+        found = super().__getitem__(name)
+        self.step()
+        return found
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        super().__setitem__(name, value)
+        self.step()
+
+    def copy(self) -> dict[str, Any]:
+        found = super().copy()
+        self.step()
+        return found
+
+    def items(self) -> Any:
+        found = list(super().items())
+        self.step()
+        return found
 
 
 class ModuleContract:
@@ -677,6 +725,60 @@ class ModuleContract:
             stop.set()
             reader.join(60)
         assert not wrong
+
+    def test_the_way_to_the_operator_at_any_moment(self, variant: str) -> None:
+        """Another thread packs or unpacks between any two of its steps, or it comes between two of theirs."""
+        module, x = self.module(variant), self.x(variant)
+        expected, weight, step = module(x), module.dense_weight(), Step()
+        parts = [part for part in module.modules() if isinstance(part, PackedModule)]
+        for part in parts:
+            part.unpack_()
+            part._buffers = Stepping(part._buffers, step)
+            part._reset()
+
+        def packed() -> None:
+            module.prepare()
+
+        def unpacked() -> None:
+            for part in parts:
+                part.unpack_()
+
+        def call() -> None:
+            assert torch.equal(module._through_op(x), expected)
+            assert torch.equal(module.dense_weight(), weight)
+            assert module.weight_device() == x.device
+
+        for first, then in ((packed, unpacked), (unpacked, packed)):
+            for after in itertools.count(1):
+                first()
+                if not step.run(then, call, after):
+                    break
+            assert after > 1
+            for after in itertools.count(1):
+                first()
+                if not step.run(call, then, after):
+                    break
+            assert after > 1
+
+    def test_saved_and_copied_while_others_run(self) -> None:
+        variant = next(iter(self.variants))
+        module, x = self.module(variant), self.x(variant)
+        state = module.__getstate__()
+        module(x)
+        assert all(state["_buffers"][name] is not None for name in module.packed_names)
+
+        reader = threading.Thread(target=module.unpack_)
+
+        def read() -> None:
+            reader.start()
+            reader.join(0.2)
+
+        step = Step()
+        module._buffers = Stepping(module._buffers, step)
+        saved: dict[str, Tensor] = {}
+        assert step.run(read, lambda: saved.update(module.state_dict()), after=1)
+        reader.join(60)
+        assert saved.keys() == self.module(variant).state_dict().keys()
 
     def test_forked_child_runs(self, variant: str) -> None:
         torch.set_num_threads(2)  # the pool that a child does not inherit

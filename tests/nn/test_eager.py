@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn.utils.parametrize import register_parametrization
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -50,7 +51,7 @@ def vmapped(question: Callable[[Tensor], bool]) -> bool:
         (X, lambda: torch.autocast("cpu"), False),
         (X, TorchDispatchMode, False),
         (X, TorchFunctionMode, False),
-        (X, torch.autograd.forward_ad.dual_level, False),
+        (X, forward_ad.dual_level, False),
     ],
 )
 def test_plain(x: Tensor, context: Callable[[], AbstractContextManager[Any]], want: bool) -> None:
@@ -296,3 +297,21 @@ def test_wrong_arguments() -> None:
         _C.direct_call(*good[:7])  # type: ignore[call-arg]
     with pytest.raises(TypeError, match="no plan"):
         _C.run_rows(layer.run, (b"", 16, 5, 0, torch.float32, 0), X)
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_forward_mode_is_refused_rather_than_zero(grad: bool) -> None:
+    layer, conv = ready_layer(), ready_conv()
+    ones, message = torch.ones_like(X), "forward-mode differentiation .* use reverse mode"
+    image = torch.zeros(2, 4, 7, 5)
+    with torch.set_grad_enabled(grad):
+        for module, x in ((layer, X), (conv, image)):
+            with pytest.raises(NotImplementedError, match=f"^{module.op}: {message}"):
+                torch.func.jvp(module, (x,), (torch.ones_like(x),))
+            with forward_ad.dual_level():
+                with pytest.raises(NotImplementedError, match=message):
+                    module(forward_ad.make_dual(x, torch.ones_like(x)))
+                assert torch.equal(module(x), module(x.clone()))
+        # What has no tangent may take part.
+        tangent = torch.func.jvp(lambda x: x * layer(X).sum(), (X,), (ones,))[1]
+        assert torch.equal(tangent, ones * layer(X).sum())

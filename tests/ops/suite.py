@@ -449,6 +449,15 @@ class LinearSuite(OperatorSuite):
             lead = case.with_x(case.x.reshape(5, 1, 70)).but(x_scale=case.kwargs["x_scale"].reshape(5, 1))
             assert torch.equal(lead(public_of(self.op))[:, 0], case(public_of(self.op)))
 
+    def test_scales_of_no_rows(self, kernel: str) -> None:
+        case = self.small(mode="int8").but(x_scale=torch.empty(0))
+        empty = case.with_x(case.x[:0])
+        with dispatch.force(self.op, kernel):
+            agree(empty, kernel)
+            # The same scales with rows, after that call: refused by what it asks of them.
+            with pytest.raises(ValueError, match=f"{self.op}: x_scale must be float32 with 1 or 5 values"):
+                case(public_of(self.op))
+
     def test_longest_inner_product(self, kernel: str) -> None:
         point = torch.tensor([-128], dtype=torch.int32)
         with dispatch.force(self.op, kernel):
@@ -512,6 +521,22 @@ class ConvSuite(OperatorSuite):
         case = self.small(mode="int8").but(x_scale=torch.tensor([0.5, 0.0, 3.0]))
         with dispatch.force(self.op, kernel):
             agree(case, kernel)
+            none = case.with_x(case.x[:0]).but(x_scale=torch.empty(0))
+            agree(none, kernel)
+
+    @pytest.mark.parametrize("bits", [0x7FFFFFFF, -1, 0x7F80FFFF])
+    def test_a_sample_of_any_nan(self, kernel: str, bits: int) -> None:
+        """Of a scale that is NaN, whatever its other bits, which no carry may turn into a number."""
+        nan = torch.tensor([bits], dtype=torch.int32).view(torch.float32)
+        scale, point = torch.cat([torch.tensor([0.5]), nan, nan]), torch.tensor([3], dtype=torch.int32)
+        with dispatch.force(self.op, kernel):
+            for variant, size in itertools.product(self.variants(), (1, 3)):
+                case = conv_case(self.op, (3, 32, 6, 6), (64, 32, size, size), mode="int8", **variant)
+                for memory in (torch.contiguous_format, torch.channels_last):
+                    laid = case.with_x(case.x.contiguous(memory_format=memory)).but(x_scale=scale)
+                    for dtype in X_DTYPES:
+                        agree(laid.but(out_dtype=dtype), kernel)
+                    agree(laid.but(out_scale=torch.tensor([0.5]), out_zero_point=point), kernel)
 
     def test_pairs_and_ints_agree(self, kernel: str) -> None:
         case = self.small(stride=2, padding=2, dilation=2)

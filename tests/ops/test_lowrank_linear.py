@@ -86,6 +86,10 @@ def kinds(mode: str) -> Iterator[tuple[str | None, torch.dtype]]:
 class TestLowRankLinear(LinearSuite):
     op = "lowrank_linear"
 
+    def test_no_inputs(self, kernel: str, mode: str) -> None:
+        with dispatch.force(self.op, kernel):
+            agree(linear_case(self.op, 5, 3, 0, mode=mode, rank=2), kernel)
+
     def test_residuals(self, kernel: str, mode: str) -> None:
         with dispatch.force(self.op, kernel):
             for i, (size, kind) in enumerate(itertools.product(SIZES, kinds(mode))):

@@ -25,7 +25,7 @@ SampleQuant quant_of(const ActQuant &q, int64_t b) {
     SampleQuant s;
     s.zp = q.zero_point;
     if (q.mode == ActQuant::given)
-        s.scale = q.given_scale[q.given_scales == 1 ? 0 : b];
+        s.scale = q.scale_of(b);
     else if (q.mode == ActQuant::fixed)
         s.scale = q.scale, s.inv = 1.0f / q.scale;
     return s;

@@ -22,8 +22,7 @@ void quantize_rows(const Isa &isa, const ActQuant &q, ActKind act, const void *x
         bool finite = true, blank = false;
         if (q.mode == ActQuant::given) {
             isa.quantize(row, q.dtype, n, 1.0f, zp, -128, 127, act, out);
-            scale = q.given_scale[q.given_scales == 1 ? 0 : m0 + r];
-            finite = scale == scale; // the epilogue relies on NaN being this one
+            scale = q.scale_of(m0 + r);
         } else if (q.mode == ActQuant::fixed) {
             scale = q.scale;
             finite = isa.quantize(row, q.dtype, n, 1.0f / scale, zp, -128, 127, act, out);

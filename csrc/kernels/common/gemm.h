@@ -16,6 +16,11 @@ struct ActQuant {
     const float *given_scale = nullptr; // given: [1] or [rows]
     int64_t given_scales = 1;
     DType dtype = DType::f32;
+    // given: of row (or sample) i. Epilogues rely on NaN being the quiet one, whose low bits are 0.
+    float scale_of(int64_t i) const {
+        const float s = given_scale[given_scales == 1 ? 0 : i];
+        return s == s ? s : __builtin_nanf("");
+    }
 };
 
 // A row or tensor whose largest magnitude is less counts as zero: 127 / amax would overflow.

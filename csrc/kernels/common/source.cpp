@@ -32,7 +32,7 @@ void sample_scales(const Isa &isa, const ActQuant &q, const char *x, int64_t bat
         SampleQuant s = {0.0f, q.zero_point, -128, 127, false};
         float scale = q.scale;
         if (q.mode == ActQuant::given) {
-            scale = q.given_scale[q.given_scales == 1 ? 0 : b];
+            scale = q.scale_of(b);
         } else if (q.mode == ActQuant::fixed) {
             s.inv = 1.0f / scale;
         } else {
@@ -357,7 +357,7 @@ Source image_in_place(const ActQuant &q, OperandKind kind, const void *x, const 
     std::memset(padding, q.zero_point, static_cast<size_t>(g.channels + kBeyond));
     float *scales = static_cast<float *>(scratch(Scratch::scales, static_cast<size_t>(4 * g.batch)));
     for (int64_t b = 0; b < g.batch; ++b)
-        scales[b] = q.given_scale[q.given_scales == 1 ? 0 : b];
+        scales[b] = q.scale_of(b);
     s.scales = scales;
     s.rows_per_scale = s.out_pixels;
     return s;

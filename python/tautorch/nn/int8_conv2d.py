@@ -107,7 +107,8 @@ class Int8Conv2d(ConvModule):
         return new.train(module.training)
 
     def dense_weight(self) -> Tensor:
-        packed, weight = self._buffers["packed"], self._buffers["weight"]
+        buffers = self._state()
+        packed, weight = buffers["packed"], buffers["weight"]
         if packed is not None:
             weight = conv.unpack(packed, self.geometry.weight_shape)
         assert weight is not None
@@ -130,7 +131,7 @@ class Int8Conv2d(ConvModule):
         return plan(packed, self.geometry, codes)
 
     def _through_op(self, x: Tensor) -> Tensor:
-        buffers, bias = self._buffers, self._own_bias()  # by name nn.Module takes 0.3 us each
+        buffers, bias = self._state(), self._own_bias()  # by name nn.Module takes 0.3 us each
         weight = buffers["weight"]
         y: Tensor = torch.ops.tautorch.int8_conv2d(
             x,

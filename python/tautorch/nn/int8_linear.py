@@ -105,8 +105,9 @@ class Int8Linear(LinearModule):
         return new.train(module.training)
 
     def dense_weight(self) -> Tensor:
-        packed = self._buffers["packed"]
-        weight = unpack(packed) if packed is not None else self._buffers["weight"]
+        buffers = self._state()
+        packed = buffers["packed"]
+        weight = unpack(packed) if packed is not None else buffers["weight"]
         assert weight is not None
         return weight.to(torch.float32) * self.weight_scale[:, None]
 
@@ -129,7 +130,7 @@ class Int8Linear(LinearModule):
         return plan(packed, self.in_features, codes)
 
     def _through_op(self, x: Tensor) -> Tensor:
-        buffers, bias = self._buffers, self._own_bias()  # by name nn.Module takes 0.3 us each
+        buffers, bias = self._state(), self._own_bias()  # by name nn.Module takes 0.3 us each
         weight = buffers["weight"]
         if weight is None:
             weight = buffers["packed"]

@@ -98,8 +98,9 @@ class LayerModule(PackedModule):
 
     def weight_device(self) -> torch.device:
         """Where the weight lies, in whichever form."""
-        held = self._buffers["packed"]
-        held = self._buffers[self.packed_names[0]] if held is None else held
+        buffers = self._state()
+        held = buffers["packed"]
+        held = buffers[self.packed_names[0]] if held is None else held
         assert held is not None
         return held.device
 

@@ -117,8 +117,9 @@ class LowRankModule(LayerModule):
 
     def _float_factors(self) -> tuple[Tensor, Tensor]:
         """The factors as fresh float32 tensors."""
-        packed = self._buffers["packed"]
-        factors = dict(self._buffers) if packed is None else self._unpack(packed)
+        buffers = self._state()
+        packed = buffers["packed"]
+        factors = buffers if packed is None else self._unpack(packed)
         result = []
         for name, scale in (("down", self.down_scale), ("up", self.up_scale)):
             factor = factors[name]
@@ -189,7 +190,8 @@ class LowRankModule(LayerModule):
 
     def _operands(self) -> tuple[Tensor | None, Tensor | None]:
         """What the torch op takes for down and up: the canonical factors, or their packs."""
-        packed, down, up = (self._buffers[n] for n in ("packed", "down", "up"))
+        buffers = self._state()
+        packed, down, up = (buffers[n] for n in ("packed", "down", "up"))
         if packed is not None and (down is None or up is None):
             return self._parts(packed)
         return down, up

@@ -304,8 +304,8 @@ class LowRankLinear(LowRankModule, LinearModule):
             return (*residual._operands(), residual.weight_scale, residual.pattern)
         if residual is None:
             return (None,) * 5
-        weight = residual._buffers["weight"]
-        weight = residual._buffers["packed"] if weight is None else weight
+        buffers = residual._state()
+        weight = buffers["packed"] if buffers["weight"] is None else buffers["weight"]
         return weight, None, None, residual.weight_scale, None
 
     def _through_op(self, x: Tensor) -> Tensor:

@@ -164,7 +164,7 @@ class PackedModule(nn.Module):
             with torch.inference_mode(False):  # an inference tensor's edits would not show
                 made = self._pack(kernel)
             handed = {}
-            # First the one, then the other: a thread on its way to the operator finds at least one of them.
+            # First the one, then the others: see _state.
             buffers["packed"] = made
             for name in self.packed_names:
                 tensor = buffers[name]
@@ -238,6 +238,14 @@ class PackedModule(nn.Module):
                 stamps.append((tensor, known))
         self._seen, self._stamps = seen, stamps
 
+    def _state(self) -> dict[str, Tensor | None]:
+        """The buffers at one moment, as a thread needs them that does not hold the lock.
+
+        Another thread may change them between two look-ups. At any moment the first of ``packed_names`` is
+        there and so are the others, or the pack is.
+        """
+        return self._buffers.copy()
+
     def unpack_(self) -> None:
         """Go to the canonical state."""
         with _lock, without_pool_if_forked():
@@ -249,7 +257,8 @@ class PackedModule(nn.Module):
         if packed is None:
             return
         fresh = self._unpack(packed)
-        for name in self.packed_names:
+        # The other way round than packing takes them away: see _state.
+        for name in reversed(self.packed_names):
             handed = self._handed.get(name)
             tensor = handed[0]() if handed else None
             if buffers[name] is None:  # else the user has put a tensor there
@@ -286,13 +295,13 @@ class PackedModule(nn.Module):
         return tensor if tensor is not None else self._buffers.get(name)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        packed = self._buffers["packed"]
-        if packed is not None:
-            with without_pool_if_forked():
+        with _lock, without_pool_if_forked():
+            super()._save_to_state_dict(destination, prefix, keep_vars)
+            packed = self._buffers["packed"]
+            if packed is not None:
                 fresh = self._unpack(packed)
-            for name in self.packed_names:
-                destination[prefix + name] = fresh[name]
+                for name in self.packed_names:
+                    destination[prefix + name] = fresh[name]
 
     def _load_from_state_dict(
         self,
@@ -326,8 +335,10 @@ class PackedModule(nn.Module):
         self._reset()
 
     def __getstate__(self) -> dict[str, Any]:
-        self.unpack_()
-        state = self.__dict__.copy()
+        with _lock:
+            self.unpack_()
+            # Before whoever copies or pickles comes to the buffers, another thread may pack them again.
+            state = {**self.__dict__, "_buffers": self._buffers.copy()}
         for name in ("_epoch", "_keep", "_seen", "_stamps", "_handed", "_plans", "_gpu_calls"):
             state.pop(name, None)
         return state

@@ -115,11 +115,12 @@ class SparseModule(LayerModule):
 
     def dense_weight(self) -> Tensor:
         """The float32 weight that this layer stands for, 0 where nothing is stored."""
-        packed = self._buffers["packed"]
+        buffers = self._state()
+        packed = buffers["packed"]
         if packed is not None:
             weight = sparse.unpack_dense(packed, self._shape)
         else:
-            weight = decode(*self._layout(), self.pattern, self._shape, self._groups, op=self.op)
+            weight = decode(*self._layout(buffers), self.pattern, self._shape, self._groups, op=self.op)
         weight = weight.to(torch.float32)
         if self.weight_scale is None:
             return weight
@@ -144,22 +145,23 @@ class SparseModule(LayerModule):
 
     # ---- PackedModule -----------------------------------------------------------------------------------
 
-    def _layout(self) -> tuple[Tensor, Tensor | None, Tensor]:
-        """The canonical buffers, in the canonical state."""
-        values, crow, col = (self._buffers[n] for n in ("values", "crow_indices", "col_indices"))
+    def _layout(self, buffers: dict[str, Tensor | None]) -> tuple[Tensor, Tensor | None, Tensor]:
+        """The canonical ones of the buffers, in the canonical state."""
+        values, crow, col = (buffers[n] for n in ("values", "crow_indices", "col_indices"))
         assert values is not None and col is not None
         return values, crow, col
 
     def _operands(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """What the torch op takes: the canonical buffers, or the pack."""
-        values, crow, col = (self._buffers[n] for n in ("values", "crow_indices", "col_indices"))
-        return (values, crow, col) if values is not None else (self._buffers["packed"], None, None)
+        buffers = self._state()
+        values, crow, col = (buffers[n] for n in ("values", "crow_indices", "col_indices"))
+        return (values, crow, col) if values is not None else (buffers["packed"], None, None)
 
     def _float_input(self) -> bool:
         return self.weight_dtype != torch.int8
 
     def _pack(self, kernel: str) -> Tensor:
-        layout = self._layout()
+        layout = self._layout(self._buffers)
         where = (self.pattern, self._shape, self._groups)
         packed = sparse.pack(*layout, *where, kernel=kernel, op=self.op)
         names = ("values", "col_indices") if layout[1] is None else SparseModule.packed_names

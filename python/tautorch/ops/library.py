@@ -12,12 +12,42 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd import forward_ad
 
 from tautorch import _C, dispatch
 from tautorch.reference.common import ACTIVATIONS, apply_activation
 from tautorch.reference.quantizer import MAX_K
 
-LIB: Any = torch.library.Library("tautorch", "DEF")  # type: ignore[no-untyped-call]
+
+class _Library(torch.library.Library):
+    """Operators whose autograd kernels refuse tangents.
+
+    torch's own, of an operator without formula for forward mode, drops them: derivatives come out as zero.
+    """
+
+    def impl(self, op_name: Any, fn: Any, dispatch_key: str = "", **kwargs: Any) -> None:
+        if dispatch_key == "Autograd":
+            fn = _without_tangents(op_name.rpartition(":")[2], fn)
+        super().impl(op_name, fn, dispatch_key, **kwargs)  # type: ignore[no-untyped-call]
+
+
+def _without_tangents(name: str, kernel: Callable[..., Any]) -> Callable[..., Any]:
+    def checked(keyset: Any, *args: Any, **kwargs: Any) -> Any:
+        if forward_ad._current_level >= 0:
+            for a in args:
+                if not isinstance(a, Tensor):
+                    continue
+                if forward_ad.unpack_dual(a).tangent is not None:  # type: ignore[no-untyped-call]
+                    raise NotImplementedError(
+                        f"{name}: forward-mode differentiation (jvp, jacfwd) is not there; use reverse mode "
+                        "(backward)"
+                    )
+        return kernel(keyset, *args, **kwargs)
+
+    return checked
+
+
+LIB: Any = _Library("tautorch", "DEF")  # type: ignore[no-untyped-call]
 
 # Codes of csrc/kernels/common/types.h.
 DTYPE_CODE: dict[torch.dtype, int] = {
@@ -319,7 +349,7 @@ class Tail(NamedTuple):
         names = ("weight_scale", "bias", "x_scale") if codes["mode"] == GIVEN else ("weight_scale", "bias")
         live = {codes[n] for n in names} | {t.data_ptr() for t in also if t is not None}
         # Scales of rows come with their rows: another call has others.
-        return Prepared(call, keep, frozenset(live), codes["x_scales"] <= 1)
+        return Prepared(call, keep, frozenset(live), codes["mode"] != GIVEN or codes["x_scales"] == 1)
 
 
 def quant_mode(x_dtype: torch.dtype, x_scale: Tensor | None, float_input: bool) -> int:
