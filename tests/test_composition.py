@@ -10,6 +10,7 @@ import copy
 from collections.abc import Callable
 from functools import partial
 from itertools import permutations
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -284,6 +285,31 @@ def test_keep_zeros_holds_a_layer_of_few_zeros_too() -> None:
     pruned(model, ["fc2"])
     distilled(model, None, keep_zeros=True)
     assert int((model.fc1.weight == 0).sum()) == -(-model.fc1.weight.numel() // 50)
+
+
+def test_a_resumed_run_keeps_the_zeros_of_its_start(tmp_path: Path) -> None:
+    data = [(images(), torch.zeros(16, dtype=torch.long)) for _ in range(3)]
+    start = pruned(net(), ["conv"])
+
+    def run(epochs: int, **options: Any) -> nn.Module:
+        model = copy.deepcopy(start)
+        optimizer = torch.optim.SGD(model.parameters(), 0.5)
+        shrink = prune.SoftThreshold(model, optimizer, sparsity=0.5)  # its zeros come and go
+        distill.Distiller(
+            None,
+            model,
+            lambda out, _, target: F.cross_entropy(out, target),
+            optimizer,
+            callbacks=[shrink],
+            keep_zeros=True,
+            progress=False,
+        ).fit(data, epochs, **options)
+        return model
+
+    run(1, checkpoint=tmp_path)
+    resumed, whole = run(3, checkpoint=tmp_path, resume=True), run(3)
+    assert all(torch.equal(v, whole.state_dict()[k]) for k, v in resumed.state_dict().items())
+    assert all(bool(zeros(resumed)[layer][mask].all()) for layer, mask in zeros(start).items())
 
 
 def test_keep_zeros_lets_go_after_the_fit() -> None:
