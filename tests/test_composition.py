@@ -7,6 +7,7 @@ zeros, ranks, grids. Where a second step would undo the first, it must refuse an
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable
 from functools import partial
 from itertools import permutations
@@ -285,6 +286,22 @@ def test_keep_zeros_holds_a_layer_of_few_zeros_too() -> None:
     pruned(model, ["fc2"])
     distilled(model, None, keep_zeros=True)
     assert int((model.fc1.weight == 0).sum()) == -(-model.fc1.weight.numel() // 50)
+
+
+@pytest.mark.parametrize("then", [quantize.prepare_qat, quantize.cluster, prune.L0Gates])
+def test_masks_leave_the_zeros_to_what_comes_after_them(then: Callable[[nn.Module], Any]) -> None:
+    model = pruned(net(), None)
+    before = zeros(model)
+    handle = prune.hold_masks(model)
+    made = then(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # the gradient of a weight that is no parameter
+        distilled(model, None, callbacks=[handle])
+    if isinstance(made, prune.L0Gates):
+        made.finalize()
+    else:
+        quantize.finalize(model)
+    assert all(bool(zeros(model)[layer][mask].all()) for layer, mask in before.items())
 
 
 def test_a_resumed_run_keeps_the_zeros_of_its_start(tmp_path: Path) -> None:
