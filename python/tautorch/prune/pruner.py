@@ -252,9 +252,13 @@ class MaskHandle:
 
 
 def _weight(model: nn.Module, name: str) -> Tensor:
-    weight = model.get_submodule(name).weight
+    layer = model.get_submodule(name)
+    weight = getattr(layer, "weight", None)
     if not isinstance(weight, Tensor):
-        raise TypeError(f"prune: layer {name!r} must have a weight tensor, got {type(weight).__name__}")
+        raise TypeError(
+            f"prune: layer {name!r} must have a weight tensor, got {type(layer).__name__}; remove() the "
+            "masks before the layer is replaced"
+        )
     return weight
 
 
