@@ -304,6 +304,19 @@ def test_masks_leave_the_zeros_to_what_comes_after_them(then: Callable[[nn.Modul
     assert all(bool(zeros(model)[layer][mask].all()) for layer, mask in before.items())
 
 
+@pytest.mark.parametrize("watch", [prune.Movement, partial(prune.SoftThreshold, sparsity=0.5)])
+def test_what_watches_plain_weights_says_that_they_are_no_more(watch: Callable[..., Any]) -> None:
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), 0.05)
+    watching = watch(model, optimizer)
+    quantize.prepare_qat(model, layers=["fc1"])
+    model(images()).square().sum().backward()
+    with pytest.raises(ValueError, match=r"layer 'fc1' must keep the plain weight .* call remove\(\)"):
+        optimizer.step()
+    watching.remove()
+    optimizer.step()
+
+
 def test_a_resumed_run_keeps_the_zeros_of_its_start(tmp_path: Path) -> None:
     data = [(images(), torch.zeros(16, dtype=torch.long)) for _ in range(3)]
     start = pruned(net(), ["conv"])
