@@ -7,9 +7,11 @@ zeros, ranks, grids. Where a second step would undo the first, it must refuse an
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable
 from functools import partial
 from itertools import permutations
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -284,6 +286,60 @@ def test_keep_zeros_holds_a_layer_of_few_zeros_too() -> None:
     pruned(model, ["fc2"])
     distilled(model, None, keep_zeros=True)
     assert int((model.fc1.weight == 0).sum()) == -(-model.fc1.weight.numel() // 50)
+
+
+@pytest.mark.parametrize("then", [quantize.prepare_qat, quantize.cluster, prune.L0Gates])
+def test_masks_leave_the_zeros_to_what_comes_after_them(then: Callable[[nn.Module], Any]) -> None:
+    model = pruned(net(), None)
+    before = zeros(model)
+    handle = prune.hold_masks(model)
+    made = then(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # the gradient of a weight that is no parameter
+        distilled(model, None, callbacks=[handle])
+    if isinstance(made, prune.L0Gates):
+        made.finalize()
+    else:
+        quantize.finalize(model)
+    assert all(bool(zeros(model)[layer][mask].all()) for layer, mask in before.items())
+
+
+@pytest.mark.parametrize("watch", [prune.Movement, partial(prune.SoftThreshold, sparsity=0.5)])
+def test_what_watches_plain_weights_says_that_they_are_no_more(watch: Callable[..., Any]) -> None:
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), 0.05)
+    watching = watch(model, optimizer)
+    quantize.prepare_qat(model, layers=["fc1"])
+    model(images()).square().sum().backward()
+    with pytest.raises(ValueError, match=r"layer 'fc1' must keep the plain weight .* call remove\(\)"):
+        optimizer.step()
+    watching.remove()
+    optimizer.step()
+
+
+def test_a_resumed_run_keeps_the_zeros_of_its_start(tmp_path: Path) -> None:
+    data = [(images(), torch.zeros(16, dtype=torch.long)) for _ in range(3)]
+    start = pruned(net(), ["conv"])
+
+    def run(epochs: int, **options: Any) -> nn.Module:
+        model = copy.deepcopy(start)
+        optimizer = torch.optim.SGD(model.parameters(), 0.5)
+        shrink = prune.SoftThreshold(model, optimizer, sparsity=0.5)  # its zeros come and go
+        distill.Distiller(
+            None,
+            model,
+            lambda out, _, target: F.cross_entropy(out, target),
+            optimizer,
+            callbacks=[shrink],
+            keep_zeros=True,
+            progress=False,
+        ).fit(data, epochs, **options)
+        return model
+
+    run(1, checkpoint=tmp_path)
+    resumed, whole = run(3, checkpoint=tmp_path, resume=True), run(3)
+    assert all(torch.equal(v, whole.state_dict()[k]) for k, v in resumed.state_dict().items())
+    assert all(bool(zeros(resumed)[layer][mask].all()) for layer, mask in zeros(start).items())
 
 
 def test_keep_zeros_lets_go_after_the_fit() -> None:

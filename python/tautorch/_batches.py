@@ -143,7 +143,8 @@ class _Kept:
         for name, (version, copy) in self._copies.items():
             tensor = self._buffers[name]
             assert tensor is not None
-            if _version(tensor) != version or version == _UNKNOWN:
+            counted = _version(tensor) != version or version == _UNKNOWN
+            if counted or _changed_uncounted(tensor, copy):
                 with torch.inference_mode(tensor.is_inference()):
                     tensor.copy_(copy)
                 self._copies[name] = (_version(tensor), copy)
@@ -153,6 +154,12 @@ _OF_MODULES = frozenset(vars(nn.Module()))
 _PLAIN = (bool, int, float, str, Tensor)
 _COPIED_BYTES = 64 << 20
 _UNKNOWN = -1  # inference tensors count no changes
+
+
+def _changed_uncounted(tensor: Tensor, copy: Tensor) -> bool:
+    """As `F.batch_norm` changes running statistics in training."""
+    plain = type(tensor) is Tensor and tensor.layout == torch.strided and not tensor.is_meta
+    return plain and not torch.equal(tensor, copy)
 
 
 def _version(tensor: Tensor) -> int:

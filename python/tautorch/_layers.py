@@ -35,6 +35,16 @@ def own_weight(layer: nn.Module) -> str | None:
     return None
 
 
+def check_still_plain(op: str, layers: Mapping[str, Layer]) -> None:
+    """ValueError for a layer parametrised since `op` began to watch it: it would see copies of the weight."""
+    for name, layer in layers.items():
+        if parametrize.is_parametrized(layer, "weight"):
+            raise ValueError(
+                f"{op}: layer {name!r} must keep the plain weight it had, got a parametrised one; call "
+                f"remove() of the {op} first"
+            )
+
+
 def other_forward(layer: nn.Module) -> str | None:
     """Why a layer of a subclass of torch's may compute more than its weight says, None if it does not."""
     for base in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d):

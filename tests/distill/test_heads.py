@@ -71,6 +71,13 @@ def test_a_bottleneck_is_the_best_of_its_rank() -> None:
     assert [tuple(layer.weight.shape) for layer in model.head] == [(2, 96), (5, 2)]
 
 
+def test_no_random_numbers_are_drawn() -> None:
+    model, calibration = Net(heavy()), [torch.randn(40, 2, 4, 4)]
+    before = torch.get_rng_state()
+    light_head(model, "head", calibration, rank=2)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_without_calibration_a_linear_head_is_cut_by_svd() -> None:
     model = Net(nn.Linear(96, 5))
     weight, bias = model.head.weight.detach().double().numpy(), model.head.bias.detach().clone()

@@ -55,14 +55,13 @@ def test_values(rng: np.random.Generator, by_hand: Callable[[Array, Array], floa
 
 
 @pytest.mark.parametrize("kind", ["distance", "angle", "similarity"])
-def test_equal_samples_have_finite_gradients(kind: Any) -> None:
+def test_equal_samples_have_gradients_like_the_others(kind: Any) -> None:
     student = torch.randn(5, 3)
     student[3] = student[1]
     student.requires_grad_()
     Relation(kind)(student, torch.randn(5, 4), None).backward()
     assert student.grad is not None
-    assert bool(torch.isfinite(student.grad).all())
-    assert float(student.grad.abs().sum()) > 0
+    assert 0 < float(student.grad.abs().max()) < 10
 
 
 def test_of_layers_with_a_base() -> None:

@@ -67,6 +67,24 @@ def test_in_a_distiller_and_resumed(tmp_path: Path, kind: Any) -> None:
     assert all(torch.equal(a, b) for a, b in zip(student.parameters(), resumed.parameters(), strict=True))
 
 
+def test_each_training_has_its_own_length() -> None:
+    teacher, student, soft = nn.Linear(3, 2).eval(), nn.Linear(3, 2), SoftTarget(4.0, 0.0)
+    seen: list[float] = []
+    distiller = Distiller(
+        teacher,
+        student,
+        lambda *given: (seen.append(soft.temperature), soft(*given))[1],
+        torch.optim.SGD(student.parameters(), 0.1),
+        callbacks=[TemperatureSchedule(soft, 8.0, 2.0)],
+        progress=False,
+    )
+    data = [torch.randn(4, 3) for _ in range(3)]
+    for epochs in (1, 4, 2):
+        seen.clear()
+        distiller.fit(data, epochs)
+        assert seen == pytest.approx([expected("linear", step, 3 * epochs) for step in range(3 * epochs)])
+
+
 def test_bad_input_is_named() -> None:
     loss = SoftTarget()
     with pytest.raises(ValueError, match="kind must be one of constant, linear, cosine, got 'step'"):

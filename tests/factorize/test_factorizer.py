@@ -298,3 +298,26 @@ def test_tucker_of_nothing_but_zeros() -> None:
     expected = model(x)
     done = factorize(model, method="tucker", energy=0.9)
     assert isinstance(done[0], TuckerConv2d) and torch.equal(done(x), expected)
+
+
+@pytest.mark.parametrize("rank", [(16, 1), (1, 16)])
+def test_tucker_ranks_beyond_what_the_core_can_use(rank: tuple[int, int]) -> None:
+    model = nn.Sequential(nn.Conv2d(32, 32, 3))
+    weight = model[0].weight.detach().clone()
+    done = factorize(model, method="tucker", rank=rank)[0]
+    assert isinstance(done, TuckerConv2d) and done.ranks == rank
+    one = torch.linalg.svdvals(weight.transpose(0, int(rank[0] == 1)).flatten(1))[0]
+    assert (done.dense_weight() - weight).square().sum() < weight.square().sum() - 0.99 * one.square()
+
+
+@pytest.mark.parametrize("channels", [(256, 8), (8, 256)])
+@pytest.mark.parametrize("multiple", [1, 4])
+def test_a_budget_gives_tucker_no_rank_that_the_core_cannot_use(
+    channels: tuple[int, int], multiple: int
+) -> None:
+    conv = nn.Conv2d(*channels, 3)
+    for r_in, r_out in TuckerTarget("conv", conv).ranks(multiple):  # type: ignore[misc]
+        assert r_in < 9 * r_out + multiple and r_out < 9 * r_in + multiple
+    for budget in (0.2, 0.3, 0.5):
+        model = nn.Sequential(copy.deepcopy(conv))
+        assert isinstance(factorize(model, "tucker", budget=budget, multiple=multiple)[0], TuckerConv2d)

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from tautorch.prune import L0Gates, hold_masks, prune, sparsity_report
+from tautorch.quantize import gptq
 
 BETA, GAMMA, ZETA = 2 / 3, -0.1, 1.1
 
@@ -184,3 +185,32 @@ def test_gates_that_are_out_are_named() -> None:
     for step in (gates.penalty, gates.expected_l0, gates.sparsity, gates.finalize):
         with pytest.raises(ValueError, match="the gates must be in the model, got none after finalize"):
             step()
+
+
+@pytest.mark.parametrize("pattern", ["unstructured", "4x1", "channels"])
+def test_what_was_pruned_before_stays_zero(pattern: str) -> None:
+    model = prune(net(), sparsity=0.5)
+    before = {name: layer.weight != 0 for name, layer in (("0", model[0]), ("3", model[3]))}
+    gates = L0Gates(model, pattern=pattern, keep=0.99)
+    if pattern != "channels":
+        kept = sum(int(mask.sum()) for mask in before.values())
+        assert gates.expected_l0().item() == pytest.approx(0.99 * kept)
+        assert gates.penalty().item() == pytest.approx(0.99)
+    optimizer = torch.optim.AdamW(model.parameters(), 0.05)
+    student = hold_masks(model, before, optimizer) if pattern == "channels" else None
+    for _ in range(5):
+        optimizer.zero_grad()
+        model(torch.randn(8, 4, 4, 4)).square().sum().backward()
+        optimizer.step()
+    if student is not None:
+        student.remove()
+    masks = gates.finalize()
+    for name, mask in masks.items():
+        assert not bool((mask & ~before[name]).any()) and bool(mask.any())
+        assert torch.equal(model.get_submodule(name).weight != 0, mask)
+
+
+def test_a_quantised_layer_is_refused() -> None:
+    model = gptq(net(), [torch.randn(8, 4, 4, 4)])
+    with pytest.raises(ValueError, match="layer '0' must not be quantised yet"):
+        L0Gates(model)

@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.utils import parametrizations
 from torch.nn.utils import prune as torch_prune
 
+from tautorch.factorize import factorize
 from tautorch.prune import (
     MaskHandle,
     apply_masks,
@@ -263,3 +264,11 @@ def test_half_precision_weights() -> None:
     model = prune(net().to(torch.bfloat16), pattern="2:4", sparsity=0.5)
     assert model[3].weight.dtype == torch.bfloat16
     assert sparsity_report(model, layers=["3"]).sparsity == 0.5
+
+
+def test_a_layer_that_was_replaced_under_its_masks_is_named() -> None:
+    model = prune(nn.Sequential(nn.Linear(16, 16)), sparsity=0.5)
+    handle = hold_masks(model)
+    factorize(model, rank=2, ignore_zeros=True)
+    with pytest.raises(TypeError, match="layer '0' must have a weight tensor, got FactorizedLinear; remove"):
+        handle.apply()

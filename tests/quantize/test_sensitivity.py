@@ -125,6 +125,13 @@ def test_the_metric_sees_the_model_in_eval_mode() -> None:
     assert [m.training for m in model] == [True, True, True, False]
 
 
+def test_nan_is_the_dearest() -> None:
+    model = nn.Sequential(*[nn.Linear(4, 4) for _ in range(4)])
+    metrics = iter([1.0, 0.9, math.nan, 0.5, 0.7])
+    found = sensitivity(model, [torch.randn(3, 4)], metric=lambda _: next(metrics))
+    assert [cost.layer for cost in found.layers] == ["1", "2", "3", "0"]
+
+
 def test_a_metric_that_fails_leaves_the_model() -> None:
     model = Net()
 

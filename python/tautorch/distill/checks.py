@@ -124,9 +124,16 @@ def score_value(score: Any) -> float:
 
 @contextmanager
 def zeros_held(
-    student: nn.Module, optimizer: Optimizer, callbacks: Iterable[Any], keep: bool | None
-) -> Iterator[None]:
-    """Keeps what pruning and quantising did to the student, or ValueError where training would undo it."""
+    student: nn.Module,
+    optimizer: Optimizer,
+    callbacks: Iterable[Any],
+    keep: bool | None,
+    masks: Mapping[str, Tensor] | None,
+) -> Iterator[dict[str, Tensor] | None]:
+    """Keeps what pruning and quantising did to the student, or ValueError where training would undo it.
+
+    `masks` are those that a run which goes on had from here; None makes them of the zeros there are now.
+    """
     layers = {
         name: layer
         for name, layer in student.named_modules()
@@ -143,9 +150,10 @@ def zeros_held(
             )
     if keep:
         kept = {name: layer.weight.detach() != 0 for name, layer in layers.items()}
-        masks = {name: mask for name, mask in kept.items() if bool(mask.any()) and not bool(mask.all())}
-        with MaskHandle(student, masks, optimizer):
-            yield
+        if masks is None:
+            masks = {name: mask for name, mask in kept.items() if bool(mask.any()) and not bool(mask.all())}
+        with MaskHandle(student, masks, optimizer) as handle:
+            yield handle.masks
         return
     held = {
         id(weight)
@@ -160,7 +168,7 @@ def zeros_held(
                 "training would fill them; give keep_zeros=True (or callbacks=[prune.hold_masks(student)]) "
                 "to keep them, or keep_zeros=False to let them go"
             )
-    yield
+    yield None
 
 
 def mask_owners(optimizer: Optimizer, callbacks: Iterable[Any]) -> list[Any]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
@@ -106,6 +106,8 @@ class Distiller:
         self.record: dict[str, float] = {}
         self.history: list[dict[str, float]] = []
         self.best: dict[str, Any] | None = None
+        # What keep_zeros=True holds, from the first step of a run that was interrupted on.
+        self.zeros: dict[str, Tensor] | None = None
         self.scaler = torch.amp.GradScaler(enabled=False)
         checks.check_models(teacher, student)
         checks.check_optimizer(teacher, student, loss, optimizer)
@@ -159,7 +161,7 @@ class Distiller:
         generators = checkpoints.loader_generators(loader)
         length = len(loader) if isinstance(loader, Sized) else None
         self.epoch = 0
-        self.record, self.history, self.best = {}, [], None
+        self.record, self.history, self.best, self.zeros = {}, [], None, None
         self._count(None if length is None else epochs * math.ceil(length / self.accumulate))
         device = model_device(self.student)
         kind = device.type if device is not None else "cpu"
@@ -177,7 +179,9 @@ class Distiller:
                 self.global_step,
             ) as bar,
             self._listening(),
-            checks.zeros_held(self.student, self.optimizer, self.callbacks, self.keep_zeros),
+            checks.zeros_held(
+                state.unwrapped(self.student), self.optimizer, self.callbacks, self.keep_zeros, self.zeros
+            ) as self.zeros,
         ):
             while self.epoch < epochs and not self._out_of_patience(patience, best_from, min_delta):
                 checks.check_models(self.teacher, self.student)

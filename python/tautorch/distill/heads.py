@@ -123,8 +123,9 @@ def _layers(
     layers = []
     for i, factor in enumerate(factors):
         last = i == len(factors) - 1
-        layer = nn.Linear(
-            factor.shape[1], factor.shape[0], bias=last and bias is not None, dtype=torch.float64
+        # skip_init draws no random numbers, so that a seeded run stays the same.
+        layer: nn.Linear = nn.utils.skip_init(  # type: ignore[no-untyped-call]
+            nn.Linear, factor.shape[1], factor.shape[0], bias=last and bias is not None, dtype=torch.float64
         )
         layer.weight.data = factor.contiguous()
         layers.append(layer)

@@ -109,8 +109,10 @@ def _distances(x: Tensor) -> Tensor:
 
 
 def _cosines(x: Tensor) -> Tensor:
-    """[j, i, k]: the cosine of the angle at x_j between x_i and x_k."""
-    directions = F.normalize(x[None] - x[:, None], dim=-1)
+    """[j, i, k]: the cosine of the angle at x_j between x_i and x_k; 0 and no gradient for equal samples."""
+    between = x[None] - x[:, None]
+    length = between.norm(dim=-1, keepdim=True)
+    directions = torch.where(length > 0, between / length.clamp_min(1e-12), 0.0)
     return directions @ directions.transpose(1, 2)
 
 

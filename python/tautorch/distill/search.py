@@ -86,9 +86,10 @@ def search(
     """Train a copy of `student` with each temperature and alpha, and score it on a validation split.
 
     - "grid": every pair for `epochs`.
-    - "halving": every pair for epochs / eta^k, the best 1 / eta of them for eta times as long, and so on up
-      to `epochs`; each rung trains anew, so that the last trials are what `Distiller` gives with their
-      settings. Jamieson & Talwalkar 2016, "Non-stochastic Best Arm Identification", arXiv:1502.07943.
+    - "halving": every pair for epochs / eta^k, the best eta^(k - 1) of them for eta times as long, and so on
+      to the best one for `epochs`, k being the least that eta^k reaches all pairs (or the most that leaves
+      an epoch); each rung trains anew, so that the last trial is what `Distiller` gives with its settings.
+      Jamieson & Talwalkar 2016, "Non-stochastic Best Arm Identification", arXiv:1502.07943.
 
     Given the same arguments the result is the same: each training starts from the same copy, from its seed,
     and from the loader's generators as they are now. The given student, the loader and the global random

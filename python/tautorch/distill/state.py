@@ -93,6 +93,7 @@ def save(
         "global_step": run.global_step,
         "history": run.history,
         "best": gathered(run.best),
+        "zeros": run.zeros,
         "batch": batch,
         "totals": dict(totals),
         "epoch_start": distributed.all_gather(dict(epoch_start)),
@@ -137,7 +138,7 @@ def restore(run: Distiller, folder: Path, generators: list[torch.Generator]) -> 
         load_module(run.loss, state["loss_state"])
     run.scaler.load_state_dict(state["scaler"])
     run.epoch, run.global_step = state["epoch"], state["global_step"]
-    run.history, run.best = state["history"], state["best"]
+    run.history, run.best, run.zeros = state["history"], state["best"], state.get("zeros")
     return state
 
 

@@ -59,6 +59,7 @@ class TemperatureSchedule:
         if steps is not None:
             whole("TemperatureSchedule", "steps", steps)
         self.loss, self.kind, self.steps = loss, kind, steps
+        self._asks = steps is None and kind != "constant"
         self.steps_done = 0
         if steps is not None or kind == "constant":
             loss.temperature = self.value()
@@ -83,7 +84,7 @@ class TemperatureSchedule:
     def on_fit(self, distiller: Any) -> None:
         """Take the training's length from the Distiller unless it was given, and set the temperature."""
         self.steps_done = distiller.global_step
-        if self.steps is None and self.kind != "constant":
+        if self._asks and (self.steps is None or self.steps_done == 0):
             if distiller.total_steps is None:
                 raise ValueError(
                     "TemperatureSchedule: steps must be given for a loader of unknown length, got None"

@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from tautorch._batches import Batches, check_batches, model_device, to_device, training_modes_kept
+from tautorch._batches import Batches, check_batches, left_as_it_is, model_device, to_device
 from tautorch._gram import input_grams
 from tautorch._layers import Layer, pruned_share, replace_layers, select_layers
 from tautorch.capture import capture
@@ -135,8 +135,7 @@ def _timed(
     baseline: Compiler | None,
 ) -> dict[str, Rank]:
     device = model_device(model)
-    with training_modes_kept(model), torch.no_grad():
-        model.eval()
+    with left_as_it_is(model):
         layers = {t.name: t.layer for t in targets}
         calls = capture("factorize", model, layers, [to_device(batch, device) for batch in batches])
         ranks = {

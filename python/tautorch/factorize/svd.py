@@ -49,7 +49,8 @@ def tucker2(weight: Tensor, rank_in: int, rank_out: int, sweeps: int = 10) -> tu
     """(U_in [I, r_in], core [r_out, r_in, kh, kw], U_out [O, r_out]) of a weight [O, I, kh, kw], float64.
 
     Started from the truncated higher-order SVD and improved by orthogonal iteration (De Lathauwer et al.
-    2000; for convolutions Kim et al. 2016, arXiv:1511.06530).
+    2000; for convolutions Kim et al. 2016, arXiv:1511.06530). Where r_in is above r_out kh kw, or r_out above
+    r_in kh kw, what is over is orthonormal and the core zero there.
     """
     full = weight.detach().double()
     u_out, u_in = _left(full.flatten(1), rank_out), _left(full.transpose(0, 1).flatten(1), rank_in)
@@ -83,5 +84,6 @@ def largest(limit: int, fits: Callable[[int], bool]) -> int:
 
 
 def _left(matrix: Tensor, rank: int) -> Tensor:
-    vectors: Tensor = torch.linalg.svd(matrix, full_matrices=False)[0]
+    """The first `rank` left singular vectors, at most as many as there are rows."""
+    vectors: Tensor = torch.linalg.svd(matrix, full_matrices=rank > matrix.shape[1])[0]
     return vectors[:, :rank]

@@ -96,12 +96,17 @@ class TuckerTarget:
 
     def ranks(self, multiple: int = 1) -> list[Rank]:
         """Pairs of multiples in even steps of the channels, growing, that make the layer smaller."""
-        outputs, inputs = self.layer.weight.shape[:2]
+        outputs, inputs, kh, kw = self.layer.weight.shape
+        steps = [
+            [max(1, channels * k // _STEPS // multiple) * multiple for channels in (inputs, outputs)]
+            for k in range(1, _STEPS + 1)
+        ]
 
-        def step(channels: int, k: int) -> int:
-            return max(1, channels * k // _STEPS // multiple) * multiple
+        def used(rank: int, other: int) -> int:
+            """What of `rank` the core can use beside `other`, a multiple."""
+            return min(rank, -(-other * kh * kw // multiple) * multiple)
 
-        found = dict.fromkeys((step(inputs, k), step(outputs, k)) for k in range(1, _STEPS + 1))
+        found = dict.fromkeys((used(r_in, r_out), used(r_out, r_in)) for r_in, r_out in steps)
         return [pair for pair in found if self.problem(pair) is None]
 
     def weights(self, rank: Rank) -> int:

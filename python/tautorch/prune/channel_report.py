@@ -6,10 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 
-from tautorch._batches import Batch, call_model, training_modes_kept
+from tautorch._batches import Batch, call_model, left_as_it_is
 from tautorch.prune._tables import table, text
 
 if TYPE_CHECKING:
@@ -116,8 +115,7 @@ def measure(op: str, model: nn.Module, example: Batch) -> Measured:
     try:
         for name, module in modules.items():
             handles.append(module.register_forward_hook(watch(name)))
-        with training_modes_kept(model), torch.no_grad():
-            model.eval()
+        with left_as_it_is(model):
             call_model(op, model, example)
     finally:
         for handle in handles:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from tautorch._batches import Batch, call_model, training_modes_kept
+from tautorch._batches import Batch, call_model, left_as_it_is
 from tautorch._layers import own_weight, readers_of
 
 if TYPE_CHECKING:
@@ -106,7 +106,7 @@ def dependency_graph(op: str, model: nn.Module, example: Batch) -> torch_pruning
             raise ValueError(f"{op}: the model must return a tensor that its weights act on, got none")
         return found
 
-    with warnings.catch_warnings(), training_modes_kept(model), torch.enable_grad():
+    with warnings.catch_warnings(), left_as_it_is(model), torch.enable_grad():
         warnings.simplefilter("ignore")
         with _all_differentiable(model):
             return package.DependencyGraph().build_dependency(

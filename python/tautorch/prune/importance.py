@@ -13,11 +13,11 @@ from tautorch import distributed
 from tautorch._batches import (
     Batches,
     check_batches,
+    left_as_it_is,
     model_device,
     observe_inputs,
     require_seen,
     to_device,
-    training_modes_kept,
 )
 from tautorch._layers import Layer
 
@@ -117,8 +117,7 @@ def _gradient_scores(
     scores: dict[str, Tensor] = {}
     count = 0
     failure: Exception | None = None
-    with training_modes_kept(model), torch.enable_grad():
-        model.eval()
+    with left_as_it_is(model), torch.enable_grad():
         for weight in frozen:
             weight.requires_grad_(True)
         try:

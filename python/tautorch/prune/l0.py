@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from tautorch._layers import Layer, layer_groups, select_layers, take_off_parametrisation
+from tautorch.nn.tail import grid_of, kept_of
 from tautorch.prune.patterns import Blocks, Pattern, parse_pattern
 
 # The paper's: temperature, and the interval that the concrete distribution is stretched to.
@@ -50,23 +51,28 @@ class HardConcrete(nn.Module):
 
 
 class _BlockGate(HardConcrete):
-    """A parametrisation of a weight: each block times its gate."""
+    """A parametrisation of a weight: each block times its gate; what was pruned before stays zero."""
 
     #: For methods that need a plain weight.
     remedy = "call finalize() or remove() of its L0Gates first"
 
-    def __init__(self, weight: Tensor, form: Pattern, groups: int, keep: float) -> None:
-        blocks = Blocks.of("L0Gates", weight.detach().float(), form, groups)
-        super().__init__(tuple(blocks.scores.shape), keep, weight)
+    def __init__(self, layer: Layer, form: Pattern, keep: float) -> None:
+        mask, groups = kept_of(layer), layer_groups(layer)
+        counted = torch.ones_like(layer.weight, dtype=torch.float64) if mask is None else mask.double()
+        blocks = Blocks.of("L0Gates", counted, form, groups)
+        super().__init__(tuple(blocks.scores.shape), keep, layer.weight)
         self._form, self._groups = form, groups
-        self.register_buffer("sizes", blocks.sizes, persistent=False)
+        self.register_buffer("sizes", (blocks.scores * blocks.sizes).round().long(), persistent=False)
+        self.register_buffer("mask", mask)
         self.sizes: Tensor
+        self.mask: Tensor | None
 
     def forward(self, weight: Tensor) -> Tensor:
         gates = Blocks(self.log_alpha, self.sizes, self._form, self._groups, weight.shape).expand(
             self.gates()
         )
-        return weight * gates.to(weight.dtype)
+        gated = weight * gates.to(weight.dtype)
+        return gated if self.mask is None else gated.masked_fill(~self.mask, 0.0)
 
 
 class _ChannelGate(HardConcrete):
@@ -98,6 +104,7 @@ class L0Gates:
 
     The gates' parameters live in the model (its `parameters()` and `state_dict` have them) until `finalize`
     or `remove`. They need a far higher learning rate than weights: they move by units, weights by hundredths.
+    Weights that were pruned before stay zero, and are not counted among those below.
 
     Args:
         model: changed in place.
@@ -106,7 +113,8 @@ class L0Gates:
             ("channels"). n:m patterns, which fix the count, have nothing to train here.
         keep: the probability at the start that a gate is open, in (0, 1).
 
-    Raises ValueError for arguments out of range and for layers already gated, before anything changes.
+    Raises ValueError for arguments out of range and for layers already gated or quantised, before anything
+    changes.
     """
 
     def __init__(
@@ -126,6 +134,11 @@ class L0Gates:
         for name, layer in chosen.items():
             if "l0_gate" in layer._modules:
                 raise ValueError(f"{op}: layer {name!r} must have no gates yet; call finalize() or remove()")
+            if grid_of(layer) is not None:
+                raise ValueError(
+                    f"{op}: layer {name!r} must not be quantised yet, gates move weights off their grid; "
+                    "prune first"
+                )
             if not bool(torch.isfinite(layer.weight).all()):
                 raise ValueError(f"{op}: the weight of layer {name!r} must be finite, got NaN or Inf")
         self._model, self._layers = model, chosen
@@ -133,7 +146,7 @@ class L0Gates:
         self._hooks: list[Any] = []
         for name, layer in chosen.items():
             if form is not None:
-                block = _BlockGate(layer.weight, form, layer_groups(layer), keep)
+                block = _BlockGate(layer, form, keep)
                 self._gates[name] = block.train(layer.training)
                 parametrize.register_parametrization(layer, "weight", block)
             else:
@@ -178,7 +191,7 @@ class L0Gates:
         with torch.no_grad():
             gates = {name: _deterministic(gate) for name, gate in self._gates.items()}
         for name, values in gates.items():
-            if not bool(values.any()):
+            if not bool((values * self._gates[name].sizes).any()):
                 raise ValueError(
                     f"L0Gates: layer {name!r} must keep a gate open, got none; weigh the penalty less"
                 )
@@ -187,14 +200,19 @@ class L0Gates:
             for name, layer in self._layers.items():
                 gate = self._gates[name]
                 if isinstance(gate, _ChannelGate):
+                    before = kept_of(layer)
                     factor = gates[name].reshape(-1, *[1] * (layer.weight.dim() - 1))
                     layer.weight.mul_(factor.to(layer.weight.dtype))
                     if layer.bias is not None:
                         layer.bias.mul_(gates[name].to(layer.bias.dtype))
                     masks[name] = (factor != 0).expand_as(layer.weight).clone()
+                    if before is not None:
+                        masks[name] &= before
                 else:
                     blocks = Blocks(gates[name], gate.sizes, gate._form, gate._groups, layer.weight.shape)
                     masks[name] = blocks.expand(gates[name]) != 0
+                    if gate.mask is not None:
+                        masks[name] &= gate.mask
                     gate.eval()
         self._take_out(keep_gated=True)
         return masks

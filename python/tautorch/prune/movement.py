@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from tautorch._layers import select_layers
+from tautorch._layers import check_still_plain, select_layers
 
 
 class Movement:
@@ -53,6 +53,7 @@ class Movement:
         self._hook = optimizer.register_step_pre_hook(lambda *_: self._gather())
 
     def _gather(self) -> None:
+        check_still_plain("Movement", self._layers)
         with torch.no_grad():
             for name, layer in self._layers.items():
                 gradient = layer.weight.grad

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
@@ -198,9 +199,14 @@ class MaskHandle:
     def apply(self) -> None:
         """Set the masked weights to zero, now."""
         with torch.no_grad():
-            for name in self._masks:
-                weight = _weight(self._model, name)
+            for name, weight in self._held():
                 distributed.local_tensor(weight).masked_fill_(~self._part(name, weight), 0.0)
+
+    def _held(self) -> Iterator[tuple[str, Tensor]]:
+        """The weights by layer name, without those parametrised since: QAT, clusters and gates hold zeros."""
+        for name in self._masks:
+            if not parametrize.is_parametrized(self._model.get_submodule(name), "weight"):
+                yield name, _weight(self._model, name)
 
     def _part(self, name: str, weight: Tensor) -> Tensor:
         if name not in self._parts or self._parts[name].device != weight.device:
@@ -209,14 +215,13 @@ class MaskHandle:
 
     def mask_gradients(self) -> None:
         """Set the masked weights' gradients to zero, now: before their norm is taken, to clip by it."""
-        for name in self._masks:
-            weight = _weight(self._model, name)
+        for name, weight in self._held():
             if weight.grad is not None:
                 distributed.local_tensor(weight.grad).masked_fill_(~self._part(name, weight), 0.0)
 
     def held_weights(self) -> list[Tensor]:
         """The weights whose zeros it holds: what a `Distiller` asks before it trains a pruned student."""
-        return [_weight(self._model, name) for name in self._masks]
+        return [weight for _, weight in self._held()]
 
     def on_step(self, distiller: Any) -> None:
         """The Distiller's callback after each optimizer step."""
@@ -247,9 +252,13 @@ class MaskHandle:
 
 
 def _weight(model: nn.Module, name: str) -> Tensor:
-    weight = model.get_submodule(name).weight
+    layer = model.get_submodule(name)
+    weight = getattr(layer, "weight", None)
     if not isinstance(weight, Tensor):
-        raise TypeError(f"prune: layer {name!r} must have a weight tensor, got {type(weight).__name__}")
+        raise TypeError(
+            f"prune: layer {name!r} must have a weight tensor, got {type(layer).__name__}; remove() the "
+            "masks before the layer is replaced"
+        )
     return weight
 
 

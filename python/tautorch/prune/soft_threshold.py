@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from tautorch._layers import Layer, layer_groups, pruned_share, select_layers
+from tautorch._layers import Layer, check_still_plain, layer_groups, pruned_share, select_layers
 from tautorch.prune.patterns import Blocks, check_sparsity, parse_pattern
 
 #: One threshold for all layers, or one by layer name.
@@ -109,6 +109,7 @@ class SoftThreshold:
 
     def step(self) -> None:
         """One proximal step, now."""
+        check_still_plain("SoftThreshold", self._layers)
         self.steps_done += 1
         groups = _groups(self._optimizer)
         with torch.no_grad():

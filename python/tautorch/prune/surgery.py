@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from tautorch._batches import Batch, call_model, training_modes_kept
+from tautorch._batches import Batch, call_model, left_as_it_is
 from tautorch.prune.coupling import Coupled, dependency_graph, is_depthwise, tensors_of
 
 if TYPE_CHECKING:
@@ -55,9 +55,8 @@ class Snapshot:
 def outputs_of(op: str, model: nn.Module, example: Batch) -> list[Tensor]:
     """The model's outputs in eval mode, from the same random state every time."""
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
-    with training_modes_kept(model), torch.no_grad(), torch.random.fork_rng(devices=list(devices)):
+    with left_as_it_is(model), torch.random.fork_rng(devices=list(devices)):
         torch.manual_seed(0)
-        model.eval()
         return [tensor.clone() for tensor in tensors_of(call_model(op, model, example))]
 
 

@@ -85,7 +85,7 @@ def sensitivity(
     Args:
         bits, quant, layers, observer: as in `prepare_qat`; static ranges come from `batches`.
         metric: the model's quality, higher is better, asked in eval mode without gradients; the list is
-            ordered by its drop, without it by the SQNR of the model's outputs.
+            ordered by its drop, without it by the SQNR of the model's outputs; NaN is the dearest.
 
     Raises ValueError/TypeError as `prepare_qat`.
     """
@@ -127,8 +127,12 @@ def sensitivity(
         LayerCost(name, whole[name].decibels(), own[name].decibels(), drops.get(name), layer.weight.numel())
         for name, layer in targets.items()
     ]
-    costs.sort(key=lambda cost: (-(cost.metric_drop or 0.0), cost.output_sqnr))
+    costs.sort(key=lambda cost: tuple(_nan_first(x) for x in (-(cost.metric_drop or 0.0), cost.output_sqnr)))
     return Sensitivity(costs, normal)
+
+
+def _nan_first(value: float) -> float:
+    return -math.inf if math.isnan(value) else value
 
 
 class _Ratio:

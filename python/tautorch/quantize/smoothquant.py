@@ -20,11 +20,11 @@ from tautorch._batches import (
     Batches,
     call_model,
     check_batches,
+    left_as_it_is,
     model_device,
     observe_inputs,
     require_seen,
     to_device,
-    training_modes_kept,
 )
 from tautorch._layers import replace_layers, select_layers
 from tautorch.nn.tail import grid_of
@@ -159,9 +159,9 @@ def smooth(
     targets = {name: layer for name, layer in targets.items() if name in seen}
     found = {name: _merged(found.get(name), layer) for name, layer in targets.items()}
     samples = [to_device(held[index], model_device(model)) for index in kinds.values()]
-    with training_modes_kept(model), torch.no_grad():
-        model.eval()
+    with left_as_it_is(model) as kept:
         groups, before = agreed_absorbers("smooth", model, targets, samples)
+        kept.put_back()  # what runs leave behind may show in the next
         work = _Work(model, targets, found, alphas, quant)
         try:
             for absorber in reversed(groups):  # rows first, columns after, of a layer that is both

@@ -1,0 +1,106 @@
+"""A model that was run for its statistics is left as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tautorch import factorize, prune, quantize, students
+from tautorch._batches import left_as_it_is
+
+
+class Counting(nn.Module):
+    """Counts its calls in place, and keeps a running mean under a new tensor each time."""
+
+    calls: Tensor
+    mean: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+        self.register_buffer("mean", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        self.mean = 0.9 * self.mean + 0.1 * x.mean()
+        # By more than rounding: a run that finds another count gives another output.
+        return x * (1 + self.calls)
+
+
+def net() -> nn.Sequential:
+    return nn.Sequential(
+        nn.LayerNorm(32), nn.Linear(32, 64), Counting(), nn.ReLU(), nn.Linear(64, 64), nn.Linear(64, 4)
+    )
+
+
+def loss(model: nn.Module, batch: Tensor) -> Tensor:
+    found: Tensor = model(batch).square().mean()
+    return found
+
+
+def batches() -> list[Tensor]:
+    return [torch.randn(16, 32) for _ in range(3)]
+
+
+RUNS: dict[str, Callable[[nn.Module], Any]] = {
+    "gradient": lambda m: prune.prune(m, "gradient", calibration=batches(), loss=loss),
+    "activation": lambda m: prune.prune(m, "activation", calibration=batches()),
+    "speedup": lambda m: factorize.factorize(
+        m, speedup=1e-3, calibration=batches(), layers=["4"], compiled=lambda pair: pair
+    ),
+    "smooth": lambda m: quantize.smooth(m, batches()),
+    "gptq": lambda m: quantize.gptq(m, batches()),
+    "cost": lambda m: students.cost(m, batches()[0]),
+}
+
+
+@pytest.mark.parametrize("run", list(RUNS.values()), ids=list(RUNS))
+def test_buffers_are_put_back(run: Callable[[nn.Module], Any]) -> None:
+    model = net()
+    run(model)
+    counting = next(module for module in model.modules() if isinstance(module, Counting))
+    assert float(counting.calls) == 0.0 and float(counting.mean) == 0.0
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_pruned_channels_leave_counters(fails: bool) -> None:
+    pytest.importorskip("torch_pruning")
+    model = net()
+    cut = partial(prune.prune_channels, model, batches()[0], 0.5, round_to=4)
+    if fails:
+        with pytest.raises(ValueError, match="at least one channel must be removable"):
+            cut(protect=["1", "4", "5"])
+    else:
+        cut()
+        assert model[4].out_features == 32
+    assert float(model[2].calls) == 0.0
+
+
+def test_running_statistics_are_put_back() -> None:
+    model = nn.BatchNorm1d(3)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with left_as_it_is(model):
+        model.train()(torch.randn(8, 3) + 5)
+        assert not torch.equal(model.running_mean, before["running_mean"])
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_a_sensitivity_scan_may_estimate_batch_norms_anew() -> None:
+    model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 2)).eval()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    x = torch.randn(16, 4)
+
+    def evaluate(model: nn.Module) -> float:
+        model.train()
+        model(x)
+        model.eval()
+        return float(model(x).mean())
+
+    prune.sensitivity(model, evaluate)
+    quantize.sensitivity(model, [x], metric=evaluate)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
