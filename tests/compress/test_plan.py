@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from tautorch import storage
 from tautorch.compress import Report, plan
 from tautorch.compress.plan import compilable, compile_layers, describe_layer
+from tautorch.convert_report import ConvertReport
 from tautorch.factorize import factorize
 from tautorch.nn import Int8Conv2d, Int8Linear, LowRankLinear, PackedModule, SparseConv2d, SparseLinear
 from tautorch.prune import prune
@@ -250,6 +251,8 @@ ONE = make_batches()[0]
         (ONE, {"layers": "5"}, TypeError, "layers must be a list of names, got the string '5'"),
         (ONE, {"layers": ["head"]}, ValueError, "got 'head'; it has 0, 2, 5, 7, 9"),
         (ONE, {"max_error": -1.0}, ValueError, "max_error must be at least 0"),
+        (ONE, {"pattern": "3x3"}, ValueError, "sparse_linear: pattern must be one of .* got '3x3'"),
+        (ONE, {"report": ConvertReport()}, TypeError, "report must be a Report, got ConvertReport"),
         (ONE[:, :2], {}, RuntimeError, "expected input"),
     ],
 )  # fmt: skip

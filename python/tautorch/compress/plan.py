@@ -85,6 +85,9 @@ def compile_layers(
             `progress` raises, the model is as it was.
     """
     before = _checked_layers(model, layers, original)
+    SparseLinear(1, 1, pattern=pattern)  # refuses an unknown one
+    if report is not None and not isinstance(report, Report):
+        raise TypeError(f"compile_layers: report must be a Report, got {type(report).__name__}")
     batches = example_batches("compile_layers", example_inputs, model_device(model))
     refused = {
         name: why for name, layer in before.items() if (why := refusal(model, name) or _not_compiled(layer))
