@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -62,7 +63,7 @@ def fuse(
     names is folded.
 
     example_inputs: one batch; with it every traceable part is used, and the model's output is compared before
-        and after (an output without a float tensor leaves it out). Raises ValueError if the output moves by
+        and after (an output without a finite float leaves it out). Raises ValueError if the output moves by
         more than rounding, and if the model is in training mode; the model is then as it was.
     """
     if not isinstance(model, nn.Module):
@@ -74,9 +75,9 @@ def fuse(
     only = None if layers is None else set(layers)
     with torch.no_grad(), training_modes_kept(model):
         before = None if batch is None else _run(model, batch)
-        if batch is not None and not _floats(before):
+        if batch is not None and not any(bool(t.isfinite().any()) for t in _floats(before)):
             batch = None
-            lines.append("example_inputs: left out, as the output holds no float tensor to compare")
+            lines.append("example_inputs: left out, as the output holds no finite float to compare")
         undo = _Undo()
         try:
             for prefix, part in _parts(model, everything=batch is not None):
@@ -330,8 +331,10 @@ def _floats(output: object) -> list[torch.Tensor]:
 def _check_close(before: object, after: object) -> None:
     difference, norm = 0.0, 0.0
     for x, y in zip(_floats(before), _floats(after), strict=True):
-        difference += float((y.double() - x.double()).square().sum())
-        norm += float(x.double().square().sum())
+        finite = x.isfinite()  # logits that a mask took away are not
+        same = torch.equal(y.isfinite(), finite)
+        difference += float((y.double() - x.double())[finite].square().sum()) if same else math.inf
+        norm += float(x.double()[finite].square().sum())
     if not difference <= _TOLERANCE**2 * norm:
         raise ValueError(
             "fuse: nothing was changed, because the output moved by "
