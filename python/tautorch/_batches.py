@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import chain
@@ -79,6 +80,23 @@ def opened(value: Any) -> Any:
             depth -= 1
 
     return pytree.tree_map(inside, value)
+
+
+def output_tensors(value: Any) -> list[Tensor]:
+    """The tensors in what a model returned, those in dataclasses and other objects too."""
+    return [t for t in pytree.tree_leaves(opened(value)) if isinstance(t, Tensor)]
+
+
+def squared_change(before: Tensor, after: Tensor) -> tuple[float, float]:
+    """Squares of the change and of what was, summed; logits that a mask took away (-inf) stay out of both.
+
+    The change is infinite if other values than before are finite.
+    """
+    finite = before.isfinite()
+    if not torch.equal(after.isfinite(), finite):
+        return math.inf, float(before.double()[finite].square().sum())
+    x, y = before.double()[finite], after.double()[finite]
+    return float((y - x).square().sum()), float(x.square().sum())
 
 
 def _names(slots: str | Iterable[str]) -> Iterable[str]:

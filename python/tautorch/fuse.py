@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import ast
 import inspect
-import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,14 +16,14 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils import _pytree as pytree
 
 from tautorch._batches import (
     Batch,
     call_model,
     left_as_it_is,
     model_device,
-    opened,
+    output_tensors,
+    squared_change,
     to_device,
     training_modes_kept,
 )
@@ -324,17 +323,14 @@ def _fold_norm(layer: nn.Module, norm: _BatchNorm, undo: _Undo) -> None:
 
 def _floats(output: object) -> list[torch.Tensor]:
     """The float numbers of a model's output."""
-    tensors = [t for t in pytree.tree_leaves(opened(output)) if isinstance(t, torch.Tensor)]
-    return [t for t in tensors if t.is_floating_point() and t.numel()]
+    return [t for t in output_tensors(output) if t.is_floating_point() and t.numel()]
 
 
 def _check_close(before: object, after: object) -> None:
     difference, norm = 0.0, 0.0
     for x, y in zip(_floats(before), _floats(after), strict=True):
-        finite = x.isfinite()  # logits that a mask took away are not
-        same = torch.equal(y.isfinite(), finite)
-        difference += float((y.double() - x.double())[finite].square().sum()) if same else math.inf
-        norm += float(x.double()[finite].square().sum())
+        change, was = squared_change(x, y)
+        difference, norm = difference + change, norm + was
     if not difference <= _TOLERANCE**2 * norm:
         raise ValueError(
             "fuse: nothing was changed, because the output moved by "
