@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from tautorch.compress import Report
+from tautorch.compress import Report, compile_layers
 from tautorch.convert import convert
 from tautorch.convert_report import ConvertReport
 from tautorch.factorize import FactorizedLinear
@@ -658,6 +658,26 @@ def test_a_layer_whose_error_is_not_known_stays_under_a_limit() -> None:
 def test_limits_that_make_no_sense(limit: float, inputs: Tensor | None, match: str) -> None:
     with pytest.raises(ValueError, match=match):
         convert(mlp(), {"0": Int8Linear.from_float}, inputs, max_error=limit)
+
+
+class Mapped(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.each = nn.Linear(16, 16), nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.vmap(self.each)(self.first(x))
+
+
+def test_a_layer_inside_vmap_is_refused_by_name() -> None:
+    model, x, int8 = Mapped().eval(), torch.randn(4, 16), Int8Linear.from_float
+    with pytest.raises(ValueError, match=r"convert: layer 'each' must not run inside torch.vmap"):
+        convert(model, {"first": int8, "each": int8}, x)
+    with pytest.raises(ValueError, match=r"calibrate: layer 'each' must not run inside torch.vmap"):
+        calibrate(model, [x])
+    assert type(model.first) is nn.Linear
+    compile_layers(model, [x], [x], layers=["first"], gate=False)
+    assert type(model.first) is Int8Linear and type(model.each) is nn.Linear
 
 
 @pytest.mark.parametrize("name", ["seconds", "min_speedup"])

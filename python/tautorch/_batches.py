@@ -230,6 +230,15 @@ def run_calibration(op: str, model: nn.Module, batches: Batches) -> int:
     return count
 
 
+def refuse_transformed(op: str, name: str) -> None:
+    """ValueError inside torch.vmap and the like: what a layer gets there cannot be read or kept."""
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        raise ValueError(
+            f"{op}: layer {name!r} must not run inside torch.vmap or another transform of torch.func, where "
+            "its inputs cannot be seen; leave it out"
+        )
+
+
 def observe_inputs(
     op: str,
     model: nn.Module,
@@ -247,6 +256,7 @@ def observe_inputs(
 
     def watch(name: str, layer: _M) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            refuse_transformed(op, name)
             x: Tensor = (args[0] if args else kwargs["input"]).detach()
             if not bool(torch.isfinite(x).all()):
                 raise ValueError(
