@@ -92,6 +92,12 @@ def test_a_busy_machine_is_told(short: None, monkeypatch: pytest.MonkeyPatch) ->
     assert "40% of the samples were disturbed" in RUNNER.invoke(cli.app, ["bench", "--kernel", BEST]).output
 
 
+def test_a_kernel_named_twice_is_timed_once(short: None) -> None:
+    assert len(bench.run(["scalar", "scalar"], quick=True).rows) == len(
+        bench.run(["scalar"], quick=True).rows
+    )
+
+
 def test_kernels_that_do_not_run_here() -> None:
     result = RUNNER.invoke(cli.app, ["bench", "--kernel", "sve9"])
     assert result.exit_code == 2

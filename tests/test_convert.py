@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from tautorch.compress import Report, compile_layers
 from tautorch.convert import convert
 from tautorch.convert_report import ConvertReport
 from tautorch.factorize import FactorizedLinear
@@ -657,6 +658,41 @@ def test_a_layer_whose_error_is_not_known_stays_under_a_limit() -> None:
 def test_limits_that_make_no_sense(limit: float, inputs: Tensor | None, match: str) -> None:
     with pytest.raises(ValueError, match=match):
         convert(mlp(), {"0": Int8Linear.from_float}, inputs, max_error=limit)
+
+
+class Mapped(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.each = nn.Linear(16, 16), nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.vmap(self.each)(self.first(x))
+
+
+def test_a_layer_inside_vmap_is_refused_by_name() -> None:
+    model, x, int8 = Mapped().eval(), torch.randn(4, 16), Int8Linear.from_float
+    with pytest.raises(ValueError, match=r"convert: layer 'each' must not run inside torch.vmap"):
+        convert(model, {"first": int8, "each": int8}, x)
+    with pytest.raises(ValueError, match=r"calibrate: layer 'each' must not run inside torch.vmap"):
+        calibrate(model, [x])
+    assert type(model.first) is nn.Linear
+    compile_layers(model, [x], [x], layers=["first"], gate=False)
+    assert type(model.first) is Int8Linear and type(model.each) is nn.Linear
+
+
+@pytest.mark.parametrize("name", ["seconds", "min_speedup"])
+@pytest.mark.parametrize("value", [-1.0, float("nan"), float("inf")])
+def test_numbers_that_make_no_sense(name: str, value: float) -> None:
+    options: Any = {name: value}
+    with pytest.raises(ValueError, match=f"{name} must be at least 0 and finite, got {value}"):
+        convert(mlp(), {}, torch.ones(1, 16), gate=True, **options)
+
+
+def test_a_report_of_another_kind_changes_nothing() -> None:
+    model, report = mlp(), Report("of compile_layers")
+    with pytest.raises(TypeError, match="convert: report must be a ConvertReport, got Report"):
+        convert(model, {"0": Int8Linear.from_float}, report=report)  # type: ignore[arg-type]
+    assert type(model[0]) is nn.Linear
 
 
 class Wraps(nn.Module):

@@ -82,6 +82,12 @@ def test_arguments_of_every_kind(model: Model) -> None:
     assert tautorch.explain(model, {"x": x}) == expected
 
 
+def test_a_layer_that_is_given_its_input_by_keyword() -> None:
+    layer, x = Int8Linear.from_float(nn.Linear(16, 8)), torch.randn(3, 16)
+    assert " on float32 [3, 16], called " in tautorch.explain(layer, x)
+    assert tautorch.explain(layer, {"input": x}) == tautorch.explain(layer, x)
+
+
 def test_the_forced_kernel_is_the_one_that_ran(model: Model) -> None:
     with dispatch.force("int8_linear", "scalar"):
         lines = paragraph(tautorch.explain(model, torch.randn(1, 3, 4, 4)), "out: Int8Linear(")

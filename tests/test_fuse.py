@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributions import Normal
 
 from tautorch.convert import convert
-from tautorch.fuse import fuse
+from tautorch.fuse import _check_close, fuse
 from tautorch.nn import MODULES, Int8Linear
 
 
@@ -616,7 +616,42 @@ def test_an_output_without_float_numbers_confirms_nothing(wrap: Any) -> None:
     lines: list[str] = []
     fuse(model, torch.randn(3, 4), report=lines)
     assert type(model.features[1]) is nn.BatchNorm1d
-    assert lines == ["example_inputs: left out, as the output holds no float tensor to compare"]
+    assert lines == ["example_inputs: left out, as the output holds no finite float to compare"]
+
+
+class Masked(nn.Module):
+    """A policy that some actions are forbidden; with `read` something reads inside its body."""
+
+    def __init__(self, read: bool = False) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.ReLU())
+        self.read = read
+
+    def forward(self, x: Tensor) -> Tensor:
+        if bool((x > 100).any()):  # no trace of this
+            raise ValueError
+        y = self.body[0](x) if self.read else self.body(x)
+        return y.masked_fill(x < 0, float("-inf"))
+
+
+def test_masked_logits_are_compared_where_they_are_finite() -> None:
+    x = torch.randn(4, 8)
+    model = randomise(Masked())
+    expected = model(x)
+    fuse(model, x)
+    assert type(model.body[1]) is nn.Identity
+    torch.testing.assert_close(model(x), expected)
+    with pytest.raises(ValueError, match="the output moved by"):
+        fuse(randomise(Masked(read=True)), x)
+
+
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
+def test_an_output_that_is_no_longer_finite_has_moved(wrong: float) -> None:
+    x = torch.ones(3)
+    with pytest.raises(ValueError, match="moved by"):
+        _check_close(x, torch.tensor([1.0, 1.0, wrong]))
+    with pytest.raises(ValueError, match="moved by"):
+        _check_close(torch.tensor([1.0, 1.0, wrong]), x)
 
 
 def test_bad_arguments() -> None:

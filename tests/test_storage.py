@@ -6,6 +6,7 @@ import copy
 import hashlib
 import json
 import os
+import signal
 import stat
 import struct
 import subprocess
@@ -312,6 +313,27 @@ def test_bad_places(tmp_path: Path) -> None:
         save(nn.Linear(2, 2), tmp_path / "none" / "m.safetensors")
     with pytest.raises(FileNotFoundError):
         load(tmp_path / "none.safetensors", lambda: nn.Linear(2, 2))
+
+
+@pytest.mark.skipif(os.name != "posix", reason="limits of POSIX")
+@pytest.mark.parametrize("encode", [None, "entropy"])
+def test_a_full_disk_is_an_oserror(path: Path, encode: Any) -> None:
+    if encode is not None:
+        pytest.importorskip("constriction")
+    resource = pytest.importorskip("resource")
+    save(nn.Linear(2, 2), path)
+    before = path.read_bytes()
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))  # as if no more bytes were free
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            save(nn.Linear(64, 64), path, encode=encode)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, ignored)
+    assert path.read_bytes() == before
+    assert [p.name for p in path.parent.iterdir()] == [path.name]
 
 
 @pytest.mark.skipif(os.name != "posix", reason="modes and links of POSIX")

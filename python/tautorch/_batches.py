@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import chain
@@ -79,6 +80,23 @@ def opened(value: Any) -> Any:
             depth -= 1
 
     return pytree.tree_map(inside, value)
+
+
+def output_tensors(value: Any) -> list[Tensor]:
+    """The tensors in what a model returned, those in dataclasses and other objects too."""
+    return [t for t in pytree.tree_leaves(opened(value)) if isinstance(t, Tensor)]
+
+
+def squared_change(before: Tensor, after: Tensor) -> tuple[float, float]:
+    """Squares of the change and of what was, summed; logits that a mask took away (-inf) stay out of both.
+
+    The change is infinite if other values than before are finite.
+    """
+    finite = before.isfinite()
+    if not torch.equal(after.isfinite(), finite):
+        return math.inf, float(before.double()[finite].square().sum())
+    x, y = before.double()[finite], after.double()[finite]
+    return float((y - x).square().sum()), float(x.square().sum())
 
 
 def _names(slots: str | Iterable[str]) -> Iterable[str]:
@@ -219,6 +237,15 @@ def run_calibration(op: str, model: nn.Module, batches: Batches) -> int:
     return count
 
 
+def refuse_transformed(op: str, name: str) -> None:
+    """ValueError inside torch.vmap and the like: what a layer gets there cannot be read or kept."""
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        raise ValueError(
+            f"{op}: layer {name!r} must not run inside torch.vmap or another transform of torch.func, where "
+            "its inputs cannot be seen; leave it out"
+        )
+
+
 def observe_inputs(
     op: str,
     model: nn.Module,
@@ -236,6 +263,7 @@ def observe_inputs(
 
     def watch(name: str, layer: _M) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            refuse_transformed(op, name)
             x: Tensor = (args[0] if args else kwargs["input"]).detach()
             if not bool(torch.isfinite(x).all()):
                 raise ValueError(

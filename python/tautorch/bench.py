@@ -86,7 +86,7 @@ def run(names: list[str], *, quick: bool = False, note: Callable[[str], None] = 
         ValueError: a name that is no kernel of this CPU.
         AssertionError: a kernel computed something wrong.
     """
-    here = kernels()
+    here, names = kernels(), list(dict.fromkeys(names))
     for name in names:
         if name not in here:
             raise ValueError(f"bench: kernel must be one this CPU runs ({', '.join(here)}), got {name!r}")

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from tautorch._batches import call_model
+from tautorch._batches import call_model, refuse_transformed
 
 
 @dataclass
@@ -60,6 +60,7 @@ def capture(
     seen: dict[str, dict[tuple[Any, ...], Call]] = {name: {} for name in layers}
 
     def note(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        refuse_transformed(op, name)
         call = Call(args, kwargs)
         key = call.signature()
         if key not in seen[name]:

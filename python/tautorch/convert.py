@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -65,7 +66,10 @@ def convert(
     Runs leave no trace, but for what the model's own forward writes into buffers of over 64 MB or into lists.
     """
     layers = _checked_layers(model, plan, example_inputs, gate)
+    _check_numbers(min_speedup, seconds)
     _check_max_error(max_error, example_inputs)
+    if report is not None and not isinstance(report, ConvertReport):
+        raise TypeError(f"convert: report must be a ConvertReport, got {type(report).__name__}")
     modes = {name: layer.training for name, layer in layers.items()}
     batches = (
         [] if example_inputs is None else example_batches("convert", example_inputs, model_device(model))
@@ -138,6 +142,12 @@ def _checked_layers(
             problems.append(f"{name!r}: {reason}")
     _raise_if(problems)
     return {name: modules[name] for name in plan}
+
+
+def _check_numbers(min_speedup: float, seconds: float) -> None:
+    for name, value in (("min_speedup", min_speedup), ("seconds", seconds)):
+        if not 0 <= value < math.inf:  # NaN too
+            raise ValueError(f"convert: {name} must be at least 0 and finite, got {value}")
 
 
 def _check_max_error(max_error: float | None, example_inputs: object) -> None:

@@ -114,8 +114,9 @@ def _shortened(names: list[str], most: int = 6) -> str:
 def _watched(layers: dict[str, PackedModule], seen: dict[str, _Seen]) -> Iterator[None]:
     """Note what each layer gets and which kernel runs it."""
 
-    def before(name: str, layer: PackedModule, args: tuple[Any, ...]) -> None:
-        tensor = args[0] if args and isinstance(args[0], Tensor) else None
+    def before(name: str, layer: PackedModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        given = args[0] if args else kwargs.get("input")
+        tensor = given if isinstance(given, Tensor) else None
         note = seen.setdefault(name, _Seen())
         if tensor is not None:
             what = f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
@@ -131,7 +132,10 @@ def _watched(layers: dict[str, PackedModule], seen: dict[str, _Seen]) -> Iterato
     handles = []
     for name, layer in layers.items():
         handles.append(
-            layer.register_forward_pre_hook(lambda m, args, name=name, layer=layer: before(name, layer, args))
+            layer.register_forward_pre_hook(
+                lambda m, args, kwargs, name=name, layer=layer: before(name, layer, args, kwargs),
+                with_kwargs=True,
+            )
         )
         handles.append(
             layer.register_forward_hook(lambda m, args, y, name=name, layer=layer: after(name, layer))

@@ -16,14 +16,14 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils import _pytree as pytree
 
 from tautorch._batches import (
     Batch,
     call_model,
     left_as_it_is,
     model_device,
-    opened,
+    output_tensors,
+    squared_change,
     to_device,
     training_modes_kept,
 )
@@ -62,7 +62,7 @@ def fuse(
     names is folded.
 
     example_inputs: one batch; with it every traceable part is used, and the model's output is compared before
-        and after (an output without a float tensor leaves it out). Raises ValueError if the output moves by
+        and after (an output without a finite float leaves it out). Raises ValueError if the output moves by
         more than rounding, and if the model is in training mode; the model is then as it was.
     """
     if not isinstance(model, nn.Module):
@@ -74,9 +74,9 @@ def fuse(
     only = None if layers is None else set(layers)
     with torch.no_grad(), training_modes_kept(model):
         before = None if batch is None else _run(model, batch)
-        if batch is not None and not _floats(before):
+        if batch is not None and not any(bool(t.isfinite().any()) for t in _floats(before)):
             batch = None
-            lines.append("example_inputs: left out, as the output holds no float tensor to compare")
+            lines.append("example_inputs: left out, as the output holds no finite float to compare")
         undo = _Undo()
         try:
             for prefix, part in _parts(model, everything=batch is not None):
@@ -323,15 +323,14 @@ def _fold_norm(layer: nn.Module, norm: _BatchNorm, undo: _Undo) -> None:
 
 def _floats(output: object) -> list[torch.Tensor]:
     """The float numbers of a model's output."""
-    tensors = [t for t in pytree.tree_leaves(opened(output)) if isinstance(t, torch.Tensor)]
-    return [t for t in tensors if t.is_floating_point() and t.numel()]
+    return [t for t in output_tensors(output) if t.is_floating_point() and t.numel()]
 
 
 def _check_close(before: object, after: object) -> None:
     difference, norm = 0.0, 0.0
     for x, y in zip(_floats(before), _floats(after), strict=True):
-        difference += float((y.double() - x.double()).square().sum())
-        norm += float(x.double().square().sum())
+        change, was = squared_change(x, y)
+        difference, norm = difference + change, norm + was
     if not difference <= _TOLERANCE**2 * norm:
         raise ValueError(
             "fuse: nothing was changed, because the output moved by "

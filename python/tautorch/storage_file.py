@@ -76,7 +76,10 @@ def write(path: str | PathLike[str], tensors: dict[str, torch.Tensor], document:
     text = as_text(document | {"sha256": {name: digest(value) for name, value in tensors.items()}})
     metadata = {"format": "pt", _DOCUMENT: text, _DIGEST: hashlib.sha256(text.encode()).hexdigest()}
     with replacing(path) as temporary:
-        save_file(tensors, temporary, metadata)
+        try:
+            save_file(tensors, temporary, metadata)
+        except SafetensorError as error:  # its own of what the system said; nothing else can be wrong by now
+            raise OSError(f"save: cannot write {os.fspath(path)!r}: {error}") from error
 
 
 def as_text(document: dict[str, Any]) -> str:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from tautorch import storage
 from tautorch.compress import Report, plan
 from tautorch.compress.plan import compilable, compile_layers, describe_layer
+from tautorch.convert_report import ConvertReport
 from tautorch.factorize import factorize
 from tautorch.nn import Int8Conv2d, Int8Linear, LowRankLinear, PackedModule, SparseConv2d, SparseLinear
 from tautorch.prune import prune
@@ -216,6 +217,30 @@ def test_a_convolution_that_no_kernel_pads_stays() -> None:
     assert second.replaced and isinstance(model[1], Int8Conv2d)
 
 
+class Doubts(nn.Module):
+    """A layer in float64, one of too many inputs, and one that sees what a mask leaves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.exact = nn.Linear(32, 16), nn.Linear(16, 8, dtype=torch.float64)
+        self.wide, self.masked = nn.Linear(66_312, 1), nn.Linear(16, 8)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        h = self.a(x)
+        wide = self.wide(h.new_ones(1, 66_312))
+        return self.exact(h.double()), wide, self.masked(h.masked_fill(h < 0, float("-inf")))
+
+
+def test_what_no_kernel_takes_stays_and_layers_not_chosen_are_not_calibrated() -> None:
+    model, x = Doubts().eval(), torch.randn(4, 32)
+    a, exact, wide = compile_layers(model, [x], [x], layers=["a", "exact", "wide"], gate=False)
+    assert a.replaced and isinstance(model.a, Int8Linear)
+    assert not exact.replaced and exact.reason.startswith("kept: its weight is torch.float64")
+    assert not wide.replaced and "K must be at most 66311" in wide.reason
+    with pytest.raises(ValueError, match=r"compile_layers: calibration must give finite .* 'masked'"):
+        compile_layers(Doubts().eval(), [x], [x], gate=False)
+
+
 def state_of(model: nn.Module) -> tuple[list[tuple[str, nn.Module]], list[tuple[str, Tensor]]]:
     """Every module and tensor there is, themselves; but of packed layers, which pack when they run."""
     modules = list(model.named_modules())
@@ -250,6 +275,8 @@ ONE = make_batches()[0]
         (ONE, {"layers": "5"}, TypeError, "layers must be a list of names, got the string '5'"),
         (ONE, {"layers": ["head"]}, ValueError, "got 'head'; it has 0, 2, 5, 7, 9"),
         (ONE, {"max_error": -1.0}, ValueError, "max_error must be at least 0"),
+        (ONE, {"pattern": "3x3"}, ValueError, "sparse_linear: pattern must be one of .* got '3x3'"),
+        (ONE, {"report": ConvertReport()}, TypeError, "report must be a Report, got ConvertReport"),
         (ONE[:, :2], {}, RuntimeError, "expected input"),
     ],
 )  # fmt: skip

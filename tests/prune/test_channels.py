@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -362,3 +363,25 @@ def test_without_torch_pruning_it_says_what_to_install(monkeypatch: pytest.Monke
     monkeypatch.setitem(sys.modules, "torch_pruning", None)
     with pytest.raises(ImportError, match=r"pip install 'tautorch\[channels\]'"):
         prune_channels(ResNet(), IMAGE)
+
+
+class InObject(nn.Module):
+    """Returns its logits plainly, or in an object, beside what the head reads."""
+
+    def __init__(self, wrap: Any) -> None:
+        super().__init__()
+        self.inner, self.head, self.wrap = nn.Linear(32, 64), nn.Linear(64, 8), wrap
+
+    def forward(self, x: Tensor) -> Any:
+        hidden = F.relu(self.inner(x))
+        return self.wrap(self.head(hidden), hidden)
+
+
+def test_outputs_in_objects_are_outputs() -> None:
+    x = torch.randn(4, 32)
+    model = InObject(lambda y, hidden: types.SimpleNamespace(y=y)).eval()
+    prune_channels(model, x, sparsity=0.5)
+    assert model.inner.out_features == 32
+    for wrap in (lambda y, hidden: (y, hidden), lambda y, hidden: (y, types.SimpleNamespace(h=hidden))):
+        with pytest.raises(ValueError, match="inner: its channels are outputs of the model"):
+            prune_channels(InObject(wrap).eval(), x, sparsity=0.5)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -87,6 +88,23 @@ def test_the_bad_layer_heads_the_list_and_the_metric_rules(quant: str) -> None:
     assert lines[0].split() == ["layer", "output", "SQNR", "layer", "SQNR", "parameters", "metric", "drop"]
     assert lines[1].split()[0] == "first"
     assert len(lines) == 4
+
+
+def test_masked_logits_in_an_object_count_where_they_are_finite() -> None:
+    class Policy(nn.Module):
+        def __init__(self, wrap: Any) -> None:
+            super().__init__()
+            self.head, self.wrap = nn.Linear(16, 8), wrap
+
+        def forward(self, x: Tensor) -> Any:
+            return self.wrap(self.head(x).masked_fill(x[:, :8] < 0, float("-inf")))
+
+    x = torch.randn(64, 16)
+    plain = Policy(lambda y: y[y.isfinite()])
+    held = Policy(lambda y: SimpleNamespace(logits=y))
+    held.load_state_dict(plain.state_dict())
+    (wanted,), (found,) = sensitivity(plain.eval(), [x]).layers, sensitivity(held.eval(), [x]).layers
+    assert found.output_sqnr == pytest.approx(wanted.output_sqnr) and 20 < found.output_sqnr < 80
 
 
 def test_a_layer_that_is_exact_costs_nothing() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -279,6 +280,38 @@ def test_alpha_is_chosen_by_the_error_and_none_of_them_may_win() -> None:
     smooth(model, [x], alpha=[0.25, 0.5, 0.75], report=report)
     assert report[1].alpha == min(errors, key=lambda a: errors[a])
     assert report[1].error_after < 0.3 * report[1].error_before
+
+
+@dataclass
+class Out:
+    logits: Tensor
+    hidden: Tensor
+
+
+class Returns(nn.Module):
+    """A policy that returns its logits, some of which a mask took away, beside what its head reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.head = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 8)
+
+    def forward(self, x: Tensor) -> Out:
+        hidden = self.norm(x)
+        return Out(self.head(hidden).masked_fill(x[:, :8] < 0, float("-inf")), hidden)
+
+
+def test_what_an_object_returns_stays_and_masked_logits_are_no_error() -> None:
+    model = Returns().eval()
+    with torch.no_grad():
+        model.norm.weight[::8] *= 50
+        x = torch.randn(16, WIDTH)
+        expected, report = model(x), list[Smoothed]()
+        smooth(model, [x], report=report)
+        found = model(x)
+    assert [(entry.layers, entry.into) for entry in report] == [(("head",), None)]
+    assert report[0].alpha is not None  # it was smoothed, by a multiplication of its own
+    torch.testing.assert_close(found.hidden, expected.hidden)
+    torch.testing.assert_close(found.logits, expected.logits, rtol=1e-4, atol=1e-3)
 
 
 def test_dead_channels_keep_scale_one() -> None:

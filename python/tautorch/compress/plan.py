@@ -13,7 +13,14 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from tautorch._batches import Batch, call_model, example_batches, left_as_it_is, model_device
+from tautorch._batches import (
+    Batch,
+    call_model,
+    example_batches,
+    left_as_it_is,
+    model_device,
+    require_seen,
+)
 from tautorch.compress.report import Layer, Report
 from tautorch.convert import convert
 from tautorch.convert_candidate import Candidate, OutputError
@@ -31,7 +38,8 @@ from tautorch.nn import (
 )
 from tautorch.nn.tail import grid_of, left_by_quantize
 from tautorch.ownership import ReadWatch, refusal
-from tautorch.quantize import QParams, calibrate
+from tautorch.quantize import QParams
+from tautorch.quantize.calibration import input_ranges
 
 Factory = Callable[[Any], nn.Module]
 
@@ -59,8 +67,9 @@ def compile_layers(
 
     A layer with at least half of its weights pruned is offered a sparse kernel and, where that loses, a dense
     int8 one; a factorised layer a low-rank one; any other layer the dense int8 one. A layer that static QAT
-    left on its grid keeps the scales it learned; one that `convert` refuses (tied, read by others) stays.
-    Activations that follow a replaced layer are fused into it.
+    left on its grid keeps the scales it learned; one that `convert` refuses (tied, read by others) or that no
+    kernel takes (float64, more than 66,311 inputs to a sum) stays. Activations that follow a replaced layer
+    are fused into it.
 
     Args:
         model: in eval mode; batch norms folded (`tautorch.fuse`) if they are to be quantised with the layer.
@@ -85,6 +94,9 @@ def compile_layers(
             `progress` raises, the model is as it was.
     """
     before = _checked_layers(model, layers, original)
+    SparseLinear(1, 1, pattern=pattern)  # refuses an unknown one
+    if report is not None and not isinstance(report, Report):
+        raise TypeError(f"compile_layers: report must be a Report, got {type(report).__name__}")
     batches = example_batches("compile_layers", example_inputs, model_device(model))
     refused = {
         name: why for name, layer in before.items() if (why := refusal(model, name) or _not_compiled(layer))
@@ -103,11 +115,8 @@ def compile_layers(
                 if progress is not None:
                     progress(name)
         free = {name: layer for name, layer in before.items() if name not in records}
-        scales = calibrate(model, calibration, observer=observer) if free else {}
-        offers = {
-            name: _offers(layer, scales.get(name) or scales.get(f"{name}.down"), pattern)
-            for name, layer in free.items()
-        }
+        scales = _scales(model, calibration, free, observer) if free else {}
+        offers = {name: _offers(layer, scales.get(name), pattern) for name, layer in free.items()}
         while plan := {name: waiting[0] for name, waiting in offers.items() if waiting}:
             done = ConvertReport()
             convert(model, plan, batches, gate=gate, max_error=max_error, seconds=seconds, report=done)
@@ -231,21 +240,38 @@ def compilable(model: nn.Module) -> list[str]:
     return found
 
 
+def _first(layer: nn.Module) -> Any:
+    """The layer that the input goes into."""
+    return layer.down if isinstance(layer, (FactorizedLinear, FactorizedConv2d)) else layer
+
+
 def _not_compiled(layer: nn.Module) -> str | None:
     """Why no compiled layer can take this one's place, None if one can."""
-    first = layer.down if isinstance(layer, (FactorizedLinear, FactorizedConv2d)) else layer
-    if isinstance(first, nn.Conv2d):
-        try:
-            Int8Conv2d._arguments(first)  # of its padding mode
-        except (TypeError, ValueError) as error:
-            return str(error)
+    first = _first(layer)
+    if first.weight.dtype == torch.float64:
+        return "its weight is torch.float64; compiled layers take float32, bfloat16 and float16"
+    try:
+        kind = Int8Conv2d if isinstance(first, nn.Conv2d) else Int8Linear
+        kind(**kind._arguments(first) | {"device": "meta"})  # padding mode, inputs to a sum
+    except (TypeError, ValueError) as error:
+        return str(error)
     return None
+
+
+def _scales(
+    model: nn.Module, calibration: Iterable[Batch], layers: Mapping[str, nn.Module], observer: str
+) -> dict[str, QParams]:
+    """The static scale of each layer's input; none of a layer that calibration does not reach."""
+    inputs = {name: _first(layer) for name, layer in layers.items()}
+    found = input_ranges("compile_layers", model, calibration, inputs, observer)
+    require_seen("compile_layers", inputs, set(found), named=False)
+    return found
 
 
 def _offers(layer: nn.Module, scale: QParams | None, pattern: str) -> list[Factory]:
     """Makers of compiled layers to try in turn, the one that promises most first."""
     quant: dict[str, Any] = {"quant": "dynamic"}
-    first = layer.down if isinstance(layer, (FactorizedLinear, FactorizedConv2d)) else layer
+    first = _first(layer)
     if left_by_quantize(first, "x_scale") is not None and grid_of(first) is not None:
         quant = {"quant": "static"}  # `from_float` takes the scale that QAT learned
     elif scale is not None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from tautorch._batches import Batch, call_model, left_as_it_is
+from tautorch._batches import Batch, call_model, left_as_it_is, output_tensors
 from tautorch._layers import own_weight, readers_of
 
 if TYPE_CHECKING:
@@ -72,16 +72,6 @@ def require_torch_pruning(op: str) -> Any:
     return package
 
 
-def tensors_of(value: Any) -> list[Tensor]:
-    """Every tensor in nested tuples, lists and mappings."""
-    if isinstance(value, Tensor):
-        return [value]
-    parts = (
-        value.values() if isinstance(value, Mapping) else value if isinstance(value, (list, tuple)) else ()
-    )
-    return [tensor for part in parts for tensor in tensors_of(part)]
-
-
 @contextmanager
 def _all_differentiable(model: nn.Module) -> Iterator[None]:
     """The graph is read off autograd, which passes over what is frozen."""
@@ -101,7 +91,7 @@ def dependency_graph(op: str, model: nn.Module, example: Batch) -> torch_pruning
 
     def outputs(out: Any) -> list[Tensor]:
         # Each output gets a node of its own, also where it is read further inside the model.
-        found = [t * 1 for t in tensors_of(out) if t.requires_grad]
+        found = [t * 1 for t in output_tensors(out) if t.requires_grad]
         if not found:
             raise ValueError(f"{op}: the model must return a tensor that its weights act on, got none")
         return found

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from tautorch._batches import Batch, call_model, left_as_it_is
-from tautorch.prune.coupling import Coupled, dependency_graph, is_depthwise, tensors_of
+from tautorch._batches import Batch, call_model, left_as_it_is, output_tensors
+from tautorch.prune.coupling import Coupled, dependency_graph, is_depthwise
 
 if TYPE_CHECKING:
     import torch_pruning
@@ -57,7 +57,7 @@ def outputs_of(op: str, model: nn.Module, example: Batch) -> list[Tensor]:
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
     with left_as_it_is(model), torch.random.fork_rng(devices=list(devices)):
         torch.manual_seed(0)
-        return [tensor.clone() for tensor in tensors_of(call_model(op, model, example))]
+        return [tensor.clone() for tensor in output_tensors(call_model(op, model, example))]
 
 
 def cut(

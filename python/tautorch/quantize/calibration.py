@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 from torch import Tensor, nn
 
@@ -42,12 +42,26 @@ def calibrate(
 
     Raises ValueError for an unknown observer, an empty calibration, and NaN or Inf in a layer's input.
     """
+    targets = select_layers("calibrate", model, layers)
+    found = input_ranges("calibrate", model, batches, targets, observer, symmetric)
+    require_seen("calibrate", targets, set(found), named=layers is not None)
+    return found
+
+
+def input_ranges(
+    op: str,
+    model: nn.Module,
+    batches: Batches,
+    layers: Mapping[str, Layer],
+    observer: str | Callable[[], Observer] = "mse",
+    symmetric: bool = False,
+) -> dict[str, QParams]:
+    """What `calibrate` returns, of these layers; those that never ran are left out. `op` is for messages."""
     if isinstance(observer, str) and observer not in OBSERVERS:
         raise ValueError(
-            f"calibrate: observer must be one of {', '.join(OBSERVERS)} or make one, got {observer!r}"
+            f"{op}: observer must be one of {', '.join(OBSERVERS)} or make one, got {observer!r}"
         )
     make = OBSERVERS[observer] if isinstance(observer, str) else observer
-    targets = select_layers("calibrate", model, layers)
     observers: dict[str, Observer] = {}
 
     def see(name: str, layer: Layer, x: Tensor) -> None:
@@ -55,10 +69,9 @@ def calibrate(
             observers[name] = make()
         observers[name].observe(x)
 
-    seen = observe_inputs("calibrate", model, targets, batches, see)
-    require_seen("calibrate", targets, seen, named=layers is not None)
+    seen = observe_inputs(op, model, layers, batches, see)
     found: dict[str, QParams] = {}
-    for name in (name for name in targets if name in seen):
+    for name in (name for name in layers if name in seen):
         mine = observers[name] if name in observers else make()
         if distributed.active():
             mine.all_reduce()

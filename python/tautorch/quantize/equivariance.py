@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
 from tautorch import distributed
-from tautorch._batches import call_model
+from tautorch._batches import call_model, output_tensors
 from tautorch._layers import own_weight, readers_of
 from tautorch.quantize.record import Step, Trace, record
 
@@ -75,7 +75,7 @@ class Paths:
             name = self._reader(step)
             if name is not None:
                 self._reads[name] = -1 if name in self._reads else index  # -1: called more than once
-        self._final = {id(t) for t in pytree.tree_leaves(trace.output) if isinstance(t, Tensor)}
+        self._final = {id(t) for t in output_tensors(trace.output)}
 
     def absorber_of(self, name: str) -> Absorber | None:
         """The nearest absorber for the input of layer `name`, None where there is none."""
@@ -281,7 +281,7 @@ def agreed_absorbers(
     outputs: list[list[Tensor]] = []
     for batch in samples:
         trace = record(lambda batch=batch: call_model(op, model, batch))  # type: ignore[misc]
-        outputs.append([t.clone() for t in pytree.tree_leaves(trace.output) if isinstance(t, Tensor)])
+        outputs.append([t.clone() for t in output_tensors(trace.output)])
         paths = Paths(model, trace, targets)
         found.append(_disjoint(paths, targets))
         reads.append(paths.read())

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from tautorch import distributed
 from tautorch._batches import (
@@ -20,6 +19,7 @@ from tautorch._batches import (
     left_as_it_is,
     model_device,
     observe_inputs,
+    output_tensors,
     require_seen,
     to_device,
 )
@@ -143,8 +143,10 @@ class _Ratio:
 
     def add(self, exact: list[Tensor], got: list[Tensor]) -> None:
         for x, y in zip(exact, got, strict=True):
-            self.signal += float(x.double().square().sum())
-            self.error += float((y.double() - x.double()).square().sum())
+            finite = x.isfinite() & y.isfinite()  # logits that a mask took away are not
+            want, have = x.double()[finite], y.double()[finite]
+            self.signal += float(want.square().sum())
+            self.error += float((have - want).square().sum())
 
     def decibels(self) -> float:
         """Over all ranks."""
@@ -173,8 +175,7 @@ def _run(
     finally:
         for handle in handles:
             handle.remove()
-    leaves = [t for t in pytree.tree_leaves(output) if isinstance(t, Tensor) and t.is_floating_point()]
-    return leaves, found
+    return [t for t in output_tensors(output) if t.is_floating_point()], found
 
 
 @contextmanager

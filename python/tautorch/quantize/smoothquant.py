@@ -5,6 +5,7 @@ Xiao et al. 2022, "SmoothQuant", arXiv:2211.10438.
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -13,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils import _pytree as pytree
 
 from tautorch import distributed
 from tautorch._batches import (
@@ -23,7 +23,9 @@ from tautorch._batches import (
     left_as_it_is,
     model_device,
     observe_inputs,
+    output_tensors,
     require_seen,
+    squared_change,
     to_device,
 )
 from tautorch._layers import replace_layers, select_layers
@@ -314,12 +316,12 @@ class _Work:
 
     def check(self, before: list[Tensor], output: Any) -> None:
         """ValueError if the outputs have moved by more than rounding."""
-        after = [t for t in pytree.tree_leaves(output) if isinstance(t, Tensor)]
-        for x, y in zip(before, after, strict=True):
+        for x, y in zip(before, output_tensors(output), strict=True):
             if not x.is_floating_point():
                 continue
             limit = _ROUNDING * max(1.0, torch.finfo(x.dtype).eps / torch.finfo(torch.float32).eps)
-            moved = float((y.double() - x.double()).norm() / x.double().norm().clamp(min=1e-300))
+            change, was = squared_change(x, y)
+            moved = math.sqrt(change / max(was, 1e-300))
             if not moved <= limit:
                 raise ValueError(
                     f"smooth: nothing was changed, because the output moved by {moved:.2g} (relative L2); "
