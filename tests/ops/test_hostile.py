@@ -186,7 +186,7 @@ def test_scales_and_bias_must_fit_the_pack() -> None:
         ({"mode": 4}, "mode must be a known code, got 4"),
         ({"mode": lib.NONE}, "of another kind than the activations"),
         ({"mode": lib.STATIC}, "x_scale must be given, got none"),
-        ({"mode": lib.GIVEN}, "x_scale must be given, got none"),
+        ({"mode": lib.GIVEN, "x_scales": 1}, "x_scale must be given, got none"),
     ],
 )
 def test_impossible_tails_are_refused(changes: dict[str, int], message: str) -> None:
