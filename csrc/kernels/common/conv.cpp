@@ -21,58 +21,6 @@ bool sees_windows(const PackHeader &h, const Geometry &g) {
            h.taps == 1 && h.k == g.kh * g.kw * g.channels;
 }
 
-SampleQuant quant_of(const ActQuant &q, int64_t b) {
-    SampleQuant s;
-    s.zp = q.zero_point;
-    if (q.mode == ActQuant::given)
-        s.scale = q.scale_of(b);
-    else if (q.mode == ActQuant::fixed)
-        s.scale = q.scale, s.inv = 1.0f / q.scale;
-    return s;
-}
-
-// Scale of every sample from its largest element.
-void dynamic_quant(const Isa &isa, const ActQuant &q, const char *x, int64_t batch, int64_t n,
-                   SampleQuant *how) {
-    constexpr int64_t kPart = 32'768;
-    const int64_t parts = std::max<int64_t>(1, std::min(max_threads(), n / kPart));
-    struct Part {
-        float amax;
-        bool finite;
-    };
-    Part *part =
-        static_cast<Part *>(scratch(Scratch::pointers, sizeof(Part) * static_cast<size_t>(batch * parts)));
-    const int64_t total = batch * parts;
-    const int64_t tasks = batch * n < 2 * kPart ? 1 : std::min(max_threads(), total);
-    parallel_tasks(tasks, [&](int64_t t) {
-        for (int64_t i = chunk_begin(total, tasks, t); i < chunk_begin(total, tasks, t + 1); ++i) {
-            const int64_t b = i / parts, from = chunk_begin(n, parts, i % parts),
-                          to = chunk_begin(n, parts, i % parts + 1);
-            part[i].finite = true;
-            part[i].amax =
-                isa.amax(x + (b * n + from) * size_of(q.dtype), q.dtype, to - from, &part[i].finite);
-        }
-    });
-    for (int64_t b = 0; b < batch; ++b) {
-        float amax = 0.0f;
-        bool finite = true;
-        for (int64_t i = b * parts; i < (b + 1) * parts; ++i) {
-            finite = finite && part[i].finite;
-            amax = std::max(amax, part[i].amax);
-        }
-        SampleQuant &s = how[b];
-        s = {};
-        s.lo = -127;
-        if (finite && amax >= kTiny) {
-            s.scale = amax / 127.0f;
-            s.inv = 127.0f / amax;
-        }
-        s.blank = !finite || s.inv == 0.0f;
-        if (!finite)
-            s.scale = std::numeric_limits<float>::quiet_NaN();
-    }
-}
-
 struct Job {
     const ConvArgs &a;
     const PackHeader &h;

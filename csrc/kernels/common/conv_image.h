@@ -10,13 +10,6 @@ namespace tautorch {
 // Pixels that one pass over the weights serves, at most: six rows of 56, six images of 7 x 7.
 constexpr int kBlockPixels = 336;
 
-// How one sample becomes operands.
-struct SampleQuant {
-    float inv = 0.0f, scale = 1.0f;
-    int32_t zp = 0, lo = -128, hi = 127;
-    bool blank = false; // write the zero point only
-};
-
 // What does not depend on the band.
 struct ConvImage {
     const Isa *isa;

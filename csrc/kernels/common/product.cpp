@@ -174,11 +174,13 @@ Source source_of(const LinearArgs &a) {
     return matrix_source(*find_isa(h.isa), a.quant, operand_of(a.packed), a.x, a.x_stride, a.m, h.k, h.kr);
 }
 
-Source source_of(const ConvArgs &a) {
+ImagePixels pixels_of(const ConvArgs &a) {
     const PackHeader &h = header_of(a.packed);
-    return image_source(*find_isa(h.isa), a.quant, operand_of(a.packed), a.x, a.channels_last, a.geometry,
-                        h.groups, h.kr);
+    return {*find_isa(h.isa), a.quant, operand_of(a.packed), a.x, a.channels_last, a.geometry,
+            h.groups,         h.kr};
 }
+
+Source source_of(const ConvArgs &a) { return pixels_of(a).whole(); }
 
 void dense_product(const Isa &isa, const uint8_t *packed, const Source &x, const Output &out) {
     const PackHeader &h = header_of(packed);
@@ -211,8 +213,10 @@ void sparse_product(const Isa &isa, const uint8_t *packed, const Source &x, cons
     const int64_t threads = lists_threads(h, x.m);
     const int64_t panel_bytes = h.taps * h.k * 64;
     const uint32_t *start = reinterpret_cast<const uint32_t *>(packed + h.start_off);
-    const auto block = [&](int64_t i, int64_t g, const void **pointers, void *panel) {
-        build_panel(isa, h, x, g, blocks.begin(i), blocks.rows(i), blocks.width(i), pointers, panel);
+    const auto build = [&](const Source &x, int64_t i, int64_t g, const void **pointers, void *panel,
+                           int64_t part = 0, int64_t parts = 1) {
+        build_panel(isa, h, x, g, blocks.begin(i), blocks.rows(i), blocks.width(i), pointers, panel, part,
+                    parts);
     };
     const auto run = [&](int64_t i, int64_t g, const void *panel, int64_t s0, int64_t s1) {
         float scales[kTileN] = {};
@@ -222,26 +226,35 @@ void sparse_product(const Isa &isa, const uint8_t *packed, const Source &x, cons
     };
     if (count >= threads || threads == 1) {
         const int64_t tasks = std::min(threads, count);
+        // Threads each read their own rows of an image: no join, and lines stay with their core.
+        const Source from = tasks > 1 ? x : x.whole();
+        const int64_t together = from.together(kTileN) / kTileN;
         parallel_tasks(tasks, [&](int64_t t) {
             const Pointers pointers(h.taps * kTileN);
             void *panel = scratch(Scratch::inner, static_cast<size_t>(panel_bytes));
-            for (int64_t i = chunk_begin(count, tasks, t); i < chunk_begin(count, tasks, t + 1); ++i)
-                for (int64_t g = 0; g < h.groups; ++g) {
-                    block(i, g, pointers.at, panel);
-                    run(i, g, panel, 0, sparse_groups);
-                }
+            const int64_t end = chunk_begin(count, tasks, t + 1);
+            for (int64_t i = chunk_begin(count, tasks, t); i < end;) {
+                const int64_t next = std::min(end, i + together);
+                const Source rows =
+                    from.ready(blocks.begin(i), blocks.begin(next - 1) + blocks.rows(next - 1));
+                for (; i < next; ++i)
+                    for (int64_t g = 0; g < h.groups; ++g) {
+                        build(rows, i, g, pointers.at, panel);
+                        run(i, g, panel, 0, sparse_groups);
+                    }
+            }
         });
         return;
     }
     // Fewer row blocks than threads: share each panel, and cut its outputs into parts of equal work.
+    const Source whole = x.whole();
     const int64_t parts = div_up(threads, count);
     char *all = static_cast<char *>(scratch(Scratch::inner, static_cast<size_t>(panel_bytes * count)));
     for (int64_t g = 0; g < h.groups; ++g) {
         parallel_tasks(count * parts, [&](int64_t t) {
             const int64_t i = t / parts;
             const Pointers pointers(h.taps * kTileN);
-            build_panel(isa, h, x, g, blocks.begin(i), blocks.rows(i), blocks.width(i), pointers.at,
-                        all + i * panel_bytes, t % parts, parts);
+            build(whole, i, g, pointers.at, all + i * panel_bytes, t % parts, parts);
         });
         const uint32_t *from = start + g * sparse_groups;
         parallel_tasks(count * parts, [&](int64_t t) {

@@ -39,7 +39,8 @@ struct ConvArgs {
     void *out = nullptr;
     bool out_channels_last = false;
 };
-Source source_of(const ConvArgs &a);
+ImagePixels pixels_of(const ConvArgs &a);
+Source source_of(const ConvArgs &a); // all of them
 
 // A low-rank operator: x -> down -> up. Between them the intermediate is one tile of rows, scaled by
 // down_scale, and requantised per row (and convolution group) where the factors are int8. A residual adds

@@ -242,13 +242,19 @@ void sell_product(const Isa &isa, const uint8_t *packed, const Source &x, const 
     const int64_t threads = small ? 1 : max_threads();
     const int64_t tn = x.m >= 48 ? 1 : std::min(threads, strips);
     const int64_t tm = std::max<int64_t>(1, std::min(threads / tn, x.m / 6));
+    // As with lists (product.cpp): threads with rows of their own read them themselves.
+    const Source from = tn == 1 && tm > 1 ? x : x.whole();
+    const int64_t together = from.together(kBlockRows);
     parallel_tasks(tm * tn, [&](int64_t task) {
         const int64_t i = task / tn, j = task % tn;
         const int64_t begin = chunk_begin(x.m, tm, i), end = chunk_begin(x.m, tm, i + 1);
         const void *pointers[kBlockRows];
         float scales[kBlockRows];
+        Source own;
         for (int64_t m0 = begin; m0 < end; m0 += kBlockRows) {
             const int rows = static_cast<int>(std::min<int64_t>(kBlockRows, end - m0));
+            if ((m0 - begin) % together == 0)
+                own = from.ready(m0, std::min(end, m0 + together));
             const float *scale = x.row_scales(m0, rows, scales) ? scales : nullptr;
             for (int64_t g = 0; g < h.groups; ++g) {
                 // The first strip whose slots start at or after part `part` of the group's.
@@ -261,7 +267,7 @@ void sell_product(const Isa &isa, const uint8_t *packed, const Source &x, const 
                                                                              static_cast<uint64_t>(tn));
                     return std::lower_bound(start, start + strips, target) - start;
                 };
-                x.fill(g, m0, rows, pointers, kBlockRows);
+                own.fill(g, m0, rows, pointers, kBlockRows);
                 sell_block(isa, packed, g, pointers, rows, x.flip, cut(j), cut(j + 1), out, m0, scale);
             }
         }

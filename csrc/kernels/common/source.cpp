@@ -3,7 +3,6 @@
 #include "core/parallel.h"
 
 #include <algorithm>
-#include <atomic>
 #include <cstring>
 #include <limits>
 
@@ -17,44 +16,6 @@ int64_t pass_tasks(int64_t elements, int64_t most) {
 
 // An odd number of cache lines: at a multiple of 4 KB all rows of a tile would share one set of L1.
 int64_t spread_stride(int64_t bytes) { return round_up(bytes, 64) | 64; }
-
-struct SampleQuant {
-    float inv;
-    int32_t zp, lo, hi;
-    bool blank; // write zero_point only
-};
-
-// Scale of every sample (written to `scales`) and how to quantise it. Whether a sample is finite shows here
-// for dynamic scales, and with fixed ones when it is quantised: one pass over it instead of two.
-void sample_scales(const Isa &isa, const ActQuant &q, const char *x, int64_t batch, int64_t n, float *scales,
-                   SampleQuant *how) {
-    const auto one = [&](int64_t b) {
-        SampleQuant s = {0.0f, q.zero_point, -128, 127, false};
-        float scale = q.scale;
-        if (q.mode == ActQuant::given) {
-            scale = q.scale_of(b);
-        } else if (q.mode == ActQuant::fixed) {
-            s.inv = 1.0f / scale;
-        } else {
-            bool finite = true;
-            const float amax = isa.amax(x + b * n * size_of(q.dtype), q.dtype, n, &finite);
-            s.zp = 0;
-            s.lo = -127;
-            scale = amax >= kTiny ? amax / 127.0f : 1.0f;
-            s.inv = amax >= kTiny ? 127.0f / amax : 0.0f;
-            s.blank = !finite || s.inv == 0.0f;
-            if (!finite)
-                scale = std::numeric_limits<float>::quiet_NaN();
-        }
-        scales[b] = scale;
-        how[b] = s;
-    };
-    const int64_t tasks = q.mode == ActQuant::dynamic ? pass_tasks(batch * n, batch) : 1;
-    parallel_tasks(tasks, [&](int64_t t) {
-        for (int64_t b = chunk_begin(batch, tasks, t); b < chunk_begin(batch, tasks, t + 1); ++b)
-            one(b);
-    });
-}
 
 // n elements -> operands. False if they had to be finite and are not.
 bool convert(const Isa &isa, OperandKind kind, DType dtype, const SampleQuant &s, const void *x, int64_t n,
@@ -133,10 +94,11 @@ void Source::fill_image(int64_t g, int64_t m0, int rows, const void **pointers, 
     int64_t b = m0 / out_pixels, oy = m0 % out_pixels / out_width, ox = m0 % out_pixels % out_width;
     for (int r = 0; r < rows; ++r) {
         const int64_t y0 = oy * o.sh - o.ph, x0 = ox * o.sw - o.pw;
-        const char *sample = data + b * o.height * o.width * row_stride + shift;
+        const char *sample = data + shift;
+        const int64_t from = b * o.height * o.width - first;
         const void **to = pointers + r;
         if (y0 >= 0 && x0 >= 0 && y0 + o.dh * (o.kh - 1) < o.height && x0 + o.dw * (o.kw - 1) < o.width) {
-            const char *line = sample + (y0 * o.width + x0) * row_stride;
+            const char *line = sample + (from + y0 * o.width + x0) * row_stride;
             for (int64_t i = 0; i < o.kh; ++i, line += below)
                 for (int64_t j = 0; j < o.kw; ++j, to += ld)
                     *to = line + j * right;
@@ -144,7 +106,7 @@ void Source::fill_image(int64_t g, int64_t m0, int rows, const void **pointers, 
             for (int64_t i = 0, y = y0; i < o.kh; ++i, y += o.dh) {
                 const bool inside = y >= 0 && y < o.height;
                 for (int64_t j = 0, x = x0; j < o.kw; ++j, x += o.dw, to += ld)
-                    *to = inside && x >= 0 && x < o.width ? sample + (y * o.width + x) * row_stride
+                    *to = inside && x >= 0 && x < o.width ? sample + (from + y * o.width + x) * row_stride
                                                           : padding + shift;
             }
         }
@@ -155,6 +117,57 @@ void Source::fill_image(int64_t g, int64_t m0, int rows, const void **pointers, 
                 ++b;
             }
         }
+    }
+}
+
+SampleQuant quant_of(const ActQuant &q, int64_t b) {
+    SampleQuant s;
+    s.zp = q.zero_point;
+    if (q.mode == ActQuant::given)
+        s.scale = q.scale_of(b);
+    else if (q.mode == ActQuant::fixed)
+        s.scale = q.scale, s.inv = 1.0f / q.scale;
+    return s;
+}
+
+void dynamic_quant(const Isa &isa, const ActQuant &q, const char *x, int64_t batch, int64_t n,
+                   SampleQuant *how) {
+    constexpr int64_t kPart = 32'768;
+    const int64_t parts = std::max<int64_t>(1, std::min(max_threads(), n / kPart));
+    struct Part {
+        float amax;
+        bool finite;
+    };
+    Part *part =
+        static_cast<Part *>(scratch(Scratch::pointers, sizeof(Part) * static_cast<size_t>(batch * parts)));
+    const int64_t total = batch * parts;
+    const int64_t tasks = batch * n < 2 * kPart ? 1 : std::min(max_threads(), total);
+    parallel_tasks(tasks, [&](int64_t t) {
+        for (int64_t i = chunk_begin(total, tasks, t); i < chunk_begin(total, tasks, t + 1); ++i) {
+            const int64_t b = i / parts, from = chunk_begin(n, parts, i % parts),
+                          to = chunk_begin(n, parts, i % parts + 1);
+            part[i].finite = true;
+            part[i].amax =
+                isa.amax(x + (b * n + from) * size_of(q.dtype), q.dtype, to - from, &part[i].finite);
+        }
+    });
+    for (int64_t b = 0; b < batch; ++b) {
+        float amax = 0.0f;
+        bool finite = true;
+        for (int64_t i = b * parts; i < (b + 1) * parts; ++i) {
+            finite = finite && part[i].finite;
+            amax = std::max(amax, part[i].amax);
+        }
+        SampleQuant &s = how[b];
+        s = {};
+        s.lo = -127;
+        if (finite && amax >= kTiny) {
+            s.scale = amax / 127.0f;
+            s.inv = 127.0f / amax;
+        }
+        s.blank = !finite || s.inv == 0.0f;
+        if (!finite)
+            s.scale = std::numeric_limits<float>::quiet_NaN();
     }
 }
 
@@ -230,103 +243,159 @@ Source block_source(const Isa &isa, const ActQuant &q, OperandKind kind, const v
     return s;
 }
 
-Source image_source(const Isa &isa, const ActQuant &q, OperandKind kind, const void *x, bool channels_last,
-                    const Geometry &g, int64_t groups, int64_t kr) {
-    Source s;
+ImagePixels::ImagePixels(const Isa &isa, const ActQuant &q, OperandKind kind, const void *x,
+                         bool channels_last, const Geometry &g, int64_t groups, int64_t kr)
+    : isa_(isa), q_(q), kind_(kind), x_(static_cast<const char *>(x)), channels_last_(channels_last), g_(g),
+      groups_(groups), per_group_(g.channels / groups), size_(operand_bytes(kind)),
+      pixels_(g.height * g.width) {
+    Source &s = source_;
     s.image = true;
     s.geometry = g;
     s.out_width = g.out_width();
     s.out_pixels = g.out_pixels();
     s.m = g.batch * s.out_pixels;
     s.taps = g.kh * g.kw;
-    const int64_t size = operand_bytes(kind), per_group = g.channels / groups;
-    const int64_t padded = round_up(per_group, kr), pixels = g.height * g.width;
-    s.group_stride = padded * size;
+    s.group_stride = round_up(per_group_, kr) * size_;
     s.row_stride = groups * s.group_stride;
     s.rows_per_scale = s.out_pixels;
-    if (kind == OperandKind::f32 && q.dtype == DType::f32 && channels_last) { // as it is
-        s.data = static_cast<const char *>(x);
-        s.padding =
-            static_cast<char *>(std::memset(scratch(Scratch::image, static_cast<size_t>(s.row_stride)), 0,
-                                            static_cast<size_t>(s.row_stride)));
+    if (kind == OperandKind::f32)
+        return;
+    const auto batch = static_cast<size_t>(g.batch);
+    char *memory =
+        static_cast<char *>(scratch(Scratch::scales, batch * (sizeof(SampleQuant) + sizeof(float))));
+    how_ = reinterpret_cast<SampleQuant *>(memory);
+    float *scales = reinterpret_cast<float *>(memory + batch * sizeof(SampleQuant));
+    if (q.mode == ActQuant::dynamic)
+        dynamic_quant(isa, q, x_, g.batch, g.channels * pixels_, how_);
+    for (int64_t b = 0; b < g.batch; ++b) {
+        if (q.mode != ActQuant::dynamic)
+            how_[b] = quant_of(q, b);
+        scales[b] = how_[b].scale;
+    }
+    s.scales = scales;
+}
+
+Source ImagePixels::later() const {
+    Source s = source_;
+    s.pixels = this;
+    return s;
+}
+
+int64_t ImagePixels::together(int64_t unit) const {
+    constexpr int64_t kBytes = 192 * 1024;
+    const int64_t rows = kBytes / std::max<int64_t>(1, source_.row_stride * g_.sh * g_.sw);
+    return std::max(unit, rows / unit * unit);
+}
+
+// What lies outside the image.
+void ImagePixels::pad(char *out) const {
+    const SampleQuant blank = {0.0f, 1.0f, q_.mode == ActQuant::dynamic ? 0 : q_.zero_point, 0, 0, true};
+    if (kind_ == OperandKind::f32)
+        std::memset(out, 0, static_cast<size_t>(source_.row_stride));
+    else
+        tautorch::convert(isa_, kind_, q_.dtype, blank, nullptr, source_.row_stride / size_, out);
+}
+
+// Pixels [from, to) of all samples'.
+void ImagePixels::convert(int64_t from, int64_t to, char *out) const {
+    const int64_t in_size = size_of(q_.dtype), stride = source_.row_stride, group = source_.group_stride;
+    const bool whole =
+        per_group_ * size_ == group; // no holes between groups: channels of a pixel are adjacent
+    char *strip = static_cast<char *>(
+        channels_last_ ? nullptr : scratch(Scratch::tile, static_cast<size_t>(g_.channels * kStrip * size_)));
+    bool finite = true;
+    for (int64_t at = from, n; at < to; at += n, out += n * stride) {
+        const int64_t b = at / pixels_, p0 = at % pixels_;
+        n = std::min({kStrip - p0 % kStrip, pixels_ - p0, to - at});
+        const char *in = x_ + b * g_.channels * pixels_ * in_size;
+        const SampleQuant sq = how_ ? how_[b] : SampleQuant{};
+        const auto operands = [&](int64_t element, int64_t count, char *to) {
+            finite &= tautorch::convert(isa_, kind_, q_.dtype, sq, in + element * in_size, count, to);
+        };
+        if (!whole) // the weights there are zero; the value only has to be defined
+            std::memset(out, 0, static_cast<size_t>(n * stride));
+        if (channels_last_ && whole) {
+            operands(p0 * g_.channels, n * g_.channels, out);
+        } else if (channels_last_) {
+            for (int64_t p = 0; p < n; ++p)
+                for (int64_t j = 0; j < groups_; ++j)
+                    operands((p0 + p) * g_.channels + j * per_group_, per_group_,
+                             out + p * stride + j * group);
+        } else {
+            for (int64_t c = 0; c < g_.channels; ++c)
+                operands(c * pixels_ + p0, n, strip + c * kStrip * size_);
+            for (int64_t j = 0; j < (whole ? 1 : groups_); ++j)
+                turn(isa_, kind_, strip + j * per_group_ * kStrip * size_, whole ? g_.channels : per_group_,
+                     n, out + j * group, stride);
+        }
+    }
+    if (!finite)
+        finite_.store(false, std::memory_order_relaxed);
+}
+
+Source ImagePixels::ready(int64_t m0, int64_t m1) const {
+    // First input row under an output pixel, from its sample's first; every row is somebody's.
+    const auto top = [&](int64_t m) {
+        return std::clamp<int64_t>(m % source_.out_pixels / source_.out_width * g_.sh - g_.ph, 0, g_.height);
+    };
+    const int64_t first_sample = m0 / source_.out_pixels, last_sample = (m1 - 1) / source_.out_pixels;
+    const int64_t from = first_sample * pixels_ + (m0 % source_.out_pixels ? top(m0) * g_.width : int64_t{0});
+    const int64_t under =
+        (m1 - 1) % source_.out_pixels / source_.out_width * g_.sh - g_.ph + g_.dh * (g_.kh - 1) + 1;
+    const int64_t end = m1 % source_.out_pixels == 0
+                            ? g_.height
+                            : std::clamp<int64_t>(std::max(under, top(m1)), 0, g_.height);
+    const int64_t to = std::max(from, last_sample * pixels_ + end * g_.width);
+    Source s = source_;
+    const int64_t bytes = (to - from) * s.row_stride;
+    char *data = static_cast<char *>(scratch(Scratch::image, static_cast<size_t>(bytes + s.row_stride + 64)));
+    s.data = data;
+    s.first = from;
+    s.padding = data + bytes;
+    pad(data + bytes);
+    convert(from, to, data);
+    return s;
+}
+
+Source ImagePixels::whole() const {
+    Source s = source_;
+    if (kind_ == OperandKind::f32 && q_.dtype == DType::f32 && channels_last_) { // as it is
+        s.data = x_;
+        char *padding = static_cast<char *>(scratch(Scratch::image, static_cast<size_t>(s.row_stride)));
+        pad(padding);
+        s.padding = padding;
         return s;
     }
-    const int64_t bytes = g.batch * pixels * s.row_stride;
+    const int64_t bytes = g_.batch * pixels_ * s.row_stride;
     char *image =
         static_cast<char *>(scratch(Scratch::image, static_cast<size_t>(bytes + s.row_stride + 64)));
     s.data = image;
-    char *padding = image + bytes;
-    s.padding = padding;
-
-    const char *from = static_cast<const char *>(x);
-    const int64_t in_size = size_of(q.dtype), sample = g.channels * pixels;
-    SampleQuant *how = static_cast<SampleQuant *>(
-        scratch(Scratch::pointers, sizeof(SampleQuant) * static_cast<size_t>(g.batch)));
-    float *scales = nullptr;
-    if (kind != OperandKind::f32) {
-        scales = static_cast<float *>(scratch(Scratch::scales, static_cast<size_t>(4 * g.batch)));
-        sample_scales(isa, q, from, g.batch, sample, scales, how);
-        s.scales = scales;
-    }
-    const SampleQuant blank = {0.0f, q.mode == ActQuant::dynamic ? 0 : q.zero_point, 0, 0, true};
-    if (kind == OperandKind::f32)
-        std::memset(padding, 0, static_cast<size_t>(s.row_stride));
-    else
-        convert(isa, kind, q.dtype, blank, nullptr, s.row_stride / size, padding);
-
-    const bool whole = padded == per_group; // no holes between groups: channels of a pixel are adjacent
-    const int64_t strips = div_up(pixels, kStrip);
-    const int64_t tasks = pass_tasks(g.batch * sample, g.batch * strips);
-    std::atomic<bool> all_finite = true;
+    s.padding = image + bytes;
+    pad(image + bytes);
+    const int64_t sample = g_.channels * pixels_, strips = std::max<int64_t>(1, div_up(pixels_, kStrip));
+    const int64_t tasks = pass_tasks(g_.batch * sample, g_.batch * strips);
     parallel_tasks(tasks, [&](int64_t t) {
-        bool finite = true;
-        char *strip = static_cast<char *>(
-            channels_last ? nullptr
-                          : scratch(Scratch::tile, static_cast<size_t>(g.channels * kStrip * size)));
-        for (int64_t i = chunk_begin(g.batch * strips, tasks, t);
-             i < chunk_begin(g.batch * strips, tasks, t + 1); ++i) {
-            const int64_t b = i / strips, p0 = i % strips * kStrip, n = std::min(kStrip, pixels - p0);
-            char *out = image + (b * pixels + p0) * s.row_stride;
-            const char *in = from + b * sample * in_size;
-            const SampleQuant &sq = kind == OperandKind::f32 ? blank : how[b];
-            if (!whole) // the weights there are zero; the value only has to be defined
-                std::memset(out, 0, static_cast<size_t>(n * s.row_stride));
-            if (channels_last && whole) {
-                finite &=
-                    convert(isa, kind, q.dtype, sq, in + p0 * g.channels * in_size, n * g.channels, out);
-            } else if (channels_last) {
-                for (int64_t p = 0; p < n; ++p)
-                    for (int64_t j = 0; j < groups; ++j)
-                        finite &= convert(isa, kind, q.dtype, sq,
-                                          in + ((p0 + p) * g.channels + j * per_group) * in_size, per_group,
-                                          out + p * s.row_stride + j * s.group_stride);
-            } else {
-                for (int64_t c = 0; c < g.channels; ++c)
-                    finite &= convert(isa, kind, q.dtype, sq, in + (c * pixels + p0) * in_size, n,
-                                      strip + c * kStrip * size);
-                if (whole)
-                    turn(isa, kind, strip, g.channels, n, out, s.row_stride);
-                else
-                    for (int64_t j = 0; j < groups; ++j)
-                        turn(isa, kind, strip + j * per_group * kStrip * size, per_group, n,
-                             out + j * s.group_stride, s.row_stride);
-            }
-        }
-        if (!finite)
-            all_finite.store(false, std::memory_order_relaxed);
+        const auto pixel = [&](int64_t strip) { return strip / strips * pixels_ + strip % strips * kStrip; };
+        const int64_t from = pixel(chunk_begin(g_.batch * strips, tasks, t));
+        convert(from, pixel(chunk_begin(g_.batch * strips, tasks, t + 1)), image + from * s.row_stride);
     });
-    if (q.mode == ActQuant::fixed && kind != OperandKind::f32 && !all_finite)
-        for (int64_t b = 0; b < g.batch; ++b) { // rare: look which samples it was
-            bool finite = true;
-            isa.amax(from + b * sample * in_size, q.dtype, sample, &finite);
-            if (finite)
-                continue;
-            scales[b] = std::numeric_limits<float>::quiet_NaN();
-            convert(isa, kind, q.dtype, blank, nullptr, pixels * s.row_stride / size,
-                    image + b * pixels * s.row_stride);
-        }
+    if (q_.mode != ActQuant::fixed || kind_ == OperandKind::f32 || finite())
+        return s;
+    for (int64_t b = 0; b < g_.batch; ++b) { // rare: look which samples it was
+        bool finite = true;
+        isa_.amax(x_ + b * sample * size_of(q_.dtype), q_.dtype, sample, &finite);
+        if (finite)
+            continue;
+        const_cast<float *>(s.scales)[b] = std::numeric_limits<float>::quiet_NaN();
+        how_[b].blank = true;
+        convert(b * pixels_, (b + 1) * pixels_, image + b * pixels_ * s.row_stride);
+    }
     return s;
 }
+
+Source Source::ready(int64_t m0, int64_t m1) const { return pixels ? pixels->ready(m0, m1) : *this; }
+int64_t Source::together(int64_t unit) const { return pixels ? pixels->together(unit) : round_up(m, unit); }
+Source Source::whole() const { return pixels ? pixels->whole() : *this; }
 
 Source image_in_place(const ActQuant &q, OperandKind kind, const void *x, const Geometry &g, int64_t groups) {
     Source s;

@@ -5,6 +5,8 @@
 #include "core/parallel.h"
 #include "kernels/common/gemm.h"
 
+#include <atomic>
+
 namespace tautorch {
 
 struct Geometry {
@@ -33,6 +35,8 @@ inline ActKind act_of(OperandKind k) { // not f32
 }
 
 // Prepared rows. Row m, tap t, group g starts at pointer(m, t) + g * group_stride.
+class ImagePixels;
+
 struct Source {
     int64_t m = 0; // rows (output pixels) in all
     int64_t taps = 1;
@@ -51,6 +55,15 @@ struct Source {
     bool image = false;
     Geometry geometry;
     int64_t out_width = 0, out_pixels = 0;
+    int64_t first = 0;                   // pixel of all samples' at data
+    const ImagePixels *pixels = nullptr; // of an image that is not there yet: for ready() and whole()
+
+    // *this with rows m0 .. m1 there: in the calling thread's scratch, until it asks for others.
+    Source ready(int64_t m0, int64_t m1) const;
+    // How many rows to make ready at a time, at least `unit`, so that they stay in the second-level cache.
+    int64_t together(int64_t unit) const;
+    // *this with all rows there, in the calling thread's scratch; made by all threads.
+    Source whole() const;
 
     // pointers[t * ld + r] for rows m0 .. m0 + rows of group g.
     void fill(int64_t g, int64_t m0, int rows, const void **pointers, int64_t ld) const;
@@ -71,10 +84,48 @@ Source matrix_source(const Isa &isa, const ActQuant &q, OperandKind kind, const 
 Source block_source(const Isa &isa, const ActQuant &q, OperandKind kind, const void *x, int64_t stride,
                     int64_t m0, int64_t rows, int64_t k, int64_t kr, Scratch operands, Scratch scales);
 
-// An image [batch][channels][height][width] (or channels last) as rows of channels, the channels of each
-// of `groups` groups together and padded to kr.
-Source image_source(const Isa &isa, const ActQuant &q, OperandKind kind, const void *x, bool channels_last,
-                    const Geometry &geometry, int64_t groups, int64_t kr);
+// How one sample becomes operands.
+struct SampleQuant {
+    float inv = 0.0f, scale = 1.0f;
+    int32_t zp = 0, lo = -128, hi = 127;
+    bool blank = false; // write the zero point only
+};
+// By the scale that is given or fixed.
+SampleQuant quant_of(const ActQuant &q, int64_t sample);
+// Of every sample, by the scale of its largest element; NaN and blank where one is not finite.
+void dynamic_quant(const Isa &isa, const ActQuant &q, const char *x, int64_t batch, int64_t n,
+                   SampleQuant *how);
+
+// An image [batch][channels][height][width] (or channels last) that becomes rows of channels, the channels of
+// each of `groups` groups together and padded to kr.
+class ImagePixels {
+  public:
+    ImagePixels(const Isa &isa, const ActQuant &q, OperandKind kind, const void *x, bool channels_last,
+                const Geometry &geometry, int64_t groups, int64_t kr);
+    // Nothing is there yet. Fixed scales: ask finite() after the last row was made ready.
+    Source later() const;
+    // Whether no NaN or Inf was met, where only fixed scales do not know before.
+    bool finite() const { return finite_.load(std::memory_order_relaxed); }
+    // See Source. whole() finds NaN and Inf itself.
+    Source ready(int64_t m0, int64_t m1) const;
+    int64_t together(int64_t unit) const;
+    Source whole() const;
+
+  private:
+    void convert(int64_t from, int64_t to, char *out) const;
+    void pad(char *out) const;
+
+    const Isa &isa_;
+    const ActQuant &q_;
+    OperandKind kind_;
+    const char *x_;
+    bool channels_last_;
+    Geometry g_;
+    int64_t groups_, per_group_, size_, pixels_;
+    Source source_;
+    SampleQuant *how_ = nullptr;
+    mutable std::atomic<bool> finite_{true};
+};
 
 // An int8 image in channels last (q: given) where it is: a Source of bytes, with flip where they are u8; kr
 // = 1.

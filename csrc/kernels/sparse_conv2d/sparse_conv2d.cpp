@@ -1,6 +1,7 @@
 #include "kernels/sparse_conv2d/sparse_conv2d.h"
 
 #include "kernels/common/conv.h"
+#include "kernels/common/strips.h"
 
 namespace tautorch {
 
@@ -15,10 +16,18 @@ void sparse_conv2d(const ConvArgs &a) {
     // An image without pixels has outputs all the same, where it is padded.
     const bool in_place = h.kind == PackKind::sparse_i8 && h.k > 0 && a.quant.mode == ActQuant::given &&
                           a.channels_last && a.geometry.height * a.geometry.width > 0;
-    product(a.packed,
-            in_place ? image_in_place(a.quant, operand_of(a.packed), a.x, a.geometry, h.groups)
-                     : source_of(a),
-            image_output(e, a.out, a.out_channels_last, a.geometry, a.outputs));
+    const Output out = image_output(e, a.out, a.out_channels_last, a.geometry, a.outputs);
+    if (in_place)
+        return product(a.packed, image_in_place(a.quant, operand_of(a.packed), a.x, a.geometry, h.groups),
+                       out);
+    if (h.kind == PackKind::sparse_i8 && !runs_by_strips(h)) {
+        const ImagePixels pixels = pixels_of(a);
+        product(a.packed, pixels.later(), out);
+        if (pixels.finite())
+            return;
+        // Samples with NaN or Inf were only found out on the way.
+    }
+    product(a.packed, source_of(a), out);
 }
 
 } // namespace tautorch
