@@ -15,17 +15,20 @@ from benches.report.page import _shared_host
 
 from tautorch.testing import bench, cores
 from tautorch.testing.bench import Table, samples_in_turns
-from tautorch.testing.cores import SHARED, Cores
+from tautorch.testing.cores import APART, SHARED, Cores
 
 
 class Told:
     """Looks that take what they are told, each and every wait a second of the clock."""
 
-    def __init__(self, looks: list[float]) -> None:
-        self.looks, self.now = list(looks), 0.0
+    def __init__(self, looks: list[float], joins: list[float | None] | None = None) -> None:
+        self.looks, self.joins, self.now = list(looks), joins, 0.0
 
     def cores(self, patience: float) -> Cores:
-        return Cores(patience, look=self.look, clock=lambda: self.now, sleep=self.sleep)
+        return Cores(patience, look=self.look, join=self.join, clock=lambda: self.now, sleep=self.sleep)
+
+    def join(self) -> float | None:
+        return None if self.joins is None else self.joins.pop(0)
 
     def look(self) -> float:
         self.now += 1.0
@@ -50,6 +53,23 @@ def test_a_slice_is_taken_again_until_the_cores_are_own_before_and_after_it() ->
         [timer(log := [], [9.0, 8.0, 3.0])], rounds=1, seconds=0.1, cores=told.cores(100.0)
     )  # own, 9, shared; shared own, 8, shared; own, 3, own
     assert timed["a"].slices == (3.0,) and len(log) == 3 and not told.looks
+
+
+def test_a_slice_of_cores_that_lie_apart_is_taken_again() -> None:
+    near, apart = 1.0, 1.1 * APART
+    told = Told([1.0] * 6, [near, apart, None, apart, near, near])
+    timed, _ = contest(
+        [timer(log := [], [9.0, 8.0, 3.0])], rounds=1, seconds=0.1, cores=told.cores(100.0)
+    )  # near, 9, apart; one thread, 8, apart; near, 3, near
+    assert timed["a"].slices == (3.0,) and len(log) == 3 and not told.joins
+
+
+def test_a_join_is_there_where_two_threads_are() -> None:
+    with bench.threads(2):
+        two = cores.join()
+    with bench.threads(1):
+        assert cores.join() is None
+    assert two is not None and two > 0.0
 
 
 def test_which_way_is_the_fastest_is_told_by_own_cores_too() -> None:
