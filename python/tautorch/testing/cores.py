@@ -5,9 +5,9 @@ what issues many instructions a cycle takes up to twice as long, and what waits 
 loop of the interpreter 1.7 to 2.0 times as long, products from registers 1.02 times, layers something in
 between. A slice of such a moment says who needs less of a core, not who is faster.
 
-Two cores may also lie apart, likely behind different third-level caches, as the host pleases. Handing work to
-the other core and back then takes 1.7 to 1.9 us instead of 0.64 to 0.9, for minutes on end, and a layer on two
-threads up to 15 us more; one thread, and loops, take as long as before.
+Two cores may also lie apart, likely behind different third-level caches, as the host pleases. Handing work
+to the other core and back then takes 1.7 to 1.9 us instead of 0.64 to 0.9, for minutes on end, and a layer
+on two threads up to 15 us more; one thread, and loops, take as long as before.
 """
 
 from __future__ import annotations
