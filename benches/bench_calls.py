@@ -17,7 +17,7 @@ from tautorch.nn import (
     SparseConv2d,
     SparseLinear,
 )
-from tautorch.testing.bench import Table, best_seconds, threads
+from tautorch.testing.bench import Table, on_threads, threads
 
 
 def _mask(weight: Tensor) -> Tensor:
@@ -70,22 +70,18 @@ SIZES = {
 }
 
 
-def _seconds(ours: PackedModule, x: Tensor, count: int, timed: bool) -> tuple[float, Tensor]:
-    """Time of a call on so many threads, and its result."""
-    with torch.inference_mode(), threads(count):
-        y = ours(x)
-        return best_seconds(lambda: ours(x), 20) if timed else 0.0, y
-
-
 @pytest.mark.parametrize("op", [*LINEAR, *CONV])
 def test_two_threads(table: Table, op: str) -> None:
     """The same bits, at least 1.8 times as fast wherever one thread takes 100 us or more."""
     for rows, size in SIZES[op.rpartition("_")[2]]:
         ours = _layer(op, _float_layer(op, size))
         x = torch.randn(rows, size) if op in LINEAR else torch.randn(1, size, rows, rows)
-        (once, alone), (twice, both) = (_seconds(ours, x, count, table.timed) for count in (1, 2))
-        assert torch.equal(alone, both)
-        if table.timed:
+        one, two = (on_threads(n, lambda ours=ours, x=x: ours(x)) for n in (1, 2))  # type: ignore[misc]
+        with torch.inference_mode(), threads(2):
+            assert torch.equal(one(), two())
+            times = table.in_turns({"one": one, "two": two}) if table.timed else {}
+        if times:
+            once, twice = times["one"], times["two"]
             gain = once / twice
             verdict = f">= 1.8x: {'met' if gain >= 1.8 else 'MISSED'}" if once >= 1e-4 else "one thread's"
             case = f"2 threads, {rows} rows of {size}" if op in LINEAR else f"2 threads, {size} x {rows}^2"

@@ -15,7 +15,7 @@ from tautorch.nn import Int8Linear
 from tautorch.ops import library as lib
 from tautorch.ops.int8_linear import pack, plan
 from tautorch.reference.int8_linear import int8_linear as reference
-from tautorch.testing.bench import Table, best_seconds, dynamic_peers, threads, verdict
+from tautorch.testing.bench import Table, best_seconds, dynamic_peers, on_threads, threads, verdict
 
 KERNELS = [
     k.name
@@ -182,18 +182,11 @@ def test_weight_only(table: Table, m: int, k: int, n: int) -> None:
 def test_two_threads(table: Table, m: int, k: int, n: int) -> None:
     """Two threads against one, where one takes 100 us or more."""
     ours, x = Int8Linear.from_float(torch.nn.Linear(k, n)), torch.randn(m, k)
-
-    def on(count: int) -> Callable[[], object]:
-        def call() -> object:
-            with threads(count):
-                return ours(x)
-
-        return call
-
-    with torch.inference_mode():
-        assert torch.equal(on(1)(), on(2)())  # type: ignore[arg-type]
+    one, two = (on_threads(n, lambda: ours(x)) for n in (1, 2))
+    with torch.inference_mode(), threads(2):
+        assert torch.equal(one(), two())
         if table.timed:
-            times = table.in_turns({"one": on(1), "two": on(2)})
+            times = table.in_turns({"one": one, "two": two})
             ratio = times["one"] / times["two"]
             table.add("int8_linear", f"two threads {m}x{k}x{n}", us=round(times["two"] * 1e6, 1),
                       ratio=round(ratio, 2), **verdict(ratio, 1.8, ">= 1.8x one thread"))  # fmt: skip

@@ -18,7 +18,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -30,6 +30,8 @@ from tautorch.timing import median_interval
 WINDOW_S = 0.05
 """How long sides take turns between two looks at whose the cores are. A thread that was just woken may share
 a core with the other for a millisecond or two: not much of this."""
+
+_R = TypeVar("_R")
 
 
 @dataclass
@@ -266,6 +268,17 @@ def threads(n: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def on_threads(n: int, fn: Callable[[], _R]) -> Callable[[], _R]:
+    """`fn` run with n torch threads, which stay so many: setting them at every call would take 1 us."""
+
+    def call() -> _R:
+        if torch.get_num_threads() != n:
+            torch.set_num_threads(n)
+        return fn()
+
+    return call
 
 
 def dynamic_peers(linear: torch.nn.Linear) -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:
