@@ -29,11 +29,18 @@ SHAPES: list[tuple[tuple[int, ...], tuple[int, int, int, int], dict[str, Any]]] 
     ((2, 256, 29, 31), (16, 256, 3, 3), {"padding": 1}),  # several bands a thread, cut within samples
     ((7, 64, 9, 9), (40, 64, 3, 3), {"padding": 1}),  # several samples a thread
     ((3, 32, 25, 23), (24, 32, 3, 3), {"stride": 2}),  # rows that no filter sees
-    ((3, 32, 25, 23), (24, 32, 1, 1), {"stride": 3}),
+    ((3, 32, 25, 23), (640, 32, 1, 1), {"stride": 3}),
     ((2, 32, 20, 21), (24, 32, 3, 2), {"padding": (7, 1), "dilation": (6, 1)}),  # far below, past the image
-    ((2, 30, 19, 17), (24, 15, 3, 3), {"padding": 1, "groups": 2}),  # holes between groups
+    ((2, 30, 39, 17), (48, 15, 3, 3), {"padding": 1, "groups": 2}),  # holes between groups
     ((2, 300, 30, 30), (16, 300, 1, 1), {}),
-    ((1, 3, 90, 1), (8, 3, 2, 1), {"padding": (9, 0), "stride": (4, 1)}),  # filters that see padding alone
+    (
+        (1, 30, 90, 20),
+        (96, 30, 2, 1),
+        {"padding": (9, 0), "stride": (4, 1)},
+    ),  # filters that see padding alone
+    ((1, 64, 19, 19), (16, 64, 3, 3), {"padding": 8, "dilation": 8}),  # one copy for all: halos too high
+    ((1, 16, 3, 600), (24, 16, 3, 3), {"padding": 1}),  # and rows too wide
+    ((1, 64, 8, 24), (120, 64, 3, 3), {"padding": 1}),  # three blocks on two threads: one is shared
 ]
 
 
@@ -57,23 +64,25 @@ def test_threads_read_their_own_rows(kernel: str, pattern: str, threads: int) ->
 
 @each_kernel
 @each_pattern
-@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_value_that_is_not_finite_spoils_its_sample_alone(
     kernel: str, pattern: str, threads: int, value: float
 ) -> None:
     """Static scales are used before the sample has been seen to its end."""
     torch.set_num_threads(threads)
-    for x, w, arguments in (
-        ((3, 32, 20, 21), (24, 32, 3, 3), {"padding": 1}),
-        ((3, 32, 20, 21), (24, 32, 1, 1), {"stride": 3}),  # pixels that no filter sees
+    for x, w, arguments, places in (
+        ((3, 32, 20, 21), (24, 32, 3, 3), {"padding": 1}, [(0, 0), (0, 1), (7, 20), (19, 20)]),
+        # rows that no filter sees: behind what two threads read each, and at the end of what three do
+        ((3, 32, 384, 1), (640, 32, 1, 1), {"stride": (3, 1)}, [(190, 0), (383, 0)]),
+        ((3, 16, 61, 20), (400, 16, 1, 1), {"stride": (30, 1)}, [(7, 19), (59, 3)]),
     ):
         case = conv_case("sparse_conv2d", x, w, mode="static", pattern=pattern, **arguments)  # type: ignore[arg-type]
         with dispatch.force("sparse_conv2d", kernel):
             clean = case(ops.sparse_conv2d)
-            for place in ((0, 0, 0), (0, 0, 1), (5, 7, 20), (31, 19, 20)):
+            for row, column in places:
                 spoilt = case.x.clone()
-                spoilt[(1, *place)] = value
+                spoilt[1, 5, row, column] = value
                 for image in images(case.with_x(spoilt)):
                     y, raw = image(ops.sparse_conv2d), image.raw()
                     assert bool(torch.isnan(y[1]).all())

@@ -45,6 +45,17 @@ def test_float_blocks(pattern: str, keep: float, kernel: str) -> None:
             agree(linear_case("sparse_linear", m, n, k, mode="float", pattern=pattern, keep=keep), kernel)
 
 
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("threads", [1, 2, 3, 5, 8])
+@pytest.mark.parametrize("pattern", ["unstructured", "4x1"])
+def test_blocks_of_rows_that_threads_share(pattern: str, threads: int, kernel: str) -> None:
+    """Blocks of 64 and 16 rows that do not come out even; the last outputs belong to no whole group."""
+    torch.set_num_threads(threads)
+    for m in (17, 33, 63, 64, 65, 80, 100, 144, 192, 197, 320):
+        with dispatch.force("sparse_linear", kernel):
+            agree(linear_case("sparse_linear", m, 509, 130, pattern=pattern, keep=0.2), kernel)
+
+
 @pytest.mark.parametrize("keep", [0.0, 0.03, 0.4, 1.0])
 @pytest.mark.parametrize("pattern", ["unstructured", "4x1", "16x16"])
 def test_float_packs_give_the_weight_back(pattern: str, keep: float) -> None:

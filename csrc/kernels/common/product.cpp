@@ -7,6 +7,7 @@
 #include "kernels/common/strips.h"
 
 #include <algorithm>
+#include <utility>
 
 namespace tautorch {
 namespace {
@@ -105,22 +106,65 @@ struct RowBlocks {
     int64_t count() const { return wide() + (m % 64 > 32 ? 0 : div_up(m % 64, 16)); }
     int width(int64_t i) const { return i < wide() ? 64 : narrow && m - begin(i) <= 4 ? 4 : 16; }
     int64_t begin(int64_t i) const { return i < wide() ? i * 64 : wide() * 64 + (i - wide()) * 16; }
-    // The block that begins nearest to row r.
-    int64_t nearest(int64_t r) const {
-        return r < wide() * 64 ? (r + 32) / 64 : std::min(count(), wide() + (r - wide() * 64 + 8) / 16);
-    }
     int rows(int64_t i) const { return static_cast<int>(std::min<int64_t>(width(i), m - begin(i))); }
 };
 
-// First sparse group whose entries start at or after part i of n of the group's entries.
-int64_t balanced(const uint32_t *start, int64_t groups, int64_t n, int64_t i) {
-    if (i == n)
+// First sparse group whose entries start at or after this part of the group's.
+int64_t group_at(const uint32_t *start, int64_t groups, double part) {
+    if (part >= 1.0)
         return groups;
-    const uint32_t from = start[0];
-    const auto target = static_cast<uint32_t>(from + (start[groups] - from) * static_cast<uint64_t>(i) /
-                                                         static_cast<uint64_t>(n));
+    const auto target =
+        start[0] + static_cast<uint32_t>(part * static_cast<double>(start[groups] - start[0]));
     return std::lower_bound(start, start + groups, target) - start;
 }
+
+// Blocks shared out to threads by cost. Where they do not come out even, two threads take a part of the
+// outputs of one block each, and both make its panel: 192 rows on two threads are 1.5 blocks each.
+class Shares {
+  public:
+    struct Cut {
+        int64_t block;
+        double part; // of the block's outputs, in [0, 1)
+    };
+    Shares(const PackHeader &h, const RowBlocks &blocks, int64_t threads)
+        : blocks_(blocks), threads_(threads), wide_(lists_cost(h, 64)), narrow_(lists_cost(h, 16)),
+          panel_(panel_cost(h, 64)) {}
+    // Where thread t's share begins and that of the one before ends.
+    Cut cut(int64_t t) const {
+        if (t == threads_)
+            return {blocks_.count(), 0.0};
+        const auto wide = static_cast<double>(blocks_.wide()),
+                   narrow = static_cast<double>(blocks_.count() - blocks_.wide());
+        const double share = (wide * wide_ + narrow * narrow_) / static_cast<double>(threads_);
+        const double at = share * static_cast<double>(t), rest = at - wide * wide_;
+        const double cost = rest < 0.0 ? wide_ : narrow_;
+        const double place = rest < 0.0 ? at / wide_ : wide + rest / narrow_;
+        Cut c = {static_cast<int64_t>(place), 0.0};
+        c.part = place - static_cast<double>(c.block);
+        // Split into a part m and the rest, a block takes max(m, 1 - m) of its panel's cost more than a
+        // share; whole, min(m, 1 - m) of its own. A gain of less than 2 % was a loss at times.
+        const double panel = rest < 0.0 ? panel_ : panel_ / 2, least = std::min(c.part, 1.0 - c.part);
+        if (least * cost - (1.0 - least) * panel < 0.02 * share)
+            c = {c.block + (c.part < 0.5 ? 0 : 1), 0.0};
+        return c;
+    }
+    // Calls f(i, from, to) for thread t's parts of its blocks.
+    template <class F> void each(int64_t t, const F &f) const {
+        const Cut from = cut(t), to = cut(t + 1);
+        for (int64_t i = from.block; i < to.block + (to.part > 0.0 ? 1 : 0); ++i)
+            f(i, i == from.block ? from.part : 0.0, i == to.block ? to.part : 1.0);
+    }
+    // Blocks [first, second) of thread t.
+    std::pair<int64_t, int64_t> blocks(int64_t t) const {
+        const Cut to = cut(t + 1);
+        return {cut(t).block, to.block + (to.part > 0.0 ? 1 : 0)};
+    }
+
+  private:
+    const RowBlocks &blocks_;
+    int64_t threads_;
+    double wide_, narrow_, panel_;
+};
 
 int64_t lists_threads(const PackHeader &h, int64_t m) {
     // A panel of 16 rows costs the same with one of them used.
@@ -128,37 +172,28 @@ int64_t lists_threads(const PackHeader &h, int64_t m) {
     return work < 1'000'000 ? 1 : max_threads();
 }
 
-// Rows of a matrix: who multiplies a block of them quantises it, too. Where there are fewer blocks than
-// threads, `parts` threads quantise the same rows, each for itself, and take a part of the outputs. Lines
-// that one core wrote and another reads cost as much, and at times far more: 64 x 4096 x 1024, 95 % zeros, 80
-// us like this, 83 or 200 us with a common panel.
+// Rows of a matrix: who multiplies a block of them quantises it, too, also where several threads take a part
+// of its outputs each. Lines that one core wrote and another reads cost as much, and at times far more: 64 x
+// 4096 x 1024, 95 % zeros, 80 us like this, 83 or 200 us with a common panel.
 void own_rows_product(const Isa &isa, const LinearArgs &a, const Output &out, int64_t threads) {
     const PackHeader &h = header_of(a.packed);
     const RowBlocks blocks{a.m, isa.narrow_panels};
-    const int64_t groups = div_up(h.n, h.gs), count = blocks.count(),
-                  parts = std::max<int64_t>(1, threads / count),
-                  tasks = parts > 1 ? count * parts : std::min(threads, count);
+    const int64_t groups = div_up(h.n, h.gs);
+    const Shares shares(h, blocks, threads);
     const uint32_t *start = reinterpret_cast<const uint32_t *>(a.packed + h.start_off);
-    const auto run = [&](int64_t i, int64_t s0, int64_t s1) {
-        const int rows = blocks.rows(i), w = blocks.width(i);
-        const Source x = block_source(isa, a.quant, operand_of(a.packed), a.x, a.x_stride, blocks.begin(i),
-                                      rows, h.k, h.kr, Scratch::rows, Scratch::scales);
-        const Pointers pointers(h.taps * kTileN);
-        void *panel = scratch(Scratch::inner, static_cast<size_t>(h.k * w));
-        build_panel(isa, h, x, 0, 0, rows, w, pointers.at, panel);
-        float scales[kTileN] = {};
-        const float *scale = x.row_scales(0, rows, scales) ? scales : nullptr;
-        run_panel(isa, a.packed, 0, panel, w, s0, s1, out, a.m, blocks.begin(i), rows, scale);
-    };
-    parallel_tasks(tasks, [&](int64_t t) {
-        if (parts > 1)
-            return run(t / parts, balanced(start, groups, parts, t % parts),
-                       balanced(start, groups, parts, t % parts + 1));
-        const auto first = [&](int64_t t) {
-            return t == tasks ? count : blocks.nearest(chunk_begin(a.m, tasks, t));
-        };
-        for (int64_t i = first(t); i < first(t + 1); ++i)
-            run(i, 0, groups);
+    parallel_tasks(threads, [&](int64_t t) {
+        shares.each(t, [&](int64_t i, double from, double to) {
+            const int rows = blocks.rows(i), w = blocks.width(i);
+            const Source x = block_source(isa, a.quant, operand_of(a.packed), a.x, a.x_stride,
+                                          blocks.begin(i), rows, h.k, h.kr, Scratch::rows, Scratch::scales);
+            const Pointers pointers(h.taps * kTileN);
+            void *panel = scratch(Scratch::inner, static_cast<size_t>(h.k * w));
+            build_panel(isa, h, x, 0, 0, rows, w, pointers.at, panel);
+            float scales[kTileN] = {};
+            const float *scale = x.row_scales(0, rows, scales) ? scales : nullptr;
+            run_panel(isa, a.packed, 0, panel, w, group_at(start, groups, from), group_at(start, groups, to),
+                      out, a.m, blocks.begin(i), rows, scale);
+        });
     });
 }
 
@@ -224,25 +259,29 @@ void sparse_product(const Isa &isa, const uint8_t *packed, const Source &x, cons
         run_panel(isa, packed, g, panel, blocks.width(i), s0, s1, out, x.m, blocks.begin(i), blocks.rows(i),
                   scale);
     };
-    if (count >= threads || threads == 1) {
-        const int64_t tasks = std::min(threads, count);
+    if (count >= threads) {
         // Threads each read their own rows of an image: no join, and lines stay with their core.
-        const Source from = tasks > 1 ? x : x.whole();
-        const int64_t together = from.together(kTileN) / kTileN;
-        parallel_tasks(tasks, [&](int64_t t) {
+        const int64_t rows_together = threads > 1 ? x.together(kTileN, threads) : 0;
+        const Source from = rows_together ? x : x.whole();
+        const int64_t together = rows_together ? rows_together / kTileN : count;
+        const Shares shares(h, blocks, threads);
+        parallel_tasks(threads, [&](int64_t t) {
             const Pointers pointers(h.taps * kTileN);
             void *panel = scratch(Scratch::inner, static_cast<size_t>(panel_bytes));
-            const int64_t end = chunk_begin(count, tasks, t + 1);
-            for (int64_t i = chunk_begin(count, tasks, t); i < end;) {
-                const int64_t next = std::min(end, i + together);
-                const Source rows =
-                    from.ready(blocks.begin(i), blocks.begin(next - 1) + blocks.rows(next - 1));
-                for (; i < next; ++i)
-                    for (int64_t g = 0; g < h.groups; ++g) {
-                        build(rows, i, g, pointers.at, panel);
-                        run(i, g, panel, 0, sparse_groups);
-                    }
-            }
+            const int64_t first = shares.blocks(t).first, end = shares.blocks(t).second;
+            Source rows;
+            shares.each(t, [&](int64_t i, double part, double to) {
+                if ((i - first) % together == 0) {
+                    const int64_t last = std::min(end, i + together) - 1;
+                    rows = from.ready(blocks.begin(i), blocks.begin(last) + blocks.rows(last));
+                }
+                for (int64_t g = 0; g < h.groups; ++g) {
+                    const uint32_t *lists = start + g * sparse_groups;
+                    build(rows, i, g, pointers.at, panel);
+                    run(i, g, panel, group_at(lists, sparse_groups, part),
+                        group_at(lists, sparse_groups, to));
+                }
+            });
         });
         return;
     }
@@ -259,8 +298,10 @@ void sparse_product(const Isa &isa, const uint8_t *packed, const Source &x, cons
         const uint32_t *from = start + g * sparse_groups;
         parallel_tasks(count * parts, [&](int64_t t) {
             const int64_t i = t / parts, p = t % parts;
-            run(i, g, all + i * panel_bytes, balanced(from, sparse_groups, parts, p),
-                balanced(from, sparse_groups, parts, p + 1));
+            const auto at = [&](int64_t p) {
+                return group_at(from, sparse_groups, static_cast<double>(p) / static_cast<double>(parts));
+            };
+            run(i, g, all + i * panel_bytes, at(p), at(p + 1));
         });
     }
 }

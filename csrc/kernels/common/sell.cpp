@@ -226,6 +226,10 @@ double lists_cost(const PackHeader &h, int64_t m) {
            narrow * (quads * per_quad16 + lists * rates.list + 16 * (outputs + 2 * rates.input * inputs));
 }
 
+double panel_cost(const PackHeader &h, int64_t rows) {
+    return rates_here().input * static_cast<double>(rows * h.taps * h.k * h.groups);
+}
+
 bool sell_preferred(const PackHeader &h, int64_t m) {
     if (h.kind != PackKind::sparse_i8 || h.slots == 0 || !sell_supported(*find_isa(h.isa)))
         return false;
@@ -243,8 +247,9 @@ void sell_product(const Isa &isa, const uint8_t *packed, const Source &x, const 
     const int64_t tn = x.m >= 48 ? 1 : std::min(threads, strips);
     const int64_t tm = std::max<int64_t>(1, std::min(threads / tn, x.m / 6));
     // As with lists (product.cpp): threads with rows of their own read them themselves.
-    const Source from = tn == 1 && tm > 1 ? x : x.whole();
-    const int64_t together = from.together(kBlockRows);
+    const int64_t rows_together = tn == 1 && tm > 1 ? x.together(kBlockRows, tm) : 0;
+    const Source from = rows_together ? x : x.whole();
+    const int64_t together = rows_together ? rows_together : round_up(x.m, kBlockRows);
     parallel_tasks(tm * tn, [&](int64_t task) {
         const int64_t i = task / tn, j = task % tn;
         const int64_t begin = chunk_begin(x.m, tm, i), end = chunk_begin(x.m, tm, i + 1);

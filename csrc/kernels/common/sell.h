@@ -44,6 +44,8 @@ bool sell_consistent(const uint8_t *packed);
 // Cycles, roughly, of m rows in either form; see docs/perf-notes.md for the measurements behind them.
 double sell_cost(const PackHeader &h, int64_t m);
 double lists_cost(const PackHeader &h, int64_t m);
+// Of the latter, what its panels cost: `rows` rows of blocks of 64.
+double panel_cost(const PackHeader &h, int64_t rows);
 // Whether a pack runs m rows in the SELL form.
 bool sell_preferred(const PackHeader &h, int64_t m);
 

@@ -34,9 +34,9 @@ inline ActKind act_of(OperandKind k) { // not f32
     return k == OperandKind::s16 ? ActKind::s16 : k == OperandKind::i8 ? ActKind::i8 : ActKind::u8_shifted;
 }
 
-// Prepared rows. Row m, tap t, group g starts at pointer(m, t) + g * group_stride.
 class ImagePixels;
 
+// Prepared rows. Row m, tap t, group g starts at pointer(m, t) + g * group_stride.
 struct Source {
     int64_t m = 0; // rows (output pixels) in all
     int64_t taps = 1;
@@ -60,8 +60,9 @@ struct Source {
 
     // *this with rows m0 .. m1 there: in the calling thread's scratch, until it asks for others.
     Source ready(int64_t m0, int64_t m1) const;
-    // How many rows to make ready at a time, at least `unit`, so that they stay in the second-level cache.
-    int64_t together(int64_t unit) const;
+    // How many rows, a multiple of `unit`, each of so many threads is to make ready at a time; 0: whole() is
+    // better.
+    int64_t together(int64_t unit, int64_t threads) const;
     // *this with all rows there, in the calling thread's scratch; made by all threads.
     Source whole() const;
 
@@ -102,13 +103,13 @@ class ImagePixels {
   public:
     ImagePixels(const Isa &isa, const ActQuant &q, OperandKind kind, const void *x, bool channels_last,
                 const Geometry &geometry, int64_t groups, int64_t kr);
-    // Nothing is there yet. Fixed scales: ask finite() after the last row was made ready.
+    // Nothing is there yet. Fixed scales: ask finite() after the product.
     Source later() const;
     // Whether no NaN or Inf was met, where only fixed scales do not know before.
     bool finite() const { return finite_.load(std::memory_order_relaxed); }
     // See Source. whole() finds NaN and Inf itself.
     Source ready(int64_t m0, int64_t m1) const;
-    int64_t together(int64_t unit) const;
+    int64_t together(int64_t unit, int64_t threads) const;
     Source whole() const;
 
   private:
