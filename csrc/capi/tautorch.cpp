@@ -147,8 +147,10 @@ int64_t stride_of(const char *op, const char *name, int64_t stride, int64_t leas
     return stride == 0 ? least : stride;
 }
 
-// Everything of a layer but what its packs say. q: of what kind its weights are.
-Tail tail_of(const char *op, const tt_layer &l, bool floating) {
+// Everything of a layer but what its packs, of so many outputs, say.
+Tail tail_of(const char *op, const tt_layer &l, bool floating, int64_t outputs) {
+    if (outputs != l.outputs)
+        refuse(op, "outputs", "be " + std::to_string(outputs) + " as packed", std::to_string(l.outputs));
     if (l.x_dtype < 0 || l.x_dtype > TT_INT8)
         refuse(op, "x_dtype", "be TT_FLOAT32, TT_BFLOAT16, TT_FLOAT16 or TT_INT8", std::to_string(l.x_dtype));
     if (l.y_dtype < 0 || l.y_dtype > TT_INT32)
@@ -163,6 +165,10 @@ Tail tail_of(const char *op, const tt_layer &l, bool floating) {
     if ((l.y_dtype == TT_INT8) != (l.y_scale != 0))
         refuse(op, "y_scale", l.y_dtype == TT_INT8 ? "be given for TT_INT8 y" : "be 0 but for TT_INT8 y",
                std::to_string(l.y_scale));
+    if (l.y_dtype == TT_INT8) { // by this header's names
+        check_scale(op, "y_scale", l.y_scale);
+        checked_zero_point(op, "y_zero_point", &l.y_zero_point);
+    }
     if (l.weight_scale)
         require(op, "weight_scale", l.weight_scale, alignof(float));
     if (l.bias)
@@ -189,8 +195,6 @@ bool is_float(const PackHeader &h) { return operand_of(*find_isa(h.isa), h.kind)
 // The rest of a plan whose args are filled in.
 void finish(const char *op, const tt_layer &l, Plan &p, void (*run)(const LowRankLinearArgs &),
             int64_t outputs, tt_plan *out) {
-    if (outputs != l.outputs)
-        refuse(op, "outputs", "be " + std::to_string(outputs) + " as packed", std::to_string(l.outputs));
     if (l.weight_scale)
         require_finite(op, "weight_scale", l.weight_scale, outputs);
     if (l.bias)
@@ -310,10 +314,11 @@ tt_status tt_linear_plan(const tt_layer *layer, tt_plan *plan) {
         require(op, "layer", layer, alignof(tt_layer));
         require(op, "plan", plan);
         const tt_layer &l = *layer;
+        require(op, "packed", l.packed);
         const uint8_t *packed = static_cast<const uint8_t *>(l.packed);
         const PackHeader &h = checked_linear(op, packed, signed_bytes(l.packed_bytes), l.inputs, true);
         Plan p = {};
-        fill_linear(op, p.args, h, packed, h.n, tail_of(op, l, is_float(h)));
+        fill_linear(op, p.args, h, packed, h.n, tail_of(op, l, is_float(h), h.n));
         finish(op, l, p, h.kind <= PackKind::dense_w8 ? run_dense : run_sparse, h.n, plan);
     });
 }
@@ -327,14 +332,18 @@ tt_status tt_lowrank_plan(const tt_layer *layer, const void *up, size_t up_bytes
         const tt_layer &l = *layer;
         const Packed down = {static_cast<const uint8_t *>(l.packed), signed_bytes(l.packed_bytes)};
         const Packed up_pack = {static_cast<const uint8_t *>(up), signed_bytes(up_bytes)};
+        require(op, "packed", l.packed);
+        require(op, "up", up);
         const PackHeader &d = checked_header(op, down.data, down.bytes);
+        const int64_t outputs = checked_header(op, up_pack.data, up_pack.bytes).n;
         if (down_scale) {
             require(op, "down_scale", down_scale, alignof(float));
             require_finite(op, "down_scale", down_scale, d.n);
         }
         Plan p = {};
-        fill_lowrank(p.args, down, up_pack, {}, l.inputs, down_scale, nullptr, tail_of(op, l, is_float(d)));
-        finish(op, l, p, lowrank_linear, header_of(up_pack.data).n, plan);
+        fill_lowrank(p.args, down, up_pack, {}, l.inputs, down_scale, nullptr,
+                     tail_of(op, l, is_float(d), outputs));
+        finish(op, l, p, lowrank_linear, outputs, plan);
     });
 }
 

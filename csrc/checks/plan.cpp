@@ -8,6 +8,15 @@
 namespace tautorch {
 namespace {
 
+// An enumerator from 0 to `last`.
+template <class E> E code_of(const char *op, const char *name, int64_t code, E last) {
+    if (code < 0 || code > static_cast<int64_t>(last))
+        refuse(op, name, "be a known code", std::to_string(code));
+    return static_cast<E>(code);
+}
+
+} // namespace
+
 // Zero, subnormal and infinite scales have no inverse to quantise with.
 void check_scale(const char *op, const char *name, float scale) {
     if (scale > 0 && std::isfinite(scale) && std::isfinite(1.0f / scale))
@@ -17,20 +26,11 @@ void check_scale(const char *op, const char *name, float scale) {
     refuse(op, name, "be positive and finite, with a finite inverse", text);
 }
 
-int32_t zero_point(const char *op, const char *name, const int32_t *z) {
+int32_t checked_zero_point(const char *op, const char *name, const int32_t *z) {
     if (z && (*z < -128 || *z > 127))
         refuse(op, name, "be in [-128, 127]", std::to_string(*z));
     return z ? *z : 0;
 }
-
-// An enumerator from 0 to `last`.
-template <class E> E code_of(const char *op, const char *name, int64_t code, E last) {
-    if (code < 0 || code > static_cast<int64_t>(last))
-        refuse(op, name, "be a known code", std::to_string(code));
-    return static_cast<E>(code);
-}
-
-} // namespace
 
 Epilogue checked_epilogue(const char *op, const Tail &tail, int64_t outputs) {
     const auto check_count = [&](const char *name, const float *vector, int64_t count) {
@@ -48,7 +48,7 @@ Epilogue checked_epilogue(const char *op, const Tail &tail, int64_t outputs) {
         check_scale(op, "out_scale", *tail.out_scale);
         e.out_inv_scale = 1.0f / *tail.out_scale;
     }
-    e.out_zero_point = zero_point(op, "out_zero_point", tail.out_zero_point);
+    e.out_zero_point = checked_zero_point(op, "out_zero_point", tail.out_zero_point);
     return e;
 }
 
@@ -66,7 +66,7 @@ ActQuant checked_quant(const char *op, const Tail &tail, const PackHeader &h) {
         check_scale(op, "x_scale", *tail.x_scale);
         q.scale = *tail.x_scale;
     }
-    q.zero_point = zero_point(op, "x_zero_point", tail.x_zero_point);
+    q.zero_point = checked_zero_point(op, "x_zero_point", tail.x_zero_point);
     const bool floating = operand_of(*find_isa(h.isa), h.kind) == OperandKind::f32;
     if (floating != (q.mode == ActQuant::none))
         refuse(std::string(op) + ": packed weights are of another kind than the activations");

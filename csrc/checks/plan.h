@@ -22,6 +22,9 @@ struct Tail {
     const int32_t *x_zero_point = nullptr;
 };
 
+void check_scale(const char *op, const char *name, float scale);
+int32_t checked_zero_point(const char *op, const char *name, const int32_t *z); // null: 0
+
 Epilogue checked_epilogue(const char *op, const Tail &tail, int64_t outputs);
 // Of activations that fit a pack.
 ActQuant checked_quant(const char *op, const Tail &tail, const PackHeader &h);

@@ -231,8 +231,9 @@ def test_damaged_plans(lib: Library) -> None:
 
 BAD_LAYERS = [
     ({"outputs": 5}, "outputs must be 8 as packed, got 5"),
+    ({"outputs": 9, "weight_scale": np.ones(9, np.float32)}, "outputs must be 8 as packed, got 9"),
     ({"inputs": 5}, "another shape or kind"),
-    ({"packed": None}, "shorter than their header"),
+    ({"packed": None}, "packed must be given, got NULL"),
     ({"packed_bytes": 100}, "shorter than|cut short"),
     ({"activation": 9}, "activation must be a known code, got 9"),
     ({"x_dtype": 7}, "x_dtype must be TT_FLOAT32"),
@@ -247,8 +248,8 @@ BAD_LAYERS = [
     ({"x_scale": 1.0, "x_zero_point": 128}, r"x_zero_point must be in \[-128, 127\], got 128"),
     ({"y_dtype": t.INT8_X}, "y_scale must be given for TT_INT8 y"),
     ({"y_scale": 1.0}, "y_scale must be 0 but for TT_INT8 y"),
-    ({"y_dtype": t.INT8_X, "y_scale": -2.0}, "out_scale must be positive and finite"),
-    ({"y_dtype": t.INT8_X, "y_scale": 1.0, "y_zero_point": -129}, "out_zero_point must be in"),
+    ({"y_dtype": t.INT8_X, "y_scale": -2.0}, "y_scale must be positive and finite"),
+    ({"y_dtype": t.INT8_X, "y_scale": 1.0, "y_zero_point": -129}, "y_zero_point must be in"),
     ({"x_stride": 5}, "x_stride must be 0 or at least 6, got 5"),
     ({"y_stride": -8}, "y_stride must be 0 or at least 8, got -8"),
     ({"bias": np.array([0, np.nan] * 4, np.float32)}, "bias must be finite, got nan at 1"),
