@@ -22,8 +22,9 @@ LOST, LIMIT = 101, 102
 class Recorder:
     """A pytest plugin: leaves out what was tried, writes each outcome, stops at the deadline.
 
-    Tests of the device come first, those that failed in an earlier run ("again") last. ``running`` is a file
-    that holds the name of the test that runs.
+    Tests of the device come first; among them those last that time candidates, as each compiles several
+    kernels. Those that failed in an earlier run ("again") come at the end. ``running`` is a file that holds
+    the name of the test that runs.
     """
 
     def __init__(
@@ -35,7 +36,13 @@ class Recorder:
 
     def pytest_collection_modifyitems(self, config: Any, items: list[Any]) -> None:
         todo = [i for i in items if self.outcomes.get(i.nodeid, "again") == "again"]
-        todo.sort(key=lambda i: (i.nodeid in self.outcomes, i.get_closest_marker("gpu") is None))
+        todo.sort(
+            key=lambda i: (
+                i.nodeid in self.outcomes,
+                i.get_closest_marker("gpu") is None,
+                "measured" in i.name,
+            )
+        )
         config.hook.pytest_deselected(items=[i for i in items if i not in todo])
         items[:] = todo
 

@@ -223,15 +223,18 @@ def test_a_lost_device_ends_the_process_and_not_the_stage(tested: Callable[..., 
         "import pytest, benches.gpu.tested as stage\n"
         "def test_host():\n    note('host')\n"
         "@pytest.mark.gpu\n"
+        "@pytest.mark.parametrize('way', ['measured'])\n"
+        "def test_all(way):\n    note(way)\n"
+        "@pytest.mark.gpu\n"
         "def test_illegal():\n    note('illegal')\n    stage.device_is_lost = lambda: True\n"
         "    assert False\n"
         "@pytest.mark.gpu\n"
         "def test_next():\n    note(stage.device_is_lost.__name__)\n"
     )
-    assert tested(tests) == "1 test: 2 passed, 1 failed"
-    assert (tmp_path / "ran").read_text() == "illegal device_is_lost host "
+    assert tested(tests) == "1 test: 3 passed, 1 failed"
+    assert (tmp_path / "ran").read_text() == "illegal device_is_lost measured host "
     tests += "def test_late():\n    note('late')\n"
-    assert tested(tests.replace("assert False", "pass")) == "0 test: 4 passed"
+    assert tested(tests.replace("assert False", "pass")) == "0 test: 5 passed"
     assert (tmp_path / "ran").read_text() == "late illegal "
 
 
