@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tautorch import factorize, prune, quantize, students
-from tautorch._batches import left_as_it_is
+from tautorch._batches import left_as_it_is, squared_change
 
 
 class Counting(nn.Module):
@@ -104,3 +104,29 @@ def test_a_sensitivity_scan_may_estimate_batch_norms_anew() -> None:
     prune.sensitivity(model, evaluate)
     quantize.sensitivity(model, [x], metric=evaluate)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_what_is_not_finite_must_stay_what_it_was() -> None:
+    inf, nan = float("inf"), float("nan")
+    before = torch.tensor([1.0, -inf, 2.0, nan])
+    assert squared_change(before, before.clone()) == (0.0, 5.0)
+    for other in (nan, inf, 0.0):
+        assert squared_change(before, torch.tensor([1.0, other, 2.0, nan])) == (inf, 5.0)
+    assert squared_change(before, torch.tensor([1.0, -inf, inf, nan])) == (inf, 5.0)
+
+
+@pytest.mark.parametrize(
+    "buffer",
+    [
+        torch.ones(3, dtype=torch.complex32),
+        torch.full((1,), float("nan")).expand(4),
+        torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]),
+    ],
+    ids=["complex32", "NaN, expanded", "nested"],
+)
+def test_buffers_of_any_kind_are_left(buffer: Tensor) -> None:
+    model = nn.Linear(3, 2)
+    model.register_buffer("kept", buffer)
+    with left_as_it_is(model):
+        model(torch.ones(1, 3))
+    assert model.kept is buffer

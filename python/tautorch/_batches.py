@@ -90,13 +90,17 @@ def output_tensors(value: Any) -> list[Tensor]:
 def squared_change(before: Tensor, after: Tensor) -> tuple[float, float]:
     """Squares of the change and of what was, summed; logits that a mask took away (-inf) stay out of both.
 
-    The change is infinite if other values than before are finite.
+    The change is infinite if what was not finite is anything else now, or the other way round.
     """
     finite = before.isfinite()
+    x = before.double()
+    was = float(x[finite].square().sum())
     if not torch.equal(after.isfinite(), finite):
-        return math.inf, float(before.double()[finite].square().sum())
-    x, y = before.double()[finite], after.double()[finite]
-    return float((y - x).square().sum()), float(x.square().sum())
+        return math.inf, was
+    y = after.double()
+    if not torch.equal(*(t[~finite].nan_to_num(2.0, 1.0, -1.0) for t in (x, y))):
+        return math.inf, was
+    return float((y - x)[finite].square().sum()), was
 
 
 def _names(slots: str | Iterable[str]) -> Iterable[str]:
@@ -174,10 +178,16 @@ _COPIED_BYTES = 64 << 20
 _UNKNOWN = -1  # inference tensors count no changes
 
 
+_OF_STATISTICS = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
+
+
 def _changed_uncounted(tensor: Tensor, copy: Tensor) -> bool:
     """As `F.batch_norm` changes running statistics in training."""
-    plain = type(tensor) is Tensor and tensor.layout == torch.strided and not tensor.is_meta
-    return plain and not torch.equal(tensor, copy)
+    if type(tensor) is not Tensor or tensor.dtype not in _OF_STATISTICS or tensor.layout != torch.strided:
+        return False
+    if tensor.is_meta or tensor.is_nested:
+        return False
+    return not torch.equal(tensor.nan_to_num(), copy.nan_to_num())
 
 
 def _version(tensor: Tensor) -> int:

@@ -412,3 +412,18 @@ def test_an_error_beside_a_scripted_part_comes_through() -> None:
     with pytest.raises(RuntimeError, match="mine"):
         compile_layers(model, [torch.randn(2, 8)], [torch.randn(2, 8)], gate=False, progress=progress)
     assert model[1] is before
+
+
+def test_a_chosen_layer_that_calibration_does_not_reach_is_no_error() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.main, self.aux = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.main(x)
+
+    x = torch.randn(4, 8)
+    for chosen in (["aux"], ["main", "aux"]):
+        layers = compile_layers(Two().eval(), [x], x, layers=chosen, gate=False)
+        assert [layer.name for layer in layers] == chosen

@@ -214,3 +214,23 @@ def test_a_quantised_layer_is_refused() -> None:
     model = gptq(net(), [torch.randn(8, 4, 4, 4)])
     with pytest.raises(ValueError, match="layer '0' must not be quantised yet"):
         L0Gates(model)
+
+
+def test_channels_count_what_is_kept_and_one_must_stay() -> None:
+    model = nn.Sequential(nn.Linear(8, 4))
+    with torch.no_grad():
+        model[0].weight[0] = 0
+    gates = L0Gates(model, pattern="channels", keep=0.5)
+    assert gates.expected_l0().item() == pytest.approx(0.5 * (3 * 8 + 4))
+    with torch.no_grad():
+        gates.parameters()[0].copy_(torch.tensor([9.0, -9.0, -9.0, -9.0]))  # open: the pruned one alone
+    weight = model[0].weight.clone()
+    with pytest.raises(ValueError, match="must keep a gate open"):
+        gates.finalize()
+    assert torch.equal(model[0].weight, weight)
+
+
+def test_gates_of_a_pruned_model_load_into_those_of_another() -> None:
+    model, other = prune(net(), sparsity=0.5), net()
+    L0Gates(model), L0Gates(other)
+    other.load_state_dict(model.state_dict())

@@ -178,3 +178,19 @@ def test_bad_input_is_named(options: dict[str, Any], message: str) -> None:
     arguments: dict[str, Any] = {"batches": [torch.randn(2, 12)]} | options
     with pytest.raises(ValueError, match=message):
         sensitivity(Net(), **arguments)
+
+
+def test_a_layer_whose_quantisation_breaks_the_output_is_the_dearest() -> None:
+    class Log(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 2, bias=False)
+            with torch.no_grad():
+                self.b.weight.fill_(1e-3)
+                self.b.weight[:, 0] = 1.0  # beside which the others round to 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(self.a(x).square() * torch.tensor([0.0] + [1.0] * 7)).log()
+
+    (first, *_) = sensitivity(Log().eval(), [torch.randn(16, 8)], bits=4, quant="weight_only").layers
+    assert first.layer == "b" and first.output_sqnr == -float("inf")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -368,3 +369,15 @@ def test_what_moves_the_output_is_taken_back() -> None:
         smooth(model, [torch.randn(4, 8)])
     assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
     assert not any(m._forward_pre_hooks for m in model.modules())
+
+
+@pytest.mark.parametrize("alias", [lambda t: t.detach(), lambda t: t.data], ids=["detach", "data"])
+def test_a_buffer_that_is_a_weight_does_not_take_the_change_back(alias: Callable[[Tensor], Tensor]) -> None:
+    model = nn.Sequential(nn.LayerNorm(32), nn.Linear(32, 16)).eval()
+    with torch.no_grad():
+        model[0].weight[:4] *= 50
+    model.register_buffer("kept", alias(model[1].weight))
+    x = torch.randn(64, 32)
+    want = model(x).detach()
+    smooth(model, [x])
+    torch.testing.assert_close(model(x), want, rtol=1e-4, atol=1e-4)

@@ -19,7 +19,6 @@ from tautorch._batches import (
     example_batches,
     left_as_it_is,
     model_device,
-    require_seen,
 )
 from tautorch.compress.report import Layer, Report
 from tautorch.convert import convert
@@ -263,9 +262,7 @@ def _scales(
 ) -> dict[str, QParams]:
     """The static scale of each layer's input; none of a layer that calibration does not reach."""
     inputs = {name: _first(layer) for name, layer in layers.items()}
-    found = input_ranges("compile_layers", model, calibration, inputs, observer)
-    require_seen("compile_layers", inputs, set(found), named=False)
-    return found
+    return input_ranges("compile_layers", model, calibration, inputs, observer)
 
 
 def _offers(layer: nn.Module, scale: QParams | None, pattern: str) -> list[Factory]:

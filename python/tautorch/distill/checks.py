@@ -132,7 +132,7 @@ def zeros_held(
 ) -> Iterator[dict[str, Tensor] | None]:
     """Keeps what pruning and quantising did to the student, or ValueError where training would undo it.
 
-    `masks` are those that a run which goes on had from here; None makes them of the zeros there are now.
+    `masks` are those that a run which goes on had from here; none make them of the zeros there are now.
     """
     layers = {
         name: layer
@@ -150,7 +150,7 @@ def zeros_held(
             )
     if keep:
         kept = {name: layer.weight.detach() != 0 for name, layer in layers.items()}
-        if masks is None:
+        if not masks:
             masks = {name: mask for name, mask in kept.items() if bool(mask.any()) and not bool(mask.all())}
         with MaskHandle(student, masks, optimizer) as handle:
             yield handle.masks

@@ -63,7 +63,7 @@ class _BlockGate(HardConcrete):
         super().__init__(tuple(blocks.scores.shape), keep, layer.weight)
         self._form, self._groups = form, groups
         self.register_buffer("sizes", (blocks.scores * blocks.sizes).round().long(), persistent=False)
-        self.register_buffer("mask", mask)
+        self.register_buffer("mask", mask, persistent=False)
         self.sizes: Tensor
         self.mask: Tensor | None
 
@@ -81,10 +81,11 @@ class _ChannelGate(HardConcrete):
     def __init__(self, layer: Layer, keep: float) -> None:
         outputs = layer.weight.shape[0]
         super().__init__((outputs,), keep, layer.weight)
-        each = layer.weight.numel() // outputs + (layer.bias is not None)
-        self.register_buffer(
-            "sizes", torch.full((outputs,), each, device=layer.weight.device), persistent=False
-        )
+        mask = kept_of(layer)
+        kept = torch.ones_like(layer.weight, dtype=torch.bool) if mask is None else mask
+        self.register_buffer("weights", kept.flatten(1).sum(1), persistent=False)
+        self.register_buffer("sizes", self.weights + int(layer.bias is not None), persistent=False)
+        self.weights: Tensor
         self.sizes: Tensor
         self._spatial = isinstance(layer, nn.Conv2d)
 
@@ -104,7 +105,8 @@ class L0Gates:
 
     The gates' parameters live in the model (its `parameters()` and `state_dict` have them) until `finalize`
     or `remove`. They need a far higher learning rate than weights: they move by units, weights by hundredths.
-    Weights that were pruned before stay zero, and are not counted among those below.
+    Weights that were pruned before stay zero, and are not counted among those below: load a checkpoint into
+    gates of a model that was pruned alike.
 
     Args:
         model: changed in place.
@@ -191,7 +193,8 @@ class L0Gates:
         with torch.no_grad():
             gates = {name: _deterministic(gate) for name, gate in self._gates.items()}
         for name, values in gates.items():
-            if not bool((values * self._gates[name].sizes).any()):
+            gate = self._gates[name]
+            if not bool((values * (gate.weights if isinstance(gate, _ChannelGate) else gate.sizes)).any()):
                 raise ValueError(
                     f"L0Gates: layer {name!r} must keep a gate open, got none; weigh the penalty less"
                 )

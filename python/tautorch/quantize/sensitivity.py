@@ -21,6 +21,7 @@ from tautorch._batches import (
     observe_inputs,
     output_tensors,
     require_seen,
+    squared_change,
     to_device,
 )
 from tautorch._layers import Layer
@@ -143,10 +144,8 @@ class _Ratio:
 
     def add(self, exact: list[Tensor], got: list[Tensor]) -> None:
         for x, y in zip(exact, got, strict=True):
-            finite = x.isfinite() & y.isfinite()  # logits that a mask took away are not
-            want, have = x.double()[finite], y.double()[finite]
-            self.signal += float(want.square().sum())
-            self.error += float((have - want).square().sum())
+            change, was = squared_change(x, y)
+            self.signal, self.error = self.signal + was, self.error + change
 
     def decibels(self) -> float:
         """Over all ranks."""
@@ -154,7 +153,8 @@ class _Ratio:
         self.signal, self.error = distributed.all_reduce(both).tolist()
         if self.error == 0:
             return math.inf
-        return 10 * math.log10(self.signal / self.error) if self.signal > 0 else -math.inf
+        broken = self.signal == 0 or math.isinf(self.error)
+        return -math.inf if broken else 10 * math.log10(self.signal / self.error)
 
 
 def _run(

@@ -161,9 +161,9 @@ def smooth(
     targets = {name: layer for name, layer in targets.items() if name in seen}
     found = {name: _merged(found.get(name), layer) for name, layer in targets.items()}
     samples = [to_device(held[index], model_device(model)) for index in kinds.values()]
-    with left_as_it_is(model) as kept:
+    with left_as_it_is(model):
         groups, before = agreed_absorbers("smooth", model, targets, samples)
-        kept.put_back()  # what runs leave behind may show in the next
+    with torch.no_grad():  # buffers are put back after runs alone: one may be a weight that is scaled here
         work = _Work(model, targets, found, alphas, quant)
         try:
             for absorber in reversed(groups):  # rows first, columns after, of a layer that is both
@@ -175,8 +175,9 @@ def smooth(
             replace_layers(model, work.wrapped)
             failure: Exception | None = None
             try:
-                for outputs, batch in zip(before, samples, strict=True):
-                    work.check(outputs, call_model("smooth", model, batch))
+                with left_as_it_is(model):
+                    for outputs, batch in zip(before, samples, strict=True):
+                        work.check(outputs, call_model("smooth", model, batch))
             except Exception as error:
                 failure = error
             distributed.raise_together(failure)  # each rank's outputs are of its own batches
