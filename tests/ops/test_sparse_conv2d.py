@@ -26,7 +26,8 @@ class TestSparseConv2d(ConvSuite):
 
 # x, w, arguments
 SHAPES: list[tuple[tuple[int, ...], tuple[int, int, int, int], dict[str, Any]]] = [
-    ((2, 256, 29, 31), (16, 256, 3, 3), {"padding": 1}),  # several bands a thread, cut within samples
+    ((2, 256, 29, 31), (16, 256, 3, 3), {"padding": 1}),  # one, cut within samples on three
+    ((2, 16, 90, 8), (24, 16, 3, 3), {"padding": (5, 1), "dilation": (3, 1)}),  # a halo of six rows
     ((7, 64, 9, 9), (40, 64, 3, 3), {"padding": 1}),  # several samples a thread
     ((3, 32, 25, 23), (24, 32, 3, 3), {"stride": 2}),  # rows that no filter sees
     ((3, 32, 25, 23), (640, 32, 1, 1), {"stride": 3}),
@@ -34,7 +35,7 @@ SHAPES: list[tuple[tuple[int, ...], tuple[int, int, int, int], dict[str, Any]]] 
     ((2, 30, 39, 17), (48, 15, 3, 3), {"padding": 1, "groups": 2}),  # holes between groups
     ((2, 300, 30, 30), (16, 300, 1, 1), {}),
     (
-        (1, 30, 90, 20),
+        (1, 30, 180, 20),
         (96, 30, 2, 1),
         {"padding": (9, 0), "stride": (4, 1)},
     ),  # filters that see padding alone
@@ -60,6 +61,14 @@ def test_threads_read_their_own_rows(kernel: str, pattern: str, threads: int) ->
             for image in images(case):
                 with dispatch.force("sparse_conv2d", kernel):
                     agree(image, kernel)
+
+
+@each_kernel
+def test_two_bands_each_on_two_threads(kernel: str) -> None:
+    torch.set_num_threads(2)
+    case = conv_case("sparse_conv2d", (4, 128, 48, 32), (4, 128, 3, 3), mode="static", padding=1)
+    with dispatch.force("sparse_conv2d", kernel):
+        agree(case, kernel)
 
 
 @each_kernel
