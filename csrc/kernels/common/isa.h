@@ -27,6 +27,14 @@ struct SparseScales {
     bool turned; // leave sums as sparse_rows takes them, not as [outputs][64]
 };
 
+// Rows of int8 that sparse_i8_codes writes, from the tile's first row and output on.
+struct SparseCodes {
+    const Epilogue *epilogue; // of its numbers, those that SparseScales has not
+    int rows;
+    char *out;
+    int64_t row_bytes;
+};
+
 // Float rows, x_step bytes apart, times `count` whole float panels that follow each other, with bias and
 // activation none or relu, to float rows of output that begin at output n0.
 struct RowsF32 {
@@ -123,10 +131,15 @@ struct Isa {
                              const int8_t *values, int64_t g0, int64_t g1, bool add, int32_t *acc,
                              const SparseScales &scales) = nullptr;
     // Its turned sums, of each list [block][i][l][output]: row 16 * block + 4 * l + i. The 16 rows of a
-    // block, of which `rows` are there, to rows of `cols` floats, `step` floats apart. Where sparse_i8_scaled
-    // is.
-    void (*sparse_rows)(const float *turned, int block, int rows, int cols, float *to,
+    // block, of which `rows` are there, to rows of `cols` outputs (f32, bf16, f16), `step` bytes apart. Where
+    // sparse_i8_scaled is.
+    void (*sparse_rows)(const float *turned, int block, int rows, int cols, DType dtype, char *to,
                         int64_t step) = nullptr;
+    // The same to int8 output, on top of sums that may be null. False, and nothing done, where an output may
+    // be NaN or the output is another. Null where there is none.
+    bool (*sparse_i8_codes)(const uint8_t *x, const uint32_t *start, const uint16_t *idx,
+                            const int8_t *values, int64_t g0, int64_t g1, const int32_t *sums,
+                            const SparseScales &scales, const SparseCodes &to) = nullptr;
 
     // Groups of few channels. Null where there is none.
     void (*grouped_i8)(const GroupedI8 &) = nullptr;

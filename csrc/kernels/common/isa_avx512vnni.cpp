@@ -143,6 +143,7 @@ const Isa isa_avx512vnni = {
     product_i8_avx512vnni,
     sparse_i8_scaled_avx512vnni,
     sparse_rows_avx512vnni,
+    sparse_i8_codes_avx512vnni,
     grouped_i8_avx512vnni,
     &strip_avx512vnni,
     &digits_avx512vnni,

@@ -159,7 +159,7 @@ const Isa isa_neon = {
     "neon",       4,         ActKind::i8, 16,          4,       kKr,      mr_of,        dot_i8,
     dot_f32,      rows_f32,  amax,        quantize,    to_f32,  epilogue, transpose_u8, panel_u8,
     transpose_32, sparse_i8, sparse_f32,  kPlainOrder, peak_i8, peak_f32, depthwise,    true,
-    nullptr,      nullptr,   nullptr,     nullptr,     &kStrip, &kDigits, widen,
+    nullptr,      nullptr,   nullptr,     nullptr,     nullptr, &kStrip,  &kDigits,     widen,
 };
 
 } // namespace tautorch

@@ -28,26 +28,27 @@ struct PanelStore {
     void operator()(int64_t m0, int rows, int64_t n0, int cols, const float *scale) const {
         if (out.along_m)
             return store_tile(isa, out, acc, w, true, m0, rows, n0, cols, scale);
-        // Floats that are done: no scales, nothing to add or activate.
         const Epilogue &e = out.epilogue;
-        const bool plain = e.acc_float && e.out_dtype == DType::f32 && e.activation == Activation::none &&
-                           !e.w_scale && !e.bias && !e.addend && !scale;
+        const int64_t size = size_of(e.out_dtype);
+        // Floats that are done: no scales, nothing to add or activate.
+        const bool done =
+            e.acc_float && e.activation == Activation::none && !e.w_scale && !e.bias && !e.addend && !scale;
         alignas(64) uint32_t part[16 * kTileOutputs];
         for (int b = 0; 16 * b < rows; ++b) {
             const int64_t m = m0 + 16 * b;
             const int lines = std::min(16, rows - 16 * b);
-            char *to = static_cast<char *>(out.data) + (m * out.row_stride + n0) * size_of(e.out_dtype);
-            if (turned && plain) {
-                isa.sparse_rows(static_cast<const float *>(acc), b, lines, cols,
-                                reinterpret_cast<float *>(to), out.row_stride);
+            char *to = static_cast<char *>(out.data) + (m * out.row_stride + n0) * size;
+            const float *sums = static_cast<const float *>(acc);
+            if (turned && done && e.out_dtype != DType::i8) {
+                isa.sparse_rows(sums, b, lines, cols, e.out_dtype, to, out.row_stride * size);
                 continue;
             }
             if (turned)
-                isa.sparse_rows(static_cast<const float *>(acc), b, lines, cols,
-                                reinterpret_cast<float *>(part), kTileOutputs);
+                isa.sparse_rows(sums, b, lines, cols, DType::f32, reinterpret_cast<char *>(part),
+                                4 * kTileOutputs);
             else
                 isa.transpose_32(line[b], static_cast<int>(round_up(cols, 16)), 16, part, kTileOutputs);
-            if (plain)
+            if (done && e.out_dtype == DType::f32)
                 for (int r = 0; r < lines; ++r)
                     std::memcpy(to + 4 * r * out.row_stride, part + r * kTileOutputs,
                                 static_cast<size_t>(4 * cols));

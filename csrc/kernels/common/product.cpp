@@ -64,6 +64,8 @@ void run_panel(const Isa &isa, const uint8_t *packed, int64_t group, const void 
         }
     }
     const bool relu = !e.addend && e.activation == Activation::relu;
+    const bool codes = scaled && isa.sparse_i8_codes && e.out_dtype == DType::i8 && !out.along_m &&
+                       (relu || e.activation == Activation::none);
     const PanelStore store(isa, rest, acc, w, scaled && !out.along_m);
     const int64_t size = size_of(e.out_dtype), row_bytes = out.row_stride * size;
     // Zen 4, 4x1, float out: fetching the lines of a tile while its lists run takes 10 to 25 % off where the
@@ -72,24 +74,38 @@ void run_panel(const Isa &isa, const uint8_t *packed, int64_t group, const void 
     const int64_t quads = h.entries / std::max<int64_t>(1, h.blocks * lists);
     const bool fetch = !out.along_m && (m * row_bytes > int64_t{3} << 20 ||
                                         (m * row_bytes > int64_t{1} << 20 && quads >= 128));
-    const char *base = static_cast<const char *>(out.data);
     const int64_t step = kTileOutputs / h.gs;
     for (int64_t s = s0; s < s1; s += step) {
         const int64_t end = std::min(s1, s + step), n0 = group * h.n + s * h.gs;
         const int cols = static_cast<int>(std::min((end - s) * h.gs, h.n - s * h.gs));
+        bool left = false; // the tile has, from registers
         for (int64_t b = 0; b < h.blocks; ++b) {
             const uint8_t *x = static_cast<const uint8_t *>(panel) + b * block_inputs(h) * w;
             const int8_t *values = reinterpret_cast<const int8_t *>(data);
-            if (scaled && b + 1 == h.blocks)
-                isa.sparse_i8_scaled(x, start + b * lists, index, values, s, end, b > 0, acc,
-                                     {scale, e.w_scale ? e.w_scale + n0 : nullptr,
-                                      e.bias && !e.addend ? e.bias + n0 : nullptr,
-                                      e.correction ? e.colsum + n0 : nullptr, e.correction, relu, cols,
-                                      base + m0 * row_bytes + n0 * size, row_bytes, cols * size,
-                                      fetch ? rows : 0, !out.along_m});
-            else
+            if (!scaled || b + 1 < h.blocks) {
                 isa.sparse_i8(h.gs, w, x, start + b * lists, index, values, s, end, b > 0, acc);
+                continue;
+            }
+            char *to = static_cast<char *>(out.data) + m0 * row_bytes + n0 * size;
+            const SparseScales scales = {scale,
+                                         e.w_scale ? e.w_scale + n0 : nullptr,
+                                         e.bias && !e.addend ? e.bias + n0 : nullptr,
+                                         e.correction ? e.colsum + n0 : nullptr,
+                                         e.correction,
+                                         relu,
+                                         cols,
+                                         to,
+                                         row_bytes,
+                                         cols * size,
+                                         fetch ? rows : 0,
+                                         !out.along_m};
+            left = codes && isa.sparse_i8_codes(x, start + b * lists, index, values, s, end,
+                                                b > 0 ? acc : nullptr, scales, {&e, rows, to, row_bytes});
+            if (!left)
+                isa.sparse_i8_scaled(x, start + b * lists, index, values, s, end, b > 0, acc, scales);
         }
+        if (left)
+            continue;
         for (int c = 0; w < 16 && c < cols; c += kTileN)
             store_tile(isa, rest, acc + c * w, w, true, m0, rows, n0 + c, std::min(kTileN, cols - c), scale);
         if (w >= 16)

@@ -6,6 +6,7 @@
 // per 256).
 #include "kernels/common/sparse_avx512vnni.h"
 
+#include "kernels/common/finish_avx512vnni.h"
 #include "kernels/common/interleave.h"
 
 namespace tautorch {
@@ -159,6 +160,99 @@ void panel64_scaled(const uint8_t *x, const uint32_t *start, const uint16_t *idx
     }
 }
 
+// 16 rows' codes of 16 lists, [list][row][4 outputs], to 64 outputs of each row.
+inline void codes_rows(const __m512i *list, int rows, __mmask64 outputs, char *to, int64_t step) {
+    __m512i a[16], b[16];
+#pragma GCC unroll 8
+    for (int i = 0; i < 16; i += 2) {
+        const __m512i even = _mm512_load_si512(list + i), odd = _mm512_load_si512(list + i + 1);
+        b[i] = _mm512_unpacklo_epi32(even, odd);
+        b[i + 1] = _mm512_unpackhi_epi32(even, odd);
+    }
+    // a[4 q + i]: row 4 l + i of lists 4 q .. 4 q + 3 in lane l
+#pragma GCC unroll 4
+    for (int q = 0; q < 16; q += 4) {
+        a[q] = _mm512_unpacklo_epi64(b[q], b[q + 2]);
+        a[q + 1] = _mm512_unpackhi_epi64(b[q], b[q + 2]);
+        a[q + 2] = _mm512_unpacklo_epi64(b[q + 1], b[q + 3]);
+        a[q + 3] = _mm512_unpackhi_epi64(b[q + 1], b[q + 3]);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+        const __m512i l01 = _mm512_shuffle_i32x4(a[i], a[4 + i], 0x44),
+                      h01 = _mm512_shuffle_i32x4(a[i], a[4 + i], 0xee),
+                      l23 = _mm512_shuffle_i32x4(a[8 + i], a[12 + i], 0x44),
+                      h23 = _mm512_shuffle_i32x4(a[8 + i], a[12 + i], 0xee);
+        const __m512i y[4] = {_mm512_shuffle_i32x4(l01, l23, 0x88), _mm512_shuffle_i32x4(l01, l23, 0xdd),
+                              _mm512_shuffle_i32x4(h01, h23, 0x88), _mm512_shuffle_i32x4(h01, h23, 0xdd)};
+#pragma GCC unroll 4
+        for (int l = 0; l < 4; ++l)
+            if (4 * l + i < rows)
+                _mm512_mask_storeu_epi8(to + (4 * l + i) * step, outputs, y[l]);
+    }
+}
+
+// Lists of four outputs whose sums leave as int8, by the arithmetic of epilogue.h; saturation does for the
+// lower bounds.
+void panel64_codes(const uint8_t *x, const uint32_t *start, const uint16_t *idx, const int8_t *values,
+                   int64_t g0, int64_t g1, const int32_t *__restrict sums, const SparseScales &s,
+                   const TileScales &tile, const SparseCodes &to) {
+    const float *__restrict rows = s.rows;
+    const int32_t zero_point = to.epilogue->out_zero_point;
+    const __m512 inv = _mm512_set1_ps(to.epilogue->out_inv_scale),
+                 most = _mm512_set1_ps(static_cast<float>(127 - zero_point));
+    const __m512i zero = _mm512_set1_epi16(static_cast<short>(zero_point)),
+                  least = _mm512_set1_epi8(static_cast<char>(s.relu ? zero_point : -128));
+    // Bytes [output][row] of every 128 bits to [row][output].
+    const __m512i turn =
+        _mm512_broadcast_i32x4(_mm_set_epi8(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0));
+    const char *line = s.line, *const past = s.line + s.lines * s.line_step;
+    const int64_t line_step = s.line_step, line_bytes = s.line_bytes,
+                  fetched = div_up(s.lines, g1 - g0) * line_step;
+    constexpr int kLists = 16;
+    __m512i codes[4][kLists] = {};
+    for (int64_t g = g0; g < g1; ++g) {
+        const int64_t n = (g - g0) * 4;
+        __m512i c[4][4];
+        for (int r = 0; r < 4; ++r) {
+            const __m512i first = _mm512_set1_epi32(tile.from[n + r]);
+            for (int j = 0; j < 4; ++j)
+                c[r][j] = sums ? _mm512_add_epi32(first, load512(sums + (n + r) * 64 + 16 * j)) : first;
+        }
+        for (const char *last = line + fetched; line < last && line < past; line += line_step)
+            for (int64_t at = 0; at < line_bytes; at += 64)
+                asm volatile("prefetcht1 %0" : : "m"(line[at]));
+        const uint16_t *i = idx + 4 * int64_t{start[g]}, *end = idx + 4 * int64_t{start[g + 1]};
+        const int8_t *v = values + 16 * int64_t{start[g]};
+        for (; i < end; i += 4, v += 16)
+            quad<4>(x, i, v, c);
+        const int at = static_cast<int>((g - g0) % kLists);
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; ++j) {
+            __m512i q[4];
+#pragma GCC unroll 4
+            for (int r = 0; r < 4; ++r) {
+                const __m512 scaled =
+                    _mm512_mul_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(c[r][j]), _mm512_loadu_ps(rows + 16 * j)),
+                                  _mm512_set1_ps(tile.w[n + r]));
+                const __m512 y = _mm512_mul_ps(_mm512_add_ps(scaled, _mm512_set1_ps(tile.b[n + r])), inv);
+                q[r] = _mm512_cvtps_epi32(_mm512_min_ps(y, most));
+            }
+            const __m512i low = _mm512_adds_epi16(_mm512_packs_epi32(q[0], q[1]), zero),
+                          high = _mm512_adds_epi16(_mm512_packs_epi32(q[2], q[3]), zero);
+            _mm512_store_si512(
+                &codes[j][at],
+                _mm512_shuffle_epi8(_mm512_max_epi8(_mm512_packs_epi16(low, high), least), turn));
+        }
+        if (at + 1 < kLists && g + 1 < g1)
+            continue;
+        const int64_t first = n - 4 * at, left = s.count - first;
+        for (int j = 0; 16 * j < to.rows; ++j)
+            codes_rows(codes[j], to.rows - 16 * j, left >= 64 ? ~__mmask64{0} : (__mmask64{1} << left) - 1,
+                       to.out + 16 * j * to.row_bytes + first, to.row_bytes);
+    }
+}
+
 // 16 rows: four panel rows side by side in one register, transposed to [row][4 inputs] by a dword and a
 // byte shuffle.
 template <int GS>
@@ -202,17 +296,36 @@ void panel16(const uint8_t *x, const uint32_t *start, const uint16_t *idx, const
     }
 }
 
-} // namespace
-
-void sparse_i8_avx512vnni(int gs, int w, const uint8_t *x, const uint32_t *start, const uint16_t *idx,
-                          const int8_t *values, int64_t g0, int64_t g1, bool add, int32_t *acc) {
-    if (w == 64)
-        (gs == 4 ? panel64<4> : panel64<1>)(x, start, idx, values, g0, g1, add, acc);
-    else
-        (gs == 4 ? panel16<4> : panel16<1>)(x, start, idx, values, g0, g1, add, acc);
+// 16 floats each of rows l = 0 .. 3, 4 * step apart, of which those under `rows` and `there` are.
+template <DType T>
+__attribute__((always_inline)) inline void store_rows(const __m512 (&y)[4], int i, int rows, __mmask16 there,
+                                                      char *to, int64_t step) {
+    __m256i half[4];
+    if constexpr (T == DType::f16)
+#pragma GCC unroll 4
+        for (int l = 0; l < 4; ++l)
+            half[l] = _mm512_cvtps_ph(y[l], _MM_FROUND_TO_NEAREST_INT);
+    if constexpr (T == DType::bf16) // NaN is the quiet one: y comes out of an addition
+#pragma GCC unroll 2
+        for (int l = 0; l < 4; l += 2) {
+            const __m512i both = bf16_of(y[l], y[l + 1]);
+            half[l] = _mm512_castsi512_si256(both);
+            half[l + 1] = _mm512_extracti64x4_epi64(both, 1);
+        }
+#pragma GCC unroll 4
+    for (int l = 0; l < 4; ++l) {
+        if (4 * l + i >= rows)
+            continue;
+        char *out = to + (4 * l + i) * step;
+        if constexpr (T == DType::f32)
+            _mm512_mask_storeu_ps(out, there, y[l]);
+        else
+            _mm256_mask_storeu_epi16(out, there, half[l]);
+    }
 }
 
-void sparse_rows_avx512vnni(const float *turned, int block, int rows, int cols, float *to, int64_t step) {
+template <DType T>
+void sparse_rows(const float *turned, int block, int rows, int cols, char *to, int64_t step) {
     constexpr int64_t kList = 4 * 64;
     for (int i = 0; i < 4; ++i) {
         // Rows i, 4 + i, 8 + i and 12 + i: four rows a multiple of 4 KB apart fit a set of L1 (8 ways on
@@ -230,17 +343,46 @@ void sparse_rows_avx512vnni(const float *turned, int block, int rows, int cols, 
                          d = _mm512_shuffle_f32x4(z[2], z[3], 0xee);
             const __m512 y[4] = {_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd),
                                  _mm512_shuffle_f32x4(c, d, 0x88), _mm512_shuffle_f32x4(c, d, 0xdd)};
-            const __mmask16 there = left >= 16 ? 0xffff : static_cast<__mmask16>((1u << left) - 1);
-#pragma GCC unroll 4
-            for (int l = 0; l < 4; ++l) {
-                float *out = to + (4 * l + i) * step + n;
-                if (rows == 16 && left >= 16)
-                    _mm512_storeu_ps(out, y[l]);
-                else if (4 * l + i < rows)
-                    _mm512_mask_storeu_ps(out, there, y[l]);
-            }
+            char *out = to + n * size_of(T);
+            if (rows == 16 && left >= 16) // known to the compiler: stores without a mask
+                store_rows<T>(y, i, 16, 0xffff, out, step);
+            else
+                store_rows<T>(y, i, rows, first(left), out, step);
         }
     }
+}
+
+} // namespace
+
+void sparse_i8_avx512vnni(int gs, int w, const uint8_t *x, const uint32_t *start, const uint16_t *idx,
+                          const int8_t *values, int64_t g0, int64_t g1, bool add, int32_t *acc) {
+    if (w == 64)
+        (gs == 4 ? panel64<4> : panel64<1>)(x, start, idx, values, g0, g1, add, acc);
+    else
+        (gs == 4 ? panel16<4> : panel16<1>)(x, start, idx, values, g0, g1, add, acc);
+}
+
+void sparse_rows_avx512vnni(const float *turned, int block, int rows, int cols, DType dtype, char *to,
+                            int64_t step) {
+    if (dtype == DType::f32)
+        sparse_rows<DType::f32>(turned, block, rows, cols, to, step);
+    else if (dtype == DType::bf16)
+        sparse_rows<DType::bf16>(turned, block, rows, cols, to, step);
+    else
+        sparse_rows<DType::f16>(turned, block, rows, cols, to, step);
+}
+
+bool sparse_i8_codes_avx512vnni(const uint8_t *x, const uint32_t *start, const uint16_t *idx,
+                                const int8_t *values, int64_t g0, int64_t g1, const int32_t *sums,
+                                const SparseScales &scales, const SparseCodes &to) {
+    if (!leaves_as_codes(*to.epilogue, scales.rows, to.rows))
+        return false;
+    const TileScales tile(scales);
+    for (int64_t n = 0; n < scales.count; n += 16)
+        if (!finite(_mm512_load_ps(tile.w + n)) || !finite(_mm512_load_ps(tile.b + n)))
+            return false;
+    panel64_codes(x, start, idx, values, g0, g1, sums, scales, tile, to);
+    return true;
 }
 
 void sparse_i8_scaled_avx512vnni(const uint8_t *x, const uint32_t *start, const uint16_t *idx,

@@ -25,6 +25,11 @@ void sparse_i8_scaled_avx512vnni(const uint8_t *x, const uint32_t *start, const 
                                  const int8_t *values, int64_t g0, int64_t g1, bool add, int32_t *acc,
                                  const SparseScales &scales);
 
-void sparse_rows_avx512vnni(const float *turned, int block, int rows, int cols, float *to, int64_t step);
+void sparse_rows_avx512vnni(const float *turned, int block, int rows, int cols, DType dtype, char *to,
+                            int64_t step);
+
+bool sparse_i8_codes_avx512vnni(const uint8_t *x, const uint32_t *start, const uint16_t *idx,
+                                const int8_t *values, int64_t g0, int64_t g1, const int32_t *sums,
+                                const SparseScales &scales, const SparseCodes &to);
 
 } // namespace tautorch
