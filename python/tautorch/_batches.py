@@ -36,6 +36,23 @@ def to_device(value: Any, device: torch.device | str | None) -> Any:
     return value
 
 
+def own_copy(value: Any) -> Any:
+    """`value` with copies of its tensors, for whoever may change them in place; other parts as they are."""
+    return pytree.tree_map(_copy, value)
+
+
+def _copy(value: Any) -> Any:
+    """A tensor's copy with the same strides, overlapping ones (expand) included."""
+    if not isinstance(value, Tensor):
+        return value
+    value = value.detach()
+    if type(value) is not Tensor or value.is_nested or value.layout != torch.strided or not value.numel():
+        return value.clone()
+    extent = 1 + sum((n - 1) * s for n, s in zip(value.shape, value.stride(), strict=True))
+    flat = value.as_strided((extent,), (1,), value.storage_offset()).clone()
+    return flat.as_strided(value.shape, value.stride())
+
+
 def call_model(op: str, model: Callable[..., Any], batch: Any) -> Any:
     """Call `model` with one batch: a tensor, a tuple of positional or a mapping of keyword arguments.
 
