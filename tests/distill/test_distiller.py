@@ -141,6 +141,30 @@ def test_a_failed_step_leaves_the_student_as_it_was(poison: str) -> None:
     assert all(p.grad is None for p in distiller.student.parameters())
 
 
+def test_a_failed_step_puts_back_buffers_that_are_set_anew() -> None:
+    class Averaging(nn.Linear):
+        mean: Tensor | None
+
+        def __init__(self) -> None:
+            super().__init__(4, 2)
+            self.register_buffer("mean", torch.zeros(2))
+            self.register_buffer("last", None)
+
+        def forward(self, input: Tensor) -> Tensor:
+            out = super().forward(input)
+            self.mean = 0.9 * self.mean + 0.1 * out.detach().mean(0)
+            self.last = out.detach()
+            return out
+
+    student = Averaging()
+    optimizer = torch.optim.SGD(student.parameters(), 0.1)
+    distiller = Distiller(None, student, lambda s, t, y: s.sum() / 0, optimizer, progress=False)
+    with pytest.raises(FloatingPointError):
+        distiller.fit([torch.randn(8, 4)], 1)
+    assert torch.equal(student.mean, torch.zeros(2))
+    assert student.last is None
+
+
 def test_callbacks_are_called_where_they_say() -> None:
     class Everything:
         def __init__(self) -> None:
