@@ -100,6 +100,18 @@ def test_a_loss_that_needs_a_teacher_says_so() -> None:
         Distiller(None, student, FeatureHint("0", "0"), optimizer, progress=False).fit(batches, 1)
 
 
+def test_the_student_sees_the_batch_whatever_the_teacher_does_to_it() -> None:
+    teacher = nn.Sequential(nn.ReLU(inplace=True), nn.Linear(8, 4)).eval()
+    student = nn.Linear(8, 4)
+    seen: list[Tensor] = []
+    student.register_forward_pre_hook(lambda _, args: seen.append(args[0].clone()))
+    x = torch.randn(16, 8)
+    batch = x.clone()
+    optimizer = torch.optim.SGD(student.parameters(), 0.1)
+    Distiller(teacher, student, SoftTarget(alpha=0.0), optimizer, progress=False).fit([batch], 1)
+    assert torch.equal(seen[0], x)
+
+
 def test_modes_are_put_back_one_by_one() -> None:
     distiller, data = make()
     distiller.student.eval()
