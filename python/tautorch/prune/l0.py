@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from tautorch._layers import Layer, layer_groups, select_layers, take_off_parametrisation
+from tautorch._layers import Layer, layer_groups, own_weight, select_layers, take_off_parametrisation
 from tautorch.nn.tail import grid_of, kept_of
 from tautorch.prune.patterns import Blocks, Pattern, parse_pattern
 
@@ -187,9 +187,14 @@ class L0Gates:
         """Multiply the eval-time gates into plain weights (and biases) and take the gates out.
 
         Returns the masks (True = kept) for `hold_masks`. The model then computes in eval what it did before.
-        Raises ValueError, changing nothing, if a layer would be all zero or the gates are out already.
+        Raises ValueError, changing nothing, if a layer would be all zero, the gates are out already, or a
+        layer with gates on its channels is clustered or otherwise parametrised by now.
         """
         self._there()
+        for name, gate in self._gates.items():
+            why = own_weight(self._layers[name]) if isinstance(gate, _ChannelGate) else None
+            if why is not None:
+                raise ValueError(f"L0Gates: layer {name!r} cannot take its gates in: {why}")
         with torch.no_grad():
             gates = {name: _deterministic(gate) for name, gate in self._gates.items()}
         for name, values in gates.items():
