@@ -324,7 +324,7 @@ def _advance(block: nn.Module, read: _Held, write: _Held, device: Any) -> None:
         block.eval()
         for index in range(len(read)):
             batch = read[index]
-            out = call_model(_OP, block, to_device(batch, where))
+            out = call_model(_OP, block, to_device(batch, where), own=False)
             first = out[0] if isinstance(out, (tuple, list)) else out
             if not isinstance(first, Tensor):
                 raise TypeError(

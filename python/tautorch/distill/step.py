@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from tautorch import distributed
-from tautorch._batches import call_model, model_device, own_copy, to_device
+from tautorch._batches import call_model, model_device, to_device
 from tautorch.distill import checks
 
 if TYPE_CHECKING:
@@ -101,9 +101,8 @@ def _forward(run: Distiller, batch: Any) -> Tensor:
         teacher_out = None
         if run.teacher is not None:
             with torch.no_grad():
-                # Of its own copy: the student must not see what a teacher does to its input in place.
-                teacher_out = run.output(call_model("Distiller", run.teacher, own_copy(inputs)))
-        student_out = run.output(call_model("Distiller", run.student, inputs))
+                teacher_out = run.output(call_model("Distiller", run.teacher, inputs))
+        student_out = run.output(call_model("Distiller", run.student, inputs, own=False))
         return run.loss(student_out, teacher_out, target)
 
 
