@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import warnings
 from typing import Any
 
 import pytest
@@ -206,6 +207,31 @@ def test_a_pruning_schedule_is_a_callback() -> None:
     distiller.fit(data, 4)
     assert schedule.steps_done == 16
     assert [row.block_sparsity for row in sparsity_report(distiller.student, "4x1").layers] == [0.75, 0.75]
+
+
+def test_steps_that_the_scaler_leaves_out_count_for_schedules() -> None:
+    student = nn.Sequential(nn.Linear(8, 4))
+    optimizer = torch.optim.SGD(student.parameters(), 0.1)
+    done: list[int] = []
+    optimizer.register_step_post_hook(lambda *_: done.append(len(done)))
+    calls: list[int] = []
+
+    def loss(out: Tensor, teacher: None, target: None) -> Tensor:
+        calls.append(len(calls))
+        return out.float().square().mean() * (1e6 if len(calls) <= 2 else 1.0)
+
+    schedule = Schedule(student, 0.5, end=6)
+    rate = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0 - step / 6)
+    distiller = Distiller(
+        None, student, loss, optimizer, amp=torch.float16, scheduler=rate, scheduler_interval="step",
+        callbacks=[schedule], progress=False,
+    )  # fmt: skip
+    with warnings.catch_warnings():  # of torch, that the schedule steps first
+        warnings.simplefilter("ignore")
+        distiller.fit([torch.randn(16, 8)] * 6, 1)
+    assert len(done) == 4
+    assert distiller.global_step == 6
+    assert schedule.done and rate.get_last_lr() == [0.0]
 
 
 def test_held_masks_survive_as_hook_and_as_callback() -> None:

@@ -105,6 +105,8 @@ class L0Gates:
 
     The gates' parameters live in the model (its `parameters()` and `state_dict` have them) until `finalize`
     or `remove`. They need a far higher learning rate than weights: they move by units, weights by hundredths.
+    Ranks that are seeded differently each draw gates of their own in training, as dropout does; the gates'
+    parameters, and so the penalty and what is kept at last, are the same on all of them.
     Weights that were pruned before stay zero, and are not counted among those below: load a checkpoint into
     gates of a model that was pruned alike.
 
