@@ -80,6 +80,7 @@ class Shifted(nn.Sequential):
 IN_PLACE: dict[str, Callable[[nn.Module, Any], Any]] = {
     "gptq": quantize.gptq,
     "sparsegpt": lambda m, x: prune.prune(m, "sparsegpt", calibration=x),
+    "gradient": lambda m, x: prune.prune(m, "gradient", calibration=x, loss=loss),
     "refit": lambda m, x: prune.prune(m, "activation", calibration=x, refit=3),
     "smooth": lambda m, x: quantize.smooth(m, x, explicit=False),
     "sensitivity": quantize.sensitivity,
