@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -10,8 +11,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tautorch import factorize, prune, quantize, students
-from tautorch._batches import left_as_it_is, squared_change
+from tautorch import convert, factorize, fuse, prune, quantize, students
+from tautorch._batches import left_as_it_is, own_copy, squared_change
+from tautorch.nn import Int8Linear
 
 
 class Counting(nn.Module):
@@ -65,6 +67,49 @@ def test_buffers_are_put_back(run: Callable[[nn.Module], Any]) -> None:
     run(model)
     counting = next(module for module in model.modules() if isinstance(module, Counting))
     assert float(counting.calls) == 0.0 and float(counting.mean) == 0.0
+
+
+class Shifted(nn.Sequential):
+    """Changes the batch it is given in place, as normalising code does."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        input -= 3.0
+        return super().forward(input)
+
+
+IN_PLACE: dict[str, Callable[[nn.Module, Any], Any]] = {
+    "gptq": quantize.gptq,
+    "sparsegpt": lambda m, x: prune.prune(m, "sparsegpt", calibration=x),
+    "gradient": lambda m, x: prune.prune(m, "gradient", calibration=x, loss=loss),
+    "refit": lambda m, x: prune.prune(m, "activation", calibration=x, refit=3),
+    "smooth": lambda m, x: quantize.smooth(m, x, explicit=False),
+    "sensitivity": quantize.sensitivity,
+    "convert": lambda m, x: convert(m, {"0": Int8Linear.from_float}, example_inputs=x, max_error=0.05),
+    "fuse": lambda m, x: fuse(m, example_inputs=x[0]),
+    "cost": lambda m, x: students.cost(m, x[0]),
+}
+
+
+@pytest.mark.parametrize("run", list(IN_PLACE.values()), ids=list(IN_PLACE))
+def test_a_model_that_changes_its_input_is_run_on_copies(run: Callable[[nn.Module, Any], Any]) -> None:
+    torch.manual_seed(0)
+    model = Shifted(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 8)).eval()
+    x = [torch.randn(32, 16) + 3 for _ in range(2)]
+    plain, shifted = nn.Sequential(*copy.deepcopy(model)).eval(), [item - 3.0 for item in x]
+    before = [item.clone() for item in x]
+    run(model, x)
+    run(plain, shifted)
+    assert all(torch.equal(a, b) for a, b in zip(x, before, strict=True))
+    for ours, theirs in zip(model.state_dict().values(), plain.state_dict().values(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_copies_of_a_batch_keep_what_is_one_tensor_and_how_it_lies() -> None:
+    x, wide = torch.randn(3, 4), torch.randn(1, 4).expand(3, 4)
+    query, rest = own_copy((x, {"key": x, "wide": wide, "flag": True}))
+    assert query is rest["key"] and query is not x
+    assert torch.equal(query, x) and torch.equal(rest["wide"], wide) and rest["flag"] is True
+    assert rest["wide"].stride() == wide.stride()
 
 
 @pytest.mark.parametrize("fails", [False, True])

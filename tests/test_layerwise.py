@@ -194,6 +194,29 @@ def test_modes_gradients_and_forwards_are_as_before() -> None:
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 
+class Adding(nn.Linear):
+    """Adds to its input in place, as residual blocks do."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        input += super().forward(input)
+        return input
+
+
+def test_inputs_stay_where_blocks_work_in_place(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Identity(), nn.Sequential(Adding(4, 4), Adding(4, 4)))
+
+    def work(name: str, block: nn.Module, inputs: Sequence[Any]) -> list[Tensor]:
+        with torch.no_grad():
+            return [block(*batch).clone() for _ in range(2) for batch in inputs]
+
+    x = [torch.randn(3, 4)]
+    held = layerwise(model, "1", x, work)
+    for first, second in held.values():
+        assert torch.equal(first, second)
+    read = layerwise(model, "1", x, work, cache=tmp_path)
+    assert all(torch.equal(a, b) for name in held for a, b in zip(held[name], read[name], strict=True))
+
+
 def test_a_forward_of_the_instance_stays() -> None:
     model = build()
     model.layers[0].forward = own = model.layers[0].forward

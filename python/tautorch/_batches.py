@@ -36,11 +36,43 @@ def to_device(value: Any, device: torch.device | str | None) -> Any:
     return value
 
 
-def call_model(op: str, model: Callable[..., Any], batch: Any) -> Any:
+def own_copy(value: Any) -> Any:
+    """`value` with copies of its tensors, for whoever may change them in place; other parts as they are.
+
+    A tensor that is there twice (query, key and value) is one in the copy too.
+    """
+    made: dict[int, Tensor] = {}
+
+    def copy(part: Any) -> Any:
+        if not isinstance(part, Tensor):
+            return part
+        if id(part) not in made:
+            made[id(part)] = _copy(part)
+        return made[id(part)]
+
+    return pytree.tree_map(copy, value)
+
+
+def _copy(value: Tensor) -> Tensor:
+    """A tensor's copy with the same strides, overlapping ones (expand) included."""
+    value = value.detach()
+    if type(value) is not Tensor or value.is_nested or value.layout != torch.strided or not value.numel():
+        return value.clone()
+    extent = 1 + sum((n - 1) * s for n, s in zip(value.shape, value.stride(), strict=True))
+    flat = value.as_strided((extent,), (1,), value.storage_offset()).clone()
+    return flat.as_strided(value.shape, value.stride())
+
+
+def call_model(op: str, model: Callable[..., Any], batch: Any, *, own: bool = True) -> Any:
     """Call `model` with one batch: a tensor, a tuple of positional or a mapping of keyword arguments.
+
+    The model is given copies of the tensors, so that the batch stays as it is where a model changes its input
+    in place; not `own`, the tensors themselves.
 
     Raises TypeError for anything else; `op` names the caller in the message.
     """
+    if isinstance(batch, (Tensor, Mapping, tuple)) and own:
+        batch = own_copy(batch)
     if isinstance(batch, Tensor):
         return model(batch)
     if isinstance(batch, Mapping):

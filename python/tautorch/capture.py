@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from tautorch._batches import call_model, refuse_transformed
+from tautorch._batches import call_model, own_copy, refuse_transformed
 
 
 @dataclass
@@ -39,16 +39,6 @@ class Call:
         return module(*self.args, **self.kwargs)
 
 
-def _copy(value: Any) -> Any:
-    """A tensor's copy with the same strides, overlapping ones (expand) included; other values as they are."""
-    if not isinstance(value, torch.Tensor) or value.layout != torch.strided or value.numel() == 0:
-        return value
-    value = value.detach()
-    extent = 1 + sum((n - 1) * s for n, s in zip(value.shape, value.stride(), strict=True))
-    flat = value.as_strided((extent,), (1,), value.storage_offset()).clone()
-    return flat.as_strided(value.shape, value.stride())
-
-
 def capture(
     op: str, model: nn.Module, layers: Mapping[str, nn.Module], batches: list[Any]
 ) -> dict[str, list[Call]]:
@@ -64,7 +54,7 @@ def capture(
         call = Call(args, kwargs)
         key = call.signature()
         if key not in seen[name]:
-            seen[name][key] = Call(*pytree.tree_map(_copy, (args, kwargs)))
+            seen[name][key] = Call(*own_copy((args, kwargs)))
 
     handles = [
         layer.register_forward_pre_hook(

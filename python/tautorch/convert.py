@@ -256,7 +256,7 @@ def _whole_error(model: nn.Module, swap: _Swap, batches: list[Any]) -> float | N
 
 def _whole_time(model: nn.Module, swap: _Swap, batch: Any, threshold: float, seconds: float) -> ShapeTime:
     def run() -> object:
-        return call_model("convert", model, batch)
+        return call_model("convert", model, batch, own=False)
 
     found = decisive(
         run,

@@ -15,7 +15,15 @@ import torch
 from torch import Tensor, nn
 
 from tautorch import distributed
-from tautorch._batches import Batch, Batches, call_model, check_batches, to_device, training_modes_kept
+from tautorch._batches import (
+    Batch,
+    Batches,
+    call_model,
+    check_batches,
+    own_copy,
+    to_device,
+    training_modes_kept,
+)
 from tautorch._layers import forward_replaced
 from tautorch._shards import Shards, ShardWriter
 
@@ -130,7 +138,8 @@ class _Held(Sequence[Batch]):
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
         held = self._batches[index]
-        return torch.load(held, weights_only=True) if self._folder is not None else held
+        # A copy, as from a file: a block may add to its input in place.
+        return torch.load(held, weights_only=True) if self._folder is not None else own_copy(held)
 
     def put(self, index: int, batch: Batch) -> None:
         """Keep `batch` on the CPU in the place of number `index`, or as the next."""
@@ -315,7 +324,7 @@ def _advance(block: nn.Module, read: _Held, write: _Held, device: Any) -> None:
         block.eval()
         for index in range(len(read)):
             batch = read[index]
-            out = call_model(_OP, block, to_device(batch, where))
+            out = call_model(_OP, block, to_device(batch, where), own=False)
             first = out[0] if isinstance(out, (tuple, list)) else out
             if not isinstance(first, Tensor):
                 raise TypeError(

@@ -20,6 +20,7 @@ from tautorch.distill import (
     Distiller,
     SoftTarget,
     TeacherCache,
+    TemperatureSchedule,
     TokenLevel,
     cache_teacher,
 )
@@ -251,6 +252,10 @@ def test_bad_input_is_named(tmp_path: Path) -> None:
     cache = make("top", top_k=2, temperature=3.0)
     with pytest.raises(ValueError, match="temperature must be 3, that of the top-k cache, got 4"):
         CachedTarget(cache, temperature=4.0)
+    moved = CachedTarget(cache, alpha=0.0)
+    TemperatureSchedule(moved, 3.0, 1.0, steps=2).step()
+    with pytest.raises(ValueError, match="temperature must stay 3, that of the top-k cache, got 2"):
+        moved(torch.zeros(6, 5), None, collate([cache[i] for i in range(6)]))
     with pytest.raises(IndexError):
         cache[6]
     with pytest.raises(ValueError, match="dataset must have the cache's 6 samples, got 5"):

@@ -235,7 +235,7 @@ def test_a_killed_run_resumes_to_the_same_weights(tmp_path: Path) -> None:
 
 def test_callbacks_see_all_rounds_as_one_training(tmp_path: Path) -> None:
     student = net(1)
-    optimizer, loss = torch.optim.Adam(student.parameters(), 0.01), PolicyKL(temperature=8.0)
+    optimizer, loss = torch.optim.Adam(student.parameters(), 0.01), SoftTarget(temperature=8.0, alpha=0.0)
     temperatures: list[float] = []
     callbacks = [
         TemperatureSchedule(loss, 8.0, 1.0),
@@ -250,6 +250,7 @@ def test_callbacks_see_all_rounds_as_one_training(tmp_path: Path) -> None:
     np.testing.assert_allclose(temperatures, [8.0 - 7.0 * t / steps for t in range(1, steps + 1)], rtol=1e-6)
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "end_of_epoch" not in line] == [*range(1, steps + 1)]
+    assert all(line["loss/soft"] == line["loss"] for line in lines)
 
 
 def test_a_schedule_goes_on_where_a_run_was_stopped(tmp_path: Path) -> None:

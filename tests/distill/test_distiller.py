@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import warnings
 from typing import Any
 
 import pytest
@@ -100,6 +101,18 @@ def test_a_loss_that_needs_a_teacher_says_so() -> None:
         Distiller(None, student, FeatureHint("0", "0"), optimizer, progress=False).fit(batches, 1)
 
 
+def test_the_student_sees_the_batch_whatever_the_teacher_does_to_it() -> None:
+    teacher = nn.Sequential(nn.ReLU(inplace=True), nn.Linear(8, 4)).eval()
+    student = nn.Linear(8, 4)
+    seen: list[Tensor] = []
+    student.register_forward_pre_hook(lambda _, args: seen.append(args[0].clone()))
+    x = torch.randn(16, 8)
+    batch = x.clone()
+    optimizer = torch.optim.SGD(student.parameters(), 0.1)
+    Distiller(teacher, student, SoftTarget(alpha=0.0), optimizer, progress=False).fit([batch], 1)
+    assert torch.equal(seen[0], x)
+
+
 def test_modes_are_put_back_one_by_one() -> None:
     distiller, data = make()
     distiller.student.eval()
@@ -141,6 +154,30 @@ def test_a_failed_step_leaves_the_student_as_it_was(poison: str) -> None:
     assert all(p.grad is None for p in distiller.student.parameters())
 
 
+def test_a_failed_step_puts_back_buffers_that_are_set_anew() -> None:
+    class Averaging(nn.Linear):
+        mean: Tensor | None
+
+        def __init__(self) -> None:
+            super().__init__(4, 2)
+            self.register_buffer("mean", torch.zeros(2))
+            self.register_buffer("last", None)
+
+        def forward(self, input: Tensor) -> Tensor:
+            out = super().forward(input)
+            self.mean = 0.9 * self.mean + 0.1 * out.detach().mean(0)
+            self.last = out.detach()
+            return out
+
+    student = Averaging()
+    optimizer = torch.optim.SGD(student.parameters(), 0.1)
+    distiller = Distiller(None, student, lambda s, t, y: s.sum() / 0, optimizer, progress=False)
+    with pytest.raises(FloatingPointError):
+        distiller.fit([torch.randn(8, 4)], 1)
+    assert torch.equal(student.mean, torch.zeros(2))
+    assert student.last is None
+
+
 def test_callbacks_are_called_where_they_say() -> None:
     class Everything:
         def __init__(self) -> None:
@@ -170,6 +207,31 @@ def test_a_pruning_schedule_is_a_callback() -> None:
     distiller.fit(data, 4)
     assert schedule.steps_done == 16
     assert [row.block_sparsity for row in sparsity_report(distiller.student, "4x1").layers] == [0.75, 0.75]
+
+
+def test_steps_that_the_scaler_leaves_out_count_for_schedules() -> None:
+    student = nn.Sequential(nn.Linear(8, 4))
+    optimizer = torch.optim.SGD(student.parameters(), 0.1)
+    done: list[int] = []
+    optimizer.register_step_post_hook(lambda *_: done.append(len(done)))
+    calls: list[int] = []
+
+    def loss(out: Tensor, teacher: None, target: None) -> Tensor:
+        calls.append(len(calls))
+        return out.float().square().mean() * (1e6 if len(calls) <= 2 else 1.0)
+
+    schedule = Schedule(student, 0.5, end=6)
+    rate = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0 - step / 6)
+    distiller = Distiller(
+        None, student, loss, optimizer, amp=torch.float16, scheduler=rate, scheduler_interval="step",
+        callbacks=[schedule], progress=False,
+    )  # fmt: skip
+    with warnings.catch_warnings():  # of torch, that the schedule steps first
+        warnings.simplefilter("ignore")
+        distiller.fit([torch.randn(16, 8)] * 6, 1)
+    assert len(done) == 4
+    assert distiller.global_step == 6
+    assert schedule.done and rate.get_last_lr() == [0.0]
 
 
 def test_held_masks_survive_as_hook_and_as_callback() -> None:

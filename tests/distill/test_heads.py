@@ -34,9 +34,10 @@ def least_squares(x: Any, y: Any) -> Any:
     return np.linalg.lstsq(ones, y, rcond=None)[0]
 
 
+@pytest.mark.parametrize("first", [nn.Identity(), nn.Hardtanh(0.0, 0.1, inplace=True)])
 @pytest.mark.parametrize("channels", [None, 6])
-def test_the_linear_head_is_the_least_squares_fit(channels: int | None) -> None:
-    model = Net(heavy()).double()
+def test_the_linear_head_is_the_least_squares_fit(channels: int | None, first: nn.Module) -> None:
+    model = Net(nn.Sequential(first, *heavy())).double()
     batches = [torch.randn(40, 2, 4, 4, dtype=torch.float64) for _ in range(5)]
     x = torch.cat(batches)
     old = copy.deepcopy(model).eval()

@@ -46,6 +46,15 @@ def test_a_distiller_trains_student_and_adapter() -> None:
     assert history[-1]["loss"] < 0.2 * history[0]["loss"]
 
 
+def test_a_layer_after_it_may_work_in_place() -> None:
+    teacher, student = (nn.Sequential(nn.Linear(6, 8), nn.ReLU(inplace=True), nn.Linear(8, 4)) for _ in "ts")
+    hint = FeatureHint("0", "0")
+    x = torch.randn(5, 6)
+    with hint.attached(teacher, student):
+        loss = hint(student(x), teacher(x), None)
+    torch.testing.assert_close(loss, (student[0](x) - teacher[0](x)).square().mean())
+
+
 def test_nested_hints_each_see_their_layer() -> None:
     teacher, student = pair()
     inner = FeatureHint("2", "2")

@@ -92,6 +92,17 @@ def test_an_ensemble_is_the_mean_of_softened_probabilities(
     assert not ensemble.training
 
 
+def test_each_teacher_sees_the_inputs_whatever_the_one_before_does_to_them() -> None:
+    rectified = nn.Sequential(nn.ReLU(inplace=True), nn.Linear(6, 3)).eval()
+    plain, x = nn.Linear(6, 3).eval(), torch.randn(5, 6)
+    given = x.clone()
+    heads = Teachers({"a": rectified, "b": plain})(given)
+    torch.testing.assert_close(heads["b"], plain(x))
+    mean = Ensemble([rectified, plain])(given).softmax(-1)
+    torch.testing.assert_close(mean, (rectified(x.clone()).softmax(-1) + plain(x).softmax(-1)) / 2)
+    assert torch.equal(given, x)
+
+
 def test_bad_input_is_named() -> None:
     student, teacher, target = outputs()
     loss = MultiTask({"kind": SoftTarget(), "size": Regression()})

@@ -63,6 +63,15 @@ def test_a_base_that_looks_inside_is_attached() -> None:
         assert float(loss(model(ids), model(ids), ids).detach()) == pytest.approx(0.0, abs=1e-6)
 
 
+def test_what_the_base_reports_is_reported() -> None:
+    loss = TokenLevel(SoftTarget(alpha=0.3))
+    assert not loss.components
+    total = loss(torch.randn(2, 4, 5), torch.randn(2, 4, 5), torch.randint(5, (2, 4)))
+    parts = loss.components
+    torch.testing.assert_close(0.3 * parts["hard"] + 0.7 * parts["soft"], total)
+    assert not TokenLevel(Adaptive()).components
+
+
 def test_bad_input_is_named() -> None:
     x, labels = torch.zeros(2, 5, 4), torch.zeros(2, 5, dtype=torch.int64)
     loss = TokenLevel(SoftTarget())

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from tautorch.prune import L0Gates, hold_masks, prune, sparsity_report
-from tautorch.quantize import gptq
+from tautorch.quantize import cluster, finalize, gptq
 
 BETA, GAMMA, ZETA = 2 / 3, -0.1, 1.1
 
@@ -214,6 +214,21 @@ def test_a_quantised_layer_is_refused() -> None:
     model = gptq(net(), [torch.randn(8, 4, 4, 4)])
     with pytest.raises(ValueError, match="layer '0' must not be quantised yet"):
         L0Gates(model)
+
+
+def test_channels_of_a_layer_clustered_since_wait_for_its_weights() -> None:
+    model = net()
+    gates = L0Gates(model, pattern="channels", keep=0.6)
+    spread_out(gates)
+    cluster(model, 4)
+    x = torch.randn(8, 4, 4, 4)
+    before = model.eval()(x)
+    with pytest.raises(ValueError, match=r"layer '0' cannot take its gates in: .* quantize.finalize first"):
+        gates.finalize()
+    torch.testing.assert_close(model(x), before, rtol=0, atol=0)
+    finalize(model)
+    gates.finalize()
+    torch.testing.assert_close(model(x), before)
 
 
 def test_channels_count_what_is_kept_and_one_must_stay() -> None:

@@ -22,7 +22,8 @@ class Net(nn.Module):
         self.last, self.unused = nn.Linear(16, 4), nn.Linear(2, 2)
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
-        x = torch.relu(self.second(torch.relu(self.first(x))))
+        # In place: what a layer put out is gone afterwards.
+        x = torch.relu_(self.second(torch.relu_(self.first(x))))
         return {"logits": self.last(x), "best": x.argmax(-1)}
 
 

@@ -15,13 +15,16 @@ from tautorch.students import compare, cost, shrink_depth
 
 
 class Block(nn.Module):
+    in_place = False
+
     def __init__(self, width: int, change: float) -> None:
         super().__init__()
         self.fc = nn.Linear(width, width)
         self.change = change
 
     def forward(self, x: Tensor, scale: float = 1.0) -> tuple[Tensor, float]:
-        return x + self.change * torch.tanh(self.fc(x)), scale
+        added = self.change * torch.tanh(self.fc(x))
+        return (x.add_(added) if self.in_place else x + added), scale
 
 
 class Encoder(nn.Module):
@@ -70,11 +73,14 @@ def test_named_indices_compute_what_the_teachers_blocks_do() -> None:
     assert torch.equal(student(tokens()), teacher.head(x))
 
 
-def test_by_importance_against_a_float64_count() -> None:
+@pytest.mark.parametrize("in_place", [False, True])
+def test_by_importance_against_a_float64_count(in_place: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """1 - cosine of input and output over all rows, by hand."""
     teacher = Encoder().double().eval()
     batches = [tokens(), tokens()[:1]]
-    student = shrink_depth(teacher, {"blocks": 3}, tokens(), select="importance", calibration=batches)
+    with monkeypatch.context() as patch, torch.no_grad():
+        patch.setattr(Block, "in_place", in_place)
+        student = shrink_depth(teacher, {"blocks": 3}, tokens(), select="importance", calibration=batches)
     sums, rows = [0.0] * 6, 0
     with torch.no_grad():
         for batch in batches:

@@ -43,10 +43,15 @@ class CachedTarget(nn.Module):
                 f"CachedTarget: temperature must be {cache.temperature:g}, that of the top-k cache, got "
                 f"{self.temperature:g}; cache again or use a full cache"
             )
-        self.top_k, self.classes = cache.top_k, cache.classes
+        self.top_k, self.classes, self._cached = cache.top_k, cache.classes, cache.temperature
 
     def forward(self, student_out: Any, teacher_out: Any, target: Any) -> Tensor:
         """The loss of one batch, a scalar."""
+        if self.top_k is not None and self.temperature != self._cached:
+            raise ValueError(
+                f"CachedTarget: temperature must stay {self._cached:g}, that of the top-k cache, got "
+                f"{self.temperature:g}; a TemperatureSchedule needs a full cache"
+            )
         labels, entry = target if isinstance(target, (tuple, list)) and len(target) == 2 else (None, target)
         if not isinstance(entry, Mapping):
             raise TypeError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from os import PathLike
 from pathlib import Path
@@ -236,6 +236,11 @@ class _Recorded(nn.Module):
     def __init__(self, loss: Loss) -> None:
         super().__init__()
         self.loss = loss
+
+    @property
+    def components(self) -> Mapping[str, Any]:
+        """What the loss reports of the last batch."""
+        return getattr(self.loss, "components", {})
 
     def forward(self, student_out: Any, teacher_out: Any, target: Any) -> Tensor:
         return self.loss(student_out, target, None)

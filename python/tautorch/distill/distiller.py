@@ -53,7 +53,8 @@ class Distiller:
         scheduler: anything with `step()`, called after every epoch or step, as `scheduler_interval` says.
             `ReduceLROnPlateau` is given the loss, or in its mode "max" the score.
         amp: torch.bfloat16 or torch.float16: both models and the loss run under `torch.autocast`; float16
-            with a `GradScaler`. None: in the dtypes the models have.
+            with a `GradScaler`, whose left-out steps (infinite gradients, as the scale is found) count like
+            the others, for schedules and callbacks too. None: in the dtypes the models have.
         clip_norm: gradients are scaled down to this L2 norm, all parameters together.
         accumulate: batches of the loader for each optimizer step; their mean loss is minimised. The last
             step of an epoch takes what is left.

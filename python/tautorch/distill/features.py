@@ -87,7 +87,8 @@ class Features:
             if not isinstance(output, Tensor):
                 kind = type(output).__name__
                 raise TypeError(f"{self._op}: the {role}'s layer must give a tensor, got {kind}")
-            self.keep(role, name, output)
+            # A copy: the next layer may work in place, as ReLU(inplace=True) and `out += x` do.
+            self.keep(role, name, output.clone())
 
         handle = layer.register_forward_hook(hook)
         try:

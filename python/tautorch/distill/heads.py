@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from tautorch import distributed
-from tautorch._batches import Batches, run_calibration
+from tautorch._batches import Batches, own_copy, run_calibration
 from tautorch._layers import other_forward, replace_layers
 from tautorch.distill.arguments import whole
 from tautorch.factorize.svd import Svd
@@ -166,8 +166,14 @@ class _Moments:
 
 def _moments(model: nn.Module, head: nn.Module, calibration: Batches, channels: int | None) -> _Moments:
     moments, pool = _Moments(), None if channels is None else MeanPool(channels)
+    given: tuple[Any, ...] = ()
 
-    def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def before(module: nn.Module, args: tuple[Any, ...]) -> None:
+        nonlocal given
+        given = own_copy(args)  # the head may begin with ReLU(inplace=True)
+
+    def hook(module: nn.Module, _: tuple[Any, ...], output: Any) -> None:
+        args = given
         if not args or not all(isinstance(v, Tensor) and v.is_floating_point() for v in (args[0], output)):
             got = f"{type(args[0]).__name__ if args else 'nothing'} to {type(output).__name__}"
             raise TypeError(f"light_head: the head must map one float tensor to another, got {got}")
@@ -182,14 +188,15 @@ def _moments(model: nn.Module, head: nn.Module, calibration: Batches, channels: 
             raise ValueError("light_head: calibration must give finite features, got NaN or Inf")
         moments.add(x, y)
 
-    handle = head.register_forward_hook(hook)
+    handles = [head.register_forward_pre_hook(before), head.register_forward_hook(hook)]
     failure: Exception | None = None
     try:
         run_calibration("light_head", model, calibration)
     except Exception as error:
         failure = error
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
     distributed.raise_together(failure)
     if not moments.share():
         raise ValueError("light_head: calibration must reach the head, got no call of it")

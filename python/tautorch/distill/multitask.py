@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tautorch._batches import own_copy
 from tautorch.distill.adaptive import LogVariances
 from tautorch.distill.arguments import at_least_single, one_logits, positive
 from tautorch.distill.features import attached_all
@@ -124,7 +125,7 @@ class Teachers(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """{head: output}."""
-        outputs = (teacher(*args, **kwargs) for teacher in self.teachers)
+        outputs = (_on_copies(teacher, args, kwargs) for teacher in self.teachers)
         found = outputs if self.output is None else map(self.output, outputs)
         return dict(zip(self.heads, found, strict=True))
 
@@ -170,7 +171,7 @@ class Ensemble(nn.Module):
         """Logits [..., C] of the mean, in at least float32."""
         terms: list[Tensor] = []
         for teacher, log_weight in zip(self.teachers, self.log_weights, strict=True):
-            out = teacher(*args, **kwargs)
+            out = _on_copies(teacher, args, kwargs)
             out = out if self.output is None else self.output(out)
             one_logits("Ensemble", "teacher", out)
             if terms and out.shape != terms[0].shape:
@@ -180,6 +181,12 @@ class Ensemble(nn.Module):
                 )
             terms.append(F.log_softmax(at_least_single(out) / self.temperature, -1) + log_weight)
         return torch.logsumexp(torch.stack(terms), 0) * self.temperature
+
+
+def _on_copies(teacher: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What it gives on inputs of its own, which it may change in place before the next teacher's turn."""
+    args, kwargs = own_copy((args, kwargs))
+    return teacher(*args, **kwargs)
 
 
 def _frozen(op: str, teachers: Iterable[Any]) -> nn.ModuleList:

@@ -30,7 +30,11 @@ def train_step(run: Distiller, batches: Sequence[Any]) -> dict[str, float]:
     mean over batches and ranks. If anything fails before the optimizer's step, the student's buffers are put
     back and no gradient is left.
     """
-    before = [(buffer, buffer.clone()) for buffer in run.student.buffers()]
+    before = [
+        (module._buffers, name, buffer, None if buffer is None else buffer.clone())
+        for module in run.student.modules()
+        for name, buffer in module._buffers.items()
+    ]
     learning_rate = float(run.optimizer.param_groups[0]["lr"])
     try:
         run.optimizer.zero_grad(set_to_none=True)
@@ -49,8 +53,10 @@ def train_step(run: Distiller, batches: Sequence[Any]) -> dict[str, float]:
     except BaseException:
         run.optimizer.zero_grad(set_to_none=True)
         with torch.no_grad():
-            for buffer, saved in before:
-                buffer.copy_(saved)
+            for slots, name, buffer, saved in before:
+                slots[name] = buffer
+                if buffer is not None and saved is not None:
+                    buffer.copy_(saved)
         raise
     if run.clip_norm is not None and math.isfinite(norm):
         clip_gradients(run.optimizer, run.clip_norm, norm)
@@ -96,7 +102,7 @@ def _forward(run: Distiller, batch: Any) -> Tensor:
         if run.teacher is not None:
             with torch.no_grad():
                 teacher_out = run.output(call_model("Distiller", run.teacher, inputs))
-        student_out = run.output(call_model("Distiller", run.student, inputs))
+        student_out = run.output(call_model("Distiller", run.student, inputs, own=False))
         return run.loss(student_out, teacher_out, target)
 
 

@@ -39,6 +39,11 @@ class TokenLevel(nn.Module):
             raise TypeError(f"TokenLevel: base must be a loss, got {type(base).__name__}")
         self.base, self.shift, self.ignore_index = base, bool(shift), ignore_index
 
+    @property
+    def components(self) -> Mapping[str, Any]:
+        """What the base reports of the last batch."""
+        return getattr(self.base, "components", {})
+
     @contextmanager
     def attached(self, teacher: nn.Module | None, student: nn.Module) -> Iterator[None]:
         """Attach the base if it looks into the models."""

@@ -16,6 +16,7 @@ from tautorch._batches import (
     left_as_it_is,
     model_device,
     observe_inputs,
+    own_copy,
     require_seen,
     to_device,
 )
@@ -122,7 +123,7 @@ def _gradient_scores(
             weight.requires_grad_(True)
         try:
             for batch in batches:
-                value = loss(model, to_device(batch, device))
+                value = loss(model, own_copy(to_device(batch, device)))
                 _check_loss(op, value, count)
                 # Not backward(): the parameters' own .grad stay as they are.
                 gradients = torch.autograd.grad(value, list(weights.values()), allow_unused=True)

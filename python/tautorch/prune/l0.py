@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from tautorch._layers import Layer, layer_groups, select_layers, take_off_parametrisation
+from tautorch._layers import Layer, layer_groups, own_weight, select_layers, take_off_parametrisation
 from tautorch.nn.tail import grid_of, kept_of
 from tautorch.prune.patterns import Blocks, Pattern, parse_pattern
 
@@ -105,6 +105,8 @@ class L0Gates:
 
     The gates' parameters live in the model (its `parameters()` and `state_dict` have them) until `finalize`
     or `remove`. They need a far higher learning rate than weights: they move by units, weights by hundredths.
+    Ranks that are seeded differently each draw gates of their own in training, as dropout does; the gates'
+    parameters, and so the penalty and what is kept at last, are the same on all of them.
     Weights that were pruned before stay zero, and are not counted among those below: load a checkpoint into
     gates of a model that was pruned alike.
 
@@ -187,9 +189,14 @@ class L0Gates:
         """Multiply the eval-time gates into plain weights (and biases) and take the gates out.
 
         Returns the masks (True = kept) for `hold_masks`. The model then computes in eval what it did before.
-        Raises ValueError, changing nothing, if a layer would be all zero or the gates are out already.
+        Raises ValueError, changing nothing, if a layer would be all zero, the gates are out already, or a
+        layer with gates on its channels is clustered or otherwise parametrised by now.
         """
         self._there()
+        for name, gate in self._gates.items():
+            why = own_weight(self._layers[name]) if isinstance(gate, _ChannelGate) else None
+            if why is not None:
+                raise ValueError(f"L0Gates: layer {name!r} cannot take its gates in: {why}")
         with torch.no_grad():
             gates = {name: _deterministic(gate) for name, gate in self._gates.items()}
         for name, values in gates.items():

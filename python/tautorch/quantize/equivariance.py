@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
 from tautorch import distributed
-from tautorch._batches import call_model, output_tensors
+from tautorch._batches import call_model, output_tensors, own_copy
 from tautorch._layers import own_weight, readers_of
 from tautorch.quantize.record import Step, Trace, record
 
@@ -280,7 +280,8 @@ def agreed_absorbers(
     reads: list[set[str]] = []
     outputs: list[list[Tensor]] = []
     for batch in samples:
-        trace = record(lambda batch=batch: call_model(op, model, batch))  # type: ignore[misc]
+        given = own_copy(batch)  # beforehand: copying is no part of what the model does
+        trace = record(lambda given=given: call_model(op, model, given, own=False))  # type: ignore[misc]
         outputs.append([t.clone() for t in output_tensors(trace.output)])
         paths = Paths(model, trace, targets)
         found.append(_disjoint(paths, targets))

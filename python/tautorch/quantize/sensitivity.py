@@ -165,7 +165,7 @@ def _run(
 
     def watch(name: str) -> Any:
         def hook(layer: nn.Module, args: Any, out: Tensor) -> None:
-            found.setdefault(name, []).append(out)
+            found.setdefault(name, []).append(out.clone())  # the next layer may work in place
 
         return hook
 

@@ -119,20 +119,29 @@ class _Watch:
         self._sums = {name: [[0.0, 0] for _ in stack] for name, stack in stacks.items()}
 
     def __enter__(self) -> _Watch:
-        self._handles = [
-            block.register_forward_hook(self._hook(name, index), with_kwargs=True)
-            for name, stack in self._stacks.items()
-            for index, block in enumerate(stack)
-        ]
+        self._handles = []
+        for name, stack in self._stacks.items():
+            for index, block in enumerate(stack):
+                before, after = self._hooks(name, index)
+                self._handles.append(block.register_forward_pre_hook(before, with_kwargs=True))
+                self._handles.append(block.register_forward_hook(after))
         return self
 
     def __exit__(self, *_: object) -> None:
         for handle in self._handles:
             handle.remove()
 
-    def _hook(self, name: str, index: int) -> Any:
-        def hook(_: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
-            given = next((v for v in pytree.tree_leaves((args, kwargs)) if isinstance(v, Tensor)), None)
+    def _hooks(self, name: str, index: int) -> tuple[Any, Any]:
+        given: Tensor | None = None
+
+        def before(_: nn.Module, args: Any, kwargs: Any) -> None:
+            nonlocal given
+            # A copy: blocks may add to their input in place.
+            given = next(
+                (v.clone() for v in pytree.tree_leaves((args, kwargs)) if isinstance(v, Tensor)), None
+            )
+
+        def after(_: nn.Module, args: Any, out: Any) -> None:
             made = next((v for v in pytree.tree_leaves(out) if isinstance(v, Tensor)), None)
             same = given is not None and made is not None and given.shape == made.shape
             self._shapes[name][index] = same
@@ -142,7 +151,7 @@ class _Watch:
                 self._sums[name][index][0] += float(change.sum())
                 self._sums[name][index][1] += change.numel()
 
-        return hook
+        return before, after
 
     @property
     def changes(self) -> dict[str, list[float]]:
