@@ -110,7 +110,12 @@ def test_empty_and_compiled() -> None:
         ({"after": "silu_gate", "gate": torch.ones(8)}, r"gate must be torch.float32 \[2, 8\] like x"),
         ({"after": "rms_norm", "eps": -1.0}, "eps must be finite and not negative, got -1"),
         ({"x_scale": torch.ones(2)}, "x_scale must be one float32"),
+        ({"x_scale": torch.zeros(1)}, "x_scale must be positive and finite, with a finite inverse, got 0"),
         ({"x_zero_point": torch.ones(1, dtype=torch.int32)}, "x_zero_point must be one int32 beside"),
+        (
+            {"x_scale": torch.ones(1), "x_zero_point": torch.tensor([128]).int()},
+            r"x_zero_point must be in \[-128, 127\], got 128",
+        ),
     ],
 )
 def test_refusals(arguments: dict[str, Any], error: str) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from tautorch import dispatch
 from tautorch.reference import quantize_rows as reference
+from tautorch.reference.common import check_scale, check_zero_point
 
 from . import _gpu
 from . import library as lib
@@ -76,6 +77,8 @@ def _cpu(
     x_zero_point: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     _check(x, after, weight, bias, gate, eps, x_scale, x_zero_point)
+    check_scale(OP, "x_scale", x_scale)
+    check_zero_point(OP, "x_zero_point", x_zero_point)
     return reference.quantize_rows(x, after, weight, bias, gate, eps, x_scale, x_zero_point)
 
 
