@@ -626,13 +626,25 @@ class ModuleContract:
         module, x = self.module(variant), self.x(variant)
         y = module(x)
         assert torch.equal(torch.func.vmap(lambda row: module(row[None])[0])(x), y)
+        refused = f"^{self.op}: torch.func's grad, vjp and jacrev are not there"
+        for transform in (torch.func.grad, torch.func.jacrev):
+            with pytest.raises(NotImplementedError, match=refused):
+                transform(lambda t: module(t).sum())(x)
         mine = x.clone().requires_grad_()
-        module(mine).sum().backward()
-        assert mine.grad is not None
-        try:
-            torch.testing.assert_close(torch.func.grad(lambda t: module(t).sum())(x), mine.grad)
-        except RuntimeError as error:  # torch's own limit on library operators; never a wrong number
-            assert "setup_context" in str(error)
+        both = torch.stack([torch.ones_like(y), torch.ones_like(y)])
+        (grads,) = torch.autograd.grad(module(mine), mine, both, is_grads_batched=True)
+        (grad,) = torch.autograd.grad(module(mine), mine, torch.ones_like(y))
+        assert torch.equal(grads, torch.stack([grad, grad]))
+        (grads,) = torch.autograd.grad(torch.func.vmap(module)(mine[:, None])[:, 0], mine, torch.ones_like(y))
+        torch.testing.assert_close(grads, grad)
+        # What a transform has packed or unpacked is no tensor of the transform.
+        for packed in (False, True):
+            module.unpack_()
+            if packed:
+                module(x)
+            scaled = lambda t: (t * torch.func.functional_call(module, {}, (x,)).detach()).sum()  # noqa: E731
+            torch.testing.assert_close(torch.func.grad(scaled)(torch.ones(())), y.sum())
+            assert torch.equal(module(x), y)
         state = {k: v * 2 if k == "bias" else v for k, v in module.state_dict().items()}
         doubled = copy.deepcopy(module)
         doubled.load_state_dict(state)

@@ -98,6 +98,17 @@ def test_empty_and_compiled() -> None:
     torch.library.opcheck(torch.ops.tautorch.quantize_rows, (x, "silu_gate", None, None, gate))
 
 
+def test_no_gradient() -> None:
+    x = torch.randn(2, 16, requires_grad=True)
+    for after in ("none", "rms_norm"):
+        assert not any(t.requires_grad for t in quantize_rows(x, after, None if after == "none" else x[0]))
+    torch.library.opcheck(torch.ops.tautorch.quantize_rows, (x, "gelu"))
+    with pytest.raises(NotImplementedError, match=r"^quantize_rows: forward-mode differentiation"):
+        torch.func.jvp(lambda x: quantize_rows(x)[1], (x.detach(),), (torch.ones(2, 16),))
+    with pytest.raises(NotImplementedError, match=r"^quantize_rows: torch.func's grad"):
+        torch.func.grad(lambda x: quantize_rows(x)[1].sum())(x.detach())
+
+
 @pytest.mark.parametrize(
     "arguments,error",
     [

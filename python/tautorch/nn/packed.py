@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from tautorch import _C, dispatch
 from tautorch.ops._gpu_product import Launch
-from tautorch.ops.library import Stamp, stamp, without_pool_if_forked
+from tautorch.ops.library import Stamp, plain_torch, stamp
 
 _unchanged = _C.unchanged
 _MOST_ROW_COUNTS = 512  # that a module on CUDA remembers its launches for
@@ -140,7 +140,7 @@ class PackedModule(nn.Module):
 
     def prepare(self) -> None:
         """Pack if need be and make the plans: what the first call does. Safe to call at any time."""
-        with _lock, without_pool_if_forked():
+        with _lock, plain_torch():
             if not self.ready():
                 self._prepare()
 
@@ -248,7 +248,7 @@ class PackedModule(nn.Module):
 
     def unpack_(self) -> None:
         """Go to the canonical state."""
-        with _lock, without_pool_if_forked():
+        with _lock, plain_torch():
             self._to_canonical()
 
     def _to_canonical(self) -> None:
@@ -295,11 +295,12 @@ class PackedModule(nn.Module):
         return tensor if tensor is not None else self._buffers.get(name)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        with _lock, without_pool_if_forked():
+        with _lock:
             super()._save_to_state_dict(destination, prefix, keep_vars)
             packed = self._buffers["packed"]
             if packed is not None:
-                fresh = self._unpack(packed)
+                with plain_torch():
+                    fresh = self._unpack(packed)
                 for name in self.packed_names:
                     destination[prefix + name] = fresh[name]
 
