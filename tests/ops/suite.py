@@ -14,6 +14,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tautorch import _C, dispatch, ops
@@ -528,6 +529,16 @@ class ConvSuite(OperatorSuite):
         h, w = (least[j] + draw(st.integers(0, 9)) for j in range(2))
         shape = (draw(st.integers(0, 3)), groups * i, h, w)
         return conv_case(self.op, shape, (groups * o, i, *kernel), groups=groups, **pairs, **kwargs)
+
+    def test_outputs_lie_as_graphs_are_told(self, kernel: str, mode: str) -> None:
+        case = self.small(mode=mode)
+        fn = public_of(self.op)
+        with dispatch.force(self.op, kernel), FakeTensorMode(allow_non_fake_inputs=True) as fake:
+            for x in (case.x, case.x.contiguous(memory_format=torch.channels_last), case.x.mT, case.x[0]):
+                with unset_fake_temporarily():
+                    y = case.with_x(x)(fn)
+                told = case.with_x(fake.from_tensor(x))(fn)
+                assert (y.shape, y.stride(), y.dtype) == (told.shape, told.stride(), told.dtype)
 
     def test_unbatched(self, kernel: str, mode: str) -> None:
         case = self.small(mode=mode)
