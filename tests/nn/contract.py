@@ -353,6 +353,23 @@ class ModuleContract:
         assert all(torch.equal(found[name], tensor) for name, tensor in state.items())
         assert torch.equal(module(x), y) and torch.equal(twin(x), y)
 
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+    def test_another_default_dtype_changes_nothing(self, variant: str, dtype: torch.dtype) -> None:
+        module, x = self.module(variant), self.x(variant)
+        y, layer = module(x), self.float_layer(variant)
+        torch.set_default_dtype(dtype)
+        try:
+            other = type(module)(**module.get_config())
+            other.load_state_dict(module.state_dict())
+            assert torch.equal(other(x), y)
+            again = self.from_float(layer, **self.variants[variant][1])
+        finally:
+            torch.set_default_dtype(torch.float32)
+        dtypes = {name: tensor.dtype for name, tensor in module.state_dict().items()}
+        for made in (other, again):
+            assert {name: tensor.dtype for name, tensor in made.state_dict().items()} == dtypes
+        assert torch.equal(other(x.clone().requires_grad_()), y)
+
     def test_a_tensor_without_memory_is_refused(self, variant: str) -> None:
         module, x = self.module(variant), self.x(variant)
         y = module(x)
