@@ -668,6 +668,25 @@ class ModuleContract:
         assert torch.equal(torch.func.functional_call(module, state, (x,)), doubled(x))
         assert torch.equal(module(x), y)
 
+    @pytest.mark.parametrize("packed", [False, True])
+    def test_functional_call_with_the_buffers_of_another(self, variant: str, packed: bool) -> None:
+        """Of a layer that ran ``named_buffers()`` holds the pack, which stands for the weight then."""
+        module, x = self.module(variant), self.x(variant)
+        torch.manual_seed(8)
+        other = self.from_float(self.float_type(**self.variants[variant][0]), **self.variants[variant][1])
+        y, want = module(x), other(x)
+        state = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+        given = {**dict(other.named_parameters()), **dict(other.named_buffers())}
+        assert not torch.equal(y, want)
+        if not packed:
+            module.unpack_()
+        for _ in range(2):
+            assert torch.equal(torch.func.functional_call(module, given, (x,)), want)
+            found = module.state_dict()
+            assert found.keys() == state.keys()
+            assert all(torch.equal(found[name], tensor) for name, tensor in state.items())
+            assert torch.equal(module(x), y)
+
     def test_tensor_subclass(self, variant: str) -> None:
         class Mine(Tensor):
             pass
