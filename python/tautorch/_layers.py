@@ -86,12 +86,11 @@ def take_off_parametrisation(layer: nn.Module, keep: bool = True) -> None:
         layer._parameters[key] = layer._parameters.pop(key)
 
 
-def pruned_share(layer: Layer) -> float:
+def pruned_share(weight: Tensor) -> float:
     """The share of a layer's weights that are zero, as pruning leaves them; 0 where it cannot be pruning.
 
     Below 5 % zeros come about otherwise, and a layer of nothing but zeros is how some are initialised.
     """
-    weight = layer.weight.detach()
     share = 1 - int(weight.count_nonzero()) / max(weight.numel(), 1)
     return share if 0.05 <= share < 1 else 0.0
 

@@ -144,6 +144,35 @@ def hold(kind: str) -> float:
     assert set(handle.masks) == {"0", "4"}
     run.callbacks = []
     run.fit(loader(), 2)
+    return share_of_zeros(run)
+
+
+def keep(kind: str) -> dict[str, Any]:
+    """Refuses what training would undo, then trains a pruned student with keep_zeros."""
+    run, _ = build(kind)
+    model = unwrapped(run.student)
+    run.callbacks, found = [], {}
+    steps = torch.full((4,), 0.01)
+    last = model.get_submodule("4")
+    dense = distributed.full_tensor(last.weight).clone()
+    for what, weight in (("grid", torch.full((4, 13), 0.05)), ("pruned", dense * (dense > 0))):
+        with torch.no_grad():
+            distributed.local_tensor(last.weight).copy_(distributed.local_part(weight, last.weight))
+        if what == "grid":
+            last.register_buffer("weight_scale", steps, persistent=False)
+        try:
+            run.fit(loader(), 1)
+        except ValueError as error:
+            found[what] = str(error)
+    prune(model, sparsity=0.5)
+    run.keep_zeros = True
+    run.fit(loader(), 2)
+    return {**found, "share": share_of_zeros(run)}
+
+
+def share_of_zeros(run: Distiller) -> float:
+    """Of both layers' weights."""
+    model = unwrapped(run.student)
     zeros = [distributed.full_tensor(model.get_submodule(name).weight) == 0 for name in ("0", "4")]
     return float(sum(int(zero.sum()) for zero in zeros) / sum(zero.numel() for zero in zeros))
 
@@ -177,6 +206,7 @@ def worker(folder: Path) -> dict[str, Any]:
         found[f"{kind} from one"] = train(kind, checkpoint=folder / "alone", resume=True)
         found[f"{kind} nan"] = nan_on_one_rank(kind)
         found[f"{kind} held"] = hold(kind)
+        found[f"{kind} kept"] = keep(kind)
         found[f"{kind} refused"] = refused(kind)
     try:
         resume_broken("ddp", folder / "alone within")
@@ -275,6 +305,15 @@ def test_nan_on_one_rank_stops_both(ranks: list[dict[str, Any]], kind: str) -> N
 @pytest.mark.parametrize("kind", WRAPPERS)
 def test_masks_are_held(ranks: list[dict[str, Any]], kind: str) -> None:
     assert [rank[f"{kind} held"] for rank in ranks] == [0.5, 0.5]
+
+
+@pytest.mark.parametrize("kind", WRAPPERS)
+def test_zeros_are_kept(ranks: list[dict[str, Any]], kind: str) -> None:
+    for rank in ranks:
+        found = rank[f"{kind} kept"]
+        assert found["share"] == 0.5
+        assert "layer '4' of the student lies on the grid" in found["grid"]
+        assert "of the weights of the student's layer '4' are pruned" in found["pruned"]
 
 
 @pytest.mark.parametrize("kind", WRAPPERS)

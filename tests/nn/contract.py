@@ -353,6 +353,23 @@ class ModuleContract:
         assert all(torch.equal(found[name], tensor) for name, tensor in state.items())
         assert torch.equal(module(x), y) and torch.equal(twin(x), y)
 
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+    def test_another_default_dtype_changes_nothing(self, variant: str, dtype: torch.dtype) -> None:
+        module, x = self.module(variant), self.x(variant)
+        y, layer = module(x), self.float_layer(variant)
+        torch.set_default_dtype(dtype)
+        try:
+            other = type(module)(**module.get_config())
+            other.load_state_dict(module.state_dict())
+            assert torch.equal(other(x), y)
+            again = self.from_float(layer, **self.variants[variant][1])
+        finally:
+            torch.set_default_dtype(torch.float32)
+        dtypes = {name: tensor.dtype for name, tensor in module.state_dict().items()}
+        for made in (other, again):
+            assert {name: tensor.dtype for name, tensor in made.state_dict().items()} == dtypes
+        assert torch.equal(other(x.clone().requires_grad_()), y)
+
     def test_a_tensor_without_memory_is_refused(self, variant: str) -> None:
         module, x = self.module(variant), self.x(variant)
         y = module(x)
@@ -626,18 +643,49 @@ class ModuleContract:
         module, x = self.module(variant), self.x(variant)
         y = module(x)
         assert torch.equal(torch.func.vmap(lambda row: module(row[None])[0])(x), y)
+        refused = f"^{self.op}: torch.func's grad, vjp and jacrev are not there"
+        for transform in (torch.func.grad, torch.func.jacrev):
+            with pytest.raises(NotImplementedError, match=refused):
+                transform(lambda t: module(t).sum())(x)
         mine = x.clone().requires_grad_()
-        module(mine).sum().backward()
-        assert mine.grad is not None
-        try:
-            torch.testing.assert_close(torch.func.grad(lambda t: module(t).sum())(x), mine.grad)
-        except RuntimeError as error:  # torch's own limit on library operators; never a wrong number
-            assert "setup_context" in str(error)
+        both = torch.stack([torch.ones_like(y), torch.ones_like(y)])
+        (grads,) = torch.autograd.grad(module(mine), mine, both, is_grads_batched=True)
+        (grad,) = torch.autograd.grad(module(mine), mine, torch.ones_like(y))
+        assert torch.equal(grads, torch.stack([grad, grad]))
+        (grads,) = torch.autograd.grad(torch.func.vmap(module)(mine[:, None])[:, 0], mine, torch.ones_like(y))
+        torch.testing.assert_close(grads, grad)
+        # What a transform has packed or unpacked is no tensor of the transform.
+        for packed in (False, True):
+            module.unpack_()
+            if packed:
+                module(x)
+            scaled = lambda t: (t * torch.func.functional_call(module, {}, (x,)).detach()).sum()  # noqa: E731
+            torch.testing.assert_close(torch.func.grad(scaled)(torch.ones(())), y.sum())
+            assert torch.equal(module(x), y)
         state = {k: v * 2 if k == "bias" else v for k, v in module.state_dict().items()}
         doubled = copy.deepcopy(module)
         doubled.load_state_dict(state)
         assert torch.equal(torch.func.functional_call(module, state, (x,)), doubled(x))
         assert torch.equal(module(x), y)
+
+    @pytest.mark.parametrize("packed", [False, True])
+    def test_functional_call_with_the_buffers_of_another(self, variant: str, packed: bool) -> None:
+        """Of a layer that ran ``named_buffers()`` holds the pack, which stands for the weight then."""
+        module, x = self.module(variant), self.x(variant)
+        torch.manual_seed(8)
+        other = self.from_float(self.float_type(**self.variants[variant][0]), **self.variants[variant][1])
+        y, want = module(x), other(x)
+        state = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+        given = {**dict(other.named_parameters()), **dict(other.named_buffers())}
+        assert not torch.equal(y, want)
+        if not packed:
+            module.unpack_()
+        for _ in range(2):
+            assert torch.equal(torch.func.functional_call(module, given, (x,)), want)
+            found = module.state_dict()
+            assert found.keys() == state.keys()
+            assert all(torch.equal(found[name], tensor) for name, tensor in state.items())
+            assert torch.equal(module(x), y)
 
     def test_tensor_subclass(self, variant: str) -> None:
         class Mine(Tensor):

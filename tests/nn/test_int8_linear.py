@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any, ClassVar
 
 import pytest
@@ -65,3 +66,13 @@ class TestInt8Linear(LinearContract):
         with pytest.raises(ValueError, match="int8_linear: K must be at most 66311"):
             Int8Linear(66312, 1)
         Int8Linear(66312, 1, quant="weight_only")
+
+    def test_an_ensemble_runs_each_with_its_own(self) -> None:
+        x = torch.randn(4, 16)
+        layers = [Int8Linear.from_float(nn.Linear(16, 24)) for _ in range(3)]
+        want = torch.stack([layer(x) for layer in layers])  # all are packed
+        members = torch.func.stack_module_state(layers)  # type: ignore[arg-type]
+        for device in ("cpu", "meta"):
+            base = copy.deepcopy(layers[0]).to(device)
+            run = torch.func.vmap(lambda *state, base=base: torch.func.functional_call(base, state, (x,)))
+            assert torch.equal(run(*members), want)

@@ -14,6 +14,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tautorch import _C, dispatch, ops
@@ -383,7 +384,7 @@ class OperatorSuite:
         if "x" in changes:
             case = case.with_x(changes.pop("x"))
         args = (*case.args[:-1], changes.pop("bias", case.bias))
-        with pytest.raises(error, match=f"{self.op}: .*{message}"):
+        with pytest.raises(error, match=f"^{self.op}: .*{message}"):
             public_of(self.op)(*args, **{**case.kwargs, **changes})
 
     def test_bad_arguments(self) -> None:
@@ -407,6 +408,24 @@ class OperatorSuite:
         for mode in ("weight_only", "float"):
             if mode in MODES[self.op]:
                 self.refused("out_dtype must be", out_dtype=torch.int32, mode=mode)
+
+    @pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), float("inf"), 1e-39])
+    def test_scales_without_an_inverse(self, kernel: str, value: float) -> None:
+        message, scale = "_scale must be positive and finite, with a finite inverse", torch.tensor([value])
+        with dispatch.force(self.op, kernel):
+            self.refused(f"x{message}, got {value:g}", x_scale=scale, mode="static")
+            for mode in MODES[self.op]:
+                self.refused(f"out{message}, got {value:g}", out_scale=scale, mode=mode)
+            agree(self.small(mode="int8").but(x_scale=scale), kernel)  # nothing is divided by it
+
+    @pytest.mark.parametrize("value", [-129, 128, 2**31 - 1, -(2**31)])
+    def test_zero_points_out_of_range(self, kernel: str, value: int) -> None:
+        message, point = f"_zero_point must be in .-128, 127., got {value}", torch.tensor([value]).int()
+        with dispatch.force(self.op, kernel):
+            for mode in ("static", "int8"):
+                self.refused(f"x{message}", x_zero_point=point, mode=mode)
+            for mode in MODES[self.op]:
+                self.refused(f"out{message}", out_scale=torch.ones(1), out_zero_point=point, mode=mode)
 
 
 class LinearSuite(OperatorSuite):
@@ -510,6 +529,16 @@ class ConvSuite(OperatorSuite):
         h, w = (least[j] + draw(st.integers(0, 9)) for j in range(2))
         shape = (draw(st.integers(0, 3)), groups * i, h, w)
         return conv_case(self.op, shape, (groups * o, i, *kernel), groups=groups, **pairs, **kwargs)
+
+    def test_outputs_lie_as_graphs_are_told(self, kernel: str, mode: str) -> None:
+        case = self.small(mode=mode)
+        fn = public_of(self.op)
+        with dispatch.force(self.op, kernel), FakeTensorMode(allow_non_fake_inputs=True) as fake:
+            for x in (case.x, case.x.contiguous(memory_format=torch.channels_last), case.x.mT, case.x[0]):
+                with unset_fake_temporarily():
+                    y = case.with_x(x)(fn)
+                told = case.with_x(fake.from_tensor(x))(fn)
+                assert (y.shape, y.stride(), y.dtype) == (told.shape, told.stride(), told.dtype)
 
     def test_unbatched(self, kernel: str, mode: str) -> None:
         case = self.small(mode=mode)

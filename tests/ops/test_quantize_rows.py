@@ -98,6 +98,17 @@ def test_empty_and_compiled() -> None:
     torch.library.opcheck(torch.ops.tautorch.quantize_rows, (x, "silu_gate", None, None, gate))
 
 
+def test_no_gradient() -> None:
+    x = torch.randn(2, 16, requires_grad=True)
+    for after in ("none", "rms_norm"):
+        assert not any(t.requires_grad for t in quantize_rows(x, after, None if after == "none" else x[0]))
+    torch.library.opcheck(torch.ops.tautorch.quantize_rows, (x, "gelu"))
+    with pytest.raises(NotImplementedError, match=r"^quantize_rows: forward-mode differentiation"):
+        torch.func.jvp(lambda x: quantize_rows(x)[1], (x.detach(),), (torch.ones(2, 16),))
+    with pytest.raises(NotImplementedError, match=r"^quantize_rows: torch.func's grad"):
+        torch.func.grad(lambda x: quantize_rows(x)[1].sum())(x.detach())
+
+
 @pytest.mark.parametrize(
     "arguments,error",
     [
@@ -110,7 +121,12 @@ def test_empty_and_compiled() -> None:
         ({"after": "silu_gate", "gate": torch.ones(8)}, r"gate must be torch.float32 \[2, 8\] like x"),
         ({"after": "rms_norm", "eps": -1.0}, "eps must be finite and not negative, got -1"),
         ({"x_scale": torch.ones(2)}, "x_scale must be one float32"),
+        ({"x_scale": torch.zeros(1)}, "x_scale must be positive and finite, with a finite inverse, got 0"),
         ({"x_zero_point": torch.ones(1, dtype=torch.int32)}, "x_zero_point must be one int32 beside"),
+        (
+            {"x_scale": torch.ones(1), "x_zero_point": torch.tensor([128]).int()},
+            r"x_zero_point must be in \[-128, 127\], got 128",
+        ),
     ],
 )
 def test_refusals(arguments: dict[str, Any], error: str) -> None:

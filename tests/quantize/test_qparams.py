@@ -51,6 +51,17 @@ def test_bad_ranges(low: float, high: float) -> None:
         qparams_of_range(low, high)
 
 
+def test_another_default_dtype_changes_nothing() -> None:
+    x, q = torch.linspace(-3, 3, 1000), QParams(0.0312, 3)
+    want = q.quantize(x)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert torch.equal(q.quantize(x), want)
+        assert torch.equal(q.dequantize(want), (want.float() - 3) * torch.tensor(0.0312, dtype=torch.float32))
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def test_quantize_is_the_reference_quantiser() -> None:
     p = qparams_of_range(-1.3, 2.7)
     x = torch.randn(64, 33) * 2

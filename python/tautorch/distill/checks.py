@@ -134,22 +134,22 @@ def zeros_held(
 
     `masks` are those that a run which goes on had from here; none make them of the zeros there are now.
     """
+    distributed.reshard(student)
     layers = {
         name: layer
         for name, layer in student.named_modules()
         if isinstance(layer, (nn.Linear, nn.Conv2d))
         and isinstance(layer._parameters.get("weight"), Tensor)
         and layer.weight.requires_grad
-        and not distributed.is_sharded(layer.weight)
     }
     for name, layer in layers.items():
-        if grid_of(layer) is not None:
+        if grid_of(layer, distributed.full_tensor(layer.weight)) is not None:
             raise ValueError(
                 f"Distiller: layer {name!r} of the student lies on the grid that it was quantised to, which "
                 "training leaves; train it after quantize.prepare_qat, or freeze its weight"
             )
     if keep:
-        kept = {name: layer.weight.detach() != 0 for name, layer in layers.items()}
+        kept = {name: distributed.full_tensor(layer.weight).detach() != 0 for name, layer in layers.items()}
         if not masks:
             masks = {name: mask for name, mask in kept.items() if bool(mask.any()) and not bool(mask.all())}
         with MaskHandle(student, masks, optimizer) as handle:
@@ -161,8 +161,10 @@ def zeros_held(
         for weight in getattr(owner, "held_weights", list)()
     }
     for name, layer in layers.items():
-        share = pruned_share(layer)
-        if keep is None and share and id(layer.weight) not in held:
+        if keep is not None or id(layer.weight) in held:
+            continue
+        share = pruned_share(distributed.full_tensor(layer.weight))
+        if share:
             raise ValueError(
                 f"Distiller: {share:.0%} of the weights of the student's layer {name!r} are pruned, and "
                 "training would fill them; give keep_zeros=True (or callbacks=[prune.hold_masks(student)]) "

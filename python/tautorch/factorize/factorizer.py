@@ -184,7 +184,7 @@ def _undone(layer: Layer, ignore_zeros: bool) -> str | None:
     """What factors would undo."""
     if grid_of(layer) is not None:
         return "its weight is quantised, and factors would leave its grid; factorise first, then quantise"
-    if not ignore_zeros and (share := pruned_share(layer)):
+    if not ignore_zeros and (share := pruned_share(layer.weight)):
         return (
             f"{share:.0%} of its weights are pruned, and factors would fill them; factorise first and prune "
             "the factors, or give ignore_zeros=True"

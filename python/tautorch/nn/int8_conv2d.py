@@ -66,7 +66,7 @@ class Int8Conv2d(ConvModule):
         if quant != "weight_only":
             lib.check_k(OP, self.geometry.k)
         self._buffers["weight"] = torch.zeros(self.geometry.weight_shape, dtype=torch.int8, device=device)
-        self.register_buffer("weight_scale", torch.ones(out_channels, device=device))
+        self.register_buffer("weight_scale", torch.ones(out_channels, dtype=torch.float32, device=device))
 
     @classmethod
     def from_float(

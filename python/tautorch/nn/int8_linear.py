@@ -65,7 +65,7 @@ class Int8Linear(LinearModule):
         if quant != "weight_only":
             lib.check_k(OP, in_features)
         self._buffers["weight"] = torch.zeros(out_features, in_features, dtype=torch.int8, device=device)
-        self.register_buffer("weight_scale", torch.ones(out_features, device=device))
+        self.register_buffer("weight_scale", torch.ones(out_features, dtype=torch.float32, device=device))
 
     @classmethod
     def from_float(

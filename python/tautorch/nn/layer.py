@@ -50,15 +50,21 @@ class LayerModule(PackedModule):
         check_activation(self.op, activation)
         self.quant, self.activation = quant, activation
         static = quant == "static"
-        self.register_buffer("x_scale", torch.ones(1, device=device) if static else None)
+        self.register_buffer("x_scale", torch.ones(1, dtype=torch.float32, device=device) if static else None)
         self.register_buffer(
             "x_zero_point", torch.zeros(1, dtype=torch.int32, device=device) if static else None
         )
-        self.register_buffer("out_scale", torch.ones(1, device=device) if requantize else None)
+        self.register_buffer(
+            "out_scale", torch.ones(1, dtype=torch.float32, device=device) if requantize else None
+        )
         self.register_buffer(
             "out_zero_point", torch.zeros(1, dtype=torch.int32, device=device) if requantize else None
         )
-        zeros = nn.Parameter(torch.zeros(outputs, device=device), requires_grad=False) if bias else None
+        zeros = (
+            nn.Parameter(torch.zeros(outputs, dtype=torch.float32, device=device), requires_grad=False)
+            if bias
+            else None
+        )
         self.register_parameter("bias", zeros)
 
     def __setattr__(self, name: str, value: Any) -> None:

@@ -50,7 +50,9 @@ class LowRankModule(LayerModule):
             raise ValueError(f'{op}: quant must be "dynamic" for float32 factors, got {self.quant!r}')
         for name, shape in zip(("down", "up"), shapes, strict=True):
             self._buffers[name] = torch.zeros(shape, dtype=self.weight_dtype, device=device)
-            self.register_buffer(f"{name}_scale", torch.ones(shape[0], device=device) if int8 else None)
+            self.register_buffer(
+                f"{name}_scale", torch.ones(shape[0], dtype=torch.float32, device=device) if int8 else None
+            )
 
     # ---- from and to float ------------------------------------------------------------------------------
 

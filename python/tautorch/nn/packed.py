@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from tautorch import _C, dispatch
 from tautorch.ops._gpu_product import Launch
-from tautorch.ops.library import Stamp, stamp, without_pool_if_forked
+from tautorch.ops.library import Stamp, plain_torch, stamp
 
 _unchanged = _C.unchanged
 _MOST_ROW_COUNTS = 512  # that a module on CUDA remembers its launches for
@@ -72,6 +72,7 @@ class PackedModule(nn.Module):
         super().__init_subclass__(**kwargs)
         cls._fixed = frozenset().union(*(vars(base).get("fixed_names", ()) for base in cls.__mro__))
 
+    _made: Tensor | None
     _epoch: int
     _keep: list[Tensor]
     _plans: dict[Any, Any]
@@ -112,6 +113,7 @@ class PackedModule(nn.Module):
 
     def _reset(self) -> None:
         d = self.__dict__
+        d["_made"] = None  # what this layer packed
         d["_epoch"] = -1  # of dispatch when the plans were made; -1: none
         d["_keep"] = []  # tensors whose addresses the plans hold
         d["_seen"] = []  # (store, name, value) of all that the plans were made from
@@ -140,7 +142,7 @@ class PackedModule(nn.Module):
 
     def prepare(self) -> None:
         """Pack if need be and make the plans: what the first call does. Safe to call at any time."""
-        with _lock, without_pool_if_forked():
+        with _lock, plain_torch():
             if not self.ready():
                 self._prepare()
 
@@ -151,6 +153,8 @@ class PackedModule(nn.Module):
         problem = self._problem()
         kernel = dispatch.choose(problem) if kernel is None else kernel
         if kernel == "reference" or problem.device != "cpu":  # GPU kernels read the canonical weight
+            return
+        if self._lent(buffers):
             return
         dispatch.clear_last_python(self.op)
         edited = not self._handed_unchanged()
@@ -165,7 +169,7 @@ class PackedModule(nn.Module):
                 made = self._pack(kernel)
             handed = {}
             # First the one, then the others: see _state.
-            buffers["packed"] = made
+            self.__dict__["_made"] = buffers["packed"] = made
             for name in self.packed_names:
                 tensor = buffers[name]
                 if tensor is not None:
@@ -244,17 +248,29 @@ class PackedModule(nn.Module):
         Another thread may change them between two look-ups. At any moment the first of ``packed_names`` is
         there and so are the others, or the pack is.
         """
-        return self._buffers.copy()
+        buffers = self._buffers.copy()
+        if self._lent(buffers):
+            buffers.update(dict.fromkeys(self.packed_names))
+        return buffers
+
+    def _lent(self, buffers: dict[str, Tensor | None]) -> bool:
+        """Whether somebody else's pack stands beside this layer's own weight.
+
+        torch.func.functional_call puts it there, of named_buffers() or stack_module_state(), and takes it
+        away again: the call runs it and the layer's own state stays.
+        """
+        packed = buffers["packed"]
+        return packed is not None and packed is not self._made and buffers[self.packed_names[0]] is not None
 
     def unpack_(self) -> None:
         """Go to the canonical state."""
-        with _lock, without_pool_if_forked():
+        with _lock, plain_torch():
             self._to_canonical()
 
     def _to_canonical(self) -> None:
         buffers = self._buffers
         packed = buffers["packed"]
-        if packed is None:
+        if packed is None or self._lent(buffers):
             return
         fresh = self._unpack(packed)
         # The other way round than packing takes them away: see _state.
@@ -295,11 +311,12 @@ class PackedModule(nn.Module):
         return tensor if tensor is not None else self._buffers.get(name)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        with _lock, without_pool_if_forked():
+        with _lock:
             super()._save_to_state_dict(destination, prefix, keep_vars)
             packed = self._buffers["packed"]
             if packed is not None:
-                fresh = self._unpack(packed)
+                with plain_torch():
+                    fresh = self._unpack(packed)
                 for name in self.packed_names:
                     destination[prefix + name] = fresh[name]
 
@@ -339,7 +356,7 @@ class PackedModule(nn.Module):
             self.unpack_()
             # Before whoever copies or pickles comes to the buffers, another thread may pack them again.
             state = {**self.__dict__, "_buffers": self._buffers.copy()}
-        for name in ("_epoch", "_keep", "_seen", "_stamps", "_handed", "_plans", "_gpu_calls"):
+        for name in ("_made", "_epoch", "_keep", "_seen", "_stamps", "_handed", "_plans", "_gpu_calls"):
             state.pop(name, None)
         return state
 

@@ -86,7 +86,9 @@ class SparseModule(LayerModule):
         self._buffers["crow_indices"] = crow
         self._buffers["col_indices"] = col
         int8 = self.weight_dtype == torch.int8
-        self.register_buffer("weight_scale", torch.ones(rows, device=device) if int8 else None)
+        self.register_buffer(
+            "weight_scale", torch.ones(rows, dtype=torch.float32, device=device) if int8 else None
+        )
 
     @classmethod
     def _sparsify(

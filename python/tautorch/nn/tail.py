@@ -24,16 +24,19 @@ def left_by_quantize(layer: nn.Module, name: str) -> Tensor | None:
     return layer._buffers.get(name)
 
 
-def grid_of(layer: nn.Module) -> Tensor | None:
+def grid_of(layer: nn.Module, weight: Tensor | None = None) -> Tensor | None:
     """The steps ``[out]`` that ``tautorch.quantize`` left on a float layer, if its weight still lies on them.
+
+    ``weight``: the whole of it, where the layer holds a part.
 
     None once the weight was trained or loaded anew. "On" is within 0.3 of a step, which float16 keeps at 8
     bits and bfloat16 at 4 (their steps are rounded too).
     """
     steps = layer._buffers.get("weight_scale")
-    if steps is None or not isinstance(layer.weight, Tensor) or steps.shape != layer.weight.shape[:1]:
+    weight = layer.weight if weight is None else weight  # type: ignore[assignment]
+    if steps is None or not isinstance(weight, Tensor) or steps.shape != weight.shape[:1]:
         return None
-    q = layer.weight.detach().flatten(1).float() / steps.float().unsqueeze(1)
+    q = weight.detach().flatten(1).float() / steps.float().unsqueeze(1)
     on = q.numel() == 0 or bool(((q - q.round()).abs().amax() < 0.3) & (q.abs().amax() < 127.5))
     return steps if on else None
 

@@ -40,7 +40,8 @@ def run(
     kernel = dispatch.choose(Problem(OP, "cuda", geometry.weight_shape[0], geometry.k, details))
     if kernel == "reference":
         dispatch.note_used(OP, kernel)
-        return reference.int8_conv2d(x, weight, weight_scale, bias, **geometry.keywords(), **tail._asdict())
+        y = reference.int8_conv2d(x, weight, weight_scale, bias, **geometry.keywords(), **tail._asdict())
+        return conv.laid_out(y, x, geometry)
     if kernel == "triton":
         dispatch.note_used(OP, kernel)
         return _triton.run(x, weight, weight_scale, bias, geometry, tail)

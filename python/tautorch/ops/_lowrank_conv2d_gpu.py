@@ -47,9 +47,10 @@ def run(
     dispatch.note_used(OP, kernel)
     arguments = _gpu.keywords(tail)
     if kernel == "reference":
-        return reference.lowrank_conv2d(
+        y = reference.lowrank_conv2d(
             x, down, up, bias, down_scale=scales[0], up_scale=scales[1], **geometry.keywords(), **arguments
         )
+        return conv.laid_out(y, x, geometry)
     from tautorch.triton_kernels import lowrank_conv2d as kernels  # imports Triton: optional, and slow
 
     with torch.cuda.device(x.device):

@@ -15,7 +15,7 @@ from . import _gpu
 from . import library as lib
 from ._int8_conv2d_gpu import extension
 from ._sparse_24_gpu import packed_places
-from .geometry import Geometry
+from .geometry import Geometry, laid_out
 
 OP = "sparse_conv2d"
 
@@ -57,10 +57,11 @@ def run(
     if kernel == "reference":
         assert col is not None
         dispatch.note_used(OP, kernel)
-        return reference.sparse_conv2d(
+        y = reference.sparse_conv2d(
             x, values, crow, col, weight_scale, bias, pattern=pattern, weight_shape=geometry.weight_shape,
             **geometry.keywords(), **tail._asdict(),
         )  # fmt: skip
+        return laid_out(y, x, geometry)
     assert col is not None and weight_scale is not None  # by the operator's checks and the kernel's row
     places = col
     _gpu.check_lowest(OP, "values", values, geometry.k)

@@ -195,6 +195,11 @@ def fake_output(x: Tensor, geometry: Geometry, dtype: torch.dtype) -> Tensor:
     return output(x, geometry, dtype)
 
 
+def laid_out(y: Tensor, x: Tensor, geometry: Geometry) -> Tensor:
+    """A convolution's result, of whatever strides, in the memory that ``call`` returns for x."""
+    return fake_output(x, geometry, y.dtype).copy_(y)
+
+
 def conv_call(plan: bytes, geometry: Geometry, x_dtype: torch.dtype, dtype: torch.dtype) -> tuple[Any, ...]:
     """What ``run_conv`` takes: a plan with its sizes and dtypes."""
     _, _, kh, kw = geometry.weight_shape

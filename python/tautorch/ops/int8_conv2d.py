@@ -79,9 +79,8 @@ def _prepare(
     kernel = dispatch.choose(problem(geometry, tail.weight_only))
     if kernel == "reference":
         canonical = conv.canonical(weight, geometry.weight_shape)
-        return reference.int8_conv2d(
-            x, canonical, weight_scale, bias, **geometry.keywords(), **tail._asdict()
-        )
+        y = reference.int8_conv2d(x, canonical, weight_scale, bias, **geometry.keywords(), **tail._asdict())
+        return conv.laid_out(y, x, geometry)
 
     def fresh() -> Tensor:
         canonical = conv.canonical(weight, geometry.weight_shape)

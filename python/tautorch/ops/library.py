@@ -18,20 +18,23 @@ from tautorch import _C, dispatch
 from tautorch.reference.common import ACTIVATIONS, apply_activation
 from tautorch.reference.quantizer import MAX_K
 
+_are_transforms_active = torch._C._are_functorch_transforms_active
+
 
 class _Library(torch.library.Library):
-    """Operators whose autograd kernels refuse tangents.
+    """Operators whose autograd kernels refuse tangents, and to be differentiated by ``torch.func``.
 
-    torch's own, of an operator without formula for forward mode, drops them: derivatives come out as zero.
+    torch's own, of an operator without formula for forward mode, drops tangents: derivatives come out as
+    zero. ``torch.func`` differentiates no library operator.
     """
 
     def impl(self, op_name: Any, fn: Any, dispatch_key: str = "", **kwargs: Any) -> None:
         if dispatch_key == "Autograd":
-            fn = _without_tangents(op_name.rpartition(":")[2], fn)
+            fn = _reverse_mode_alone(op_name.rpartition(":")[2], fn)
         super().impl(op_name, fn, dispatch_key, **kwargs)  # type: ignore[no-untyped-call]
 
 
-def _without_tangents(name: str, kernel: Callable[..., Any]) -> Callable[..., Any]:
+def _reverse_mode_alone(name: str, kernel: Callable[..., Any]) -> Callable[..., Any]:
     def checked(keyset: Any, *args: Any, **kwargs: Any) -> Any:
         if forward_ad._current_level >= 0:
             for a in args:
@@ -42,6 +45,10 @@ def _without_tangents(name: str, kernel: Callable[..., Any]) -> Callable[..., An
                         f"{name}: forward-mode differentiation (jvp, jacfwd) is not there; use reverse mode "
                         "(backward)"
                     )
+        if _are_transforms_active() and torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+            raise NotImplementedError(
+                f"{name}: torch.func's grad, vjp and jacrev are not there; use torch.autograd.grad"
+            )
         return kernel(keyset, *args, **kwargs)
 
     return checked
@@ -82,14 +89,23 @@ os.register_at_fork(after_in_child=_mark_forked)
 
 
 @contextlib.contextmanager
-def without_pool_if_forked() -> Iterator[None]:
+def plain_torch() -> Iterator[None]:
     """For checks and packing, which use torch's own functions.
 
-    In a forked child torch's pool hangs at the first of them that is worth two threads: there, one does it.
+    What they make while a transform of ``torch.func`` is active would be a tensor of that transform, without
+    memory. In a forked child torch's pool hangs at the first of them that is worth two threads: there, one
+    does it.
     """
-    if not _forked:
-        yield
-        return
+    with torch._C._DisableFuncTorch():
+        if not _forked:
+            yield
+            return
+        with _one_thread():
+            yield
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -143,7 +159,7 @@ def define(
             if out is not None:
                 return out
         stamps = [(i, stamp(a)) for i, a in enumerate(arguments) if isinstance(a, Tensor)]
-        with without_pool_if_forked():
+        with plain_torch():
             prepared = prepare(x, *arguments)
         if isinstance(prepared, Tensor):
             dispatch.note_used(name, "reference")

@@ -119,10 +119,11 @@ def _prepare(
         arguments = tail._asdict()
         del arguments["weight_only"]
         first, second = (conv.canonical(f, s) for f, s in zip((down, up), shapes, strict=True))
-        return reference.lowrank_conv2d(
+        y = reference.lowrank_conv2d(
             x, first, second, bias, down_scale=down_scale, up_scale=up_scale, **geometry.keywords(),
             **arguments,
         )  # fmt: skip
+        return conv.laid_out(y, x, geometry)
     packs = []
     for factor, shape in zip((down, up), shapes, strict=True):
         if conv.packed_for(factor, kernel):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from tautorch import dispatch
 from tautorch.reference import quantize_rows as reference
+from tautorch.reference.common import check_scale, check_zero_point
 
 from . import _gpu
 from . import library as lib
@@ -76,6 +78,8 @@ def _cpu(
     x_zero_point: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     _check(x, after, weight, bias, gate, eps, x_scale, x_zero_point)
+    check_scale(OP, "x_scale", x_scale)
+    check_zero_point(OP, "x_zero_point", x_zero_point)
     return reference.quantize_rows(x, after, weight, bias, gate, eps, x_scale, x_zero_point)
 
 
@@ -154,6 +158,14 @@ def _fake(
     return x.new_empty(x.shape, dtype=torch.int8), x.new_empty(x.shape[:-1], dtype=torch.float32)
 
 
+def _without_gradient(keyset: Any, *args: Any) -> tuple[Tensor, Tensor]:
+    # Without a kernel of its own torch differentiates what the reference runs: another thing on each device.
+    op: Any = torch.ops.tautorch.quantize_rows.default
+    with torch._C._AutoDispatchBelowAutograd():
+        q, scale = op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+    return q, scale
+
+
 lib.LIB.define(
     f"{OP}(Tensor x, str after='none', Tensor? weight=None, Tensor? bias=None, Tensor? gate=None, "
     "float eps=1e-5, Tensor? x_scale=None, Tensor? x_zero_point=None) -> (Tensor, Tensor)",
@@ -161,6 +173,7 @@ lib.LIB.define(
 )
 lib.LIB.impl(OP, _cpu, "CPU")
 lib.LIB.impl(OP, _cuda, "CUDA")
+lib.LIB.impl(OP, _without_gradient, "Autograd", with_keyset=True)
 torch.library.register_fake(f"tautorch::{OP}", _fake, lib=lib.LIB)
 
 
@@ -194,7 +207,7 @@ def quantize_rows(
         ``q`` int8 like x and ``scale`` fp32 ``x.shape[:-1]``. A row with NaN or Inf after the stage has scale
         NaN. ``after="none"`` is exact: the same integers everywhere. Behind a stage a device may round its
         floats otherwise, so that q differs by 1 in at most one of 1000 elements (tested) and scales in the
-        last bits. No gradient.
+        last bits. No gradient: neither of them requires one.
 
     Raises:
         TypeError, ValueError: arguments that are not as above.

@@ -105,10 +105,11 @@ def _prepare(
 
     if kernel == "reference":
         stored, crow, col = layout()
-        return reference.sparse_conv2d(
+        y = reference.sparse_conv2d(
             x, stored, crow, col, weight_scale, bias, pattern=pattern, weight_shape=shape,
             **geometry.keywords(), **tail._asdict(),
         )  # fmt: skip
+        return conv.laid_out(y, x, geometry)
 
     def fresh() -> Tensor:
         return sparse.pack(*layout(), pattern, shape, groups, kernel=kernel, op=OP, as_float=tail.weight_only)

@@ -102,7 +102,7 @@ class SoftThreshold:
         if not chosen:
             raise ValueError(f"{op}: optimizer must hold the weight of a layer of the model, got none")
         self._layers, self._optimizer = chosen, optimizer
-        self._own = [layer.weight for layer in chosen.values() if not pruned_share(layer)]
+        self._own = [layer.weight for layer in chosen.values() if not pruned_share(layer.weight)]
         self._lam = {name: _lam_of(op, name, lam) for name in chosen} if lam is not None else {}
         self.steps_done = 0
         self._hook = optimizer.register_step_post_hook(lambda *_: self.step())

@@ -26,13 +26,14 @@ class QParams:
 
     def quantize(self, x: Tensor) -> Tensor:
         """int8 of finite x; multiplied by 1 / scale, one fp32 division, as in the kernels."""
-        inverse = torch.ones((), device=x.device) / torch.tensor(self.scale, device=x.device)
-        q = torch.round(x.float() * inverse) + self.zero_point
+        scale = torch.tensor(self.scale, dtype=torch.float32, device=x.device)
+        q = torch.round(x.float() * (torch.ones_like(scale) / scale)) + self.zero_point
         return q.clamp(-128, 127).to(torch.int8)
 
     def dequantize(self, q: Tensor) -> Tensor:
         """float32 of int8 q."""
-        return (q.to(torch.int32) - self.zero_point).float() * torch.tensor(self.scale, device=q.device)
+        scale = torch.tensor(self.scale, dtype=torch.float32, device=q.device)
+        return (q.to(torch.int32) - self.zero_point).float() * scale
 
 
 def check_bits(op: str, bits: int, least: int = 4) -> int:

@@ -12,7 +12,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .quantizer import MAX_K, MAX_K_LOWEST, quantize_rows, quantize_samples, quantize_static, requantize
+from .quantizer import (
+    MAX_K,
+    MAX_K_LOWEST,
+    QMAX,
+    QMIN,
+    quantize_rows,
+    quantize_samples,
+    quantize_static,
+    requantize,
+)
 
 ACTIVATIONS: tuple[str, ...] = ("none", "relu", "gelu", "gelu_tanh", "silu")
 FLOAT_DTYPES: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)
@@ -65,6 +74,8 @@ class Epilogue:
             )
         if self.out_zero_point is not None and self.out_scale is None:
             raise ValueError(f"{op}: out_scale must be given with out_zero_point, got None")
+        check_scale(op, "out_scale", self.out_scale)
+        check_zero_point(op, "out_zero_point", self.out_zero_point)
 
     def finish(self, y: Tensor, x_dtype: torch.dtype, *, channel: int) -> Tensor:
         """Output of fp32 ``y`` with N at dimension ``channel``: bias, activation, the output's dtype."""
@@ -101,6 +112,33 @@ def check_k(op: str, **weights: Tensor) -> None:
             )
 
 
+def check_scale(op: str, name: str, scale: Tensor | None) -> None:
+    """ValueError for a single scale that nothing can be quantised with; as every kernel says it."""
+    if scale is None:
+        return
+    value = scale.to(torch.float32).reshape(())
+    if not bool((value > 0) & torch.isfinite(value) & torch.isfinite(torch.ones_like(value) / value)):
+        raise ValueError(
+            f"{op}: {name} must be positive and finite, with a finite inverse, got {float(value):g}"
+        )
+
+
+def check_zero_point(op: str, name: str, zero_point: Tensor | None) -> None:
+    """ValueError for a zero point that is no int8 value."""
+    if zero_point is not None and not QMIN <= int(zero_point) <= QMAX:
+        raise ValueError(f"{op}: {name} must be in [{QMIN}, {QMAX}], got {int(zero_point)}")
+
+
+def check_input(op: str, x: Tensor, x_scale: Tensor | None, x_zero_point: Tensor | None) -> None:
+    """ValueError for numbers that x cannot be quantised with; int8 x may have any scales."""
+    check_zero_point(op, "x_zero_point", x_zero_point)
+    if x.dtype == torch.int8 or x_scale is None:
+        return
+    if x_scale.numel() != 1:
+        raise ValueError(f"{op}: x_scale must have 1 element for float x, got {x_scale.numel()}")
+    check_scale(op, "x_scale", x_scale)
+
+
 def check_float(op: str, x: Tensor, what: str) -> None:
     """TypeError where ``x`` is not one of the float types a float product takes."""
     if x.dtype not in FLOAT_DTYPES:
@@ -116,6 +154,7 @@ def centred_input(
     ``x`` is ``[M, K]``, or ``[B, ...]`` with ``samples=True``: float, quantised here (dynamically where
     ``x_scale`` is None), or int8 with its scale (one element, or one a row).
     """
+    check_input(op, x, x_scale, x_zero_point)
     if x.dtype == torch.int8:
         if x_scale is None:
             raise ValueError(f"{op}: x_scale must be given for int8 x, got None")
@@ -125,8 +164,6 @@ def centred_input(
     elif x.dtype not in FLOAT_DTYPES:
         raise TypeError(f"{op}: x must be float32, bfloat16, float16 or int8, got {x.dtype}; use x.float()")
     elif x_scale is not None:
-        if x_scale.numel() != 1:
-            raise ValueError(f"{op}: x_scale must have 1 element for float x, got {x_scale.numel()}")
         q, scale = quantize_static(x, x_scale, x_zero_point, samples=samples)
     elif x_zero_point is not None:
         raise ValueError(f"{op}: x_scale must be given with x_zero_point, got None")

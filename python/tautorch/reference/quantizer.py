@@ -41,7 +41,7 @@ def _scale_and_inverse(amax: Tensor) -> tuple[Tensor, Tensor]:
 def _zero_point(zero_point: Tensor | None, like: Tensor) -> Tensor:
     """0-dim fp32: the zero point, 0 where there is none."""
     if zero_point is None:
-        return torch.zeros((), device=like.device)
+        return torch.zeros((), dtype=torch.float32, device=like.device)
     return zero_point.to(torch.float32).reshape(())
 
 

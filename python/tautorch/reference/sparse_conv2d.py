@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .common import Epilogue, Geometry, batched, check_float, over, pair
+from .common import Epilogue, Geometry, batched, check_float, check_input, over, pair
 from .int8_conv2d import int8_conv2d
 from .layouts import decode
 from .sparse_linear import stored_entries
@@ -51,7 +51,11 @@ def sparse_conv2d(
     if (values.dtype == torch.int8) != (weight_scale is not None):
         raise ValueError(f"{_OP}: weight_scale must be given for int8 values and only there")
     dense = decode(values, crow_indices, col_indices, pattern, weight_shape, groups, op=_OP)
-    if weight_scale is not None and not weight_only:
+    integer = weight_scale is not None and not weight_only
+    epilogue = Epilogue(bias, activation, out_scale, out_zero_point, out_dtype)
+    epilogue.check(_OP, raw=integer)
+    if weight_scale is not None and integer:
+        check_input(_OP, x, x_scale, x_zero_point)
         return int8_conv2d(
             x,
             dense,
@@ -69,8 +73,6 @@ def sparse_conv2d(
             out_dtype=out_dtype,
         )
     check_float(_OP, x, "float products")
-    epilogue = Epilogue(bias, activation, out_scale, out_zero_point, out_dtype)
-    epilogue.check(_OP, raw=False)
     images, unbatched = batched(_OP, x)
     out_channels, in_channels, kh, kw = weight_shape
     if images.shape[1] != in_channels * groups:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .common import Epilogue, check_float, stored_product
+from .common import Epilogue, check_float, check_input, stored_product
 from .int8_linear import int8_linear
 from .layouts import block_cols, block_row_indices, block_rows, block_shape, decode, unpack_positions
 
@@ -51,7 +51,11 @@ def sparse_linear(
     shape = (out_features, k)
     if (values.dtype == torch.int8) != (weight_scale is not None):
         raise ValueError(f"{_OP}: weight_scale must be given for int8 values and only there")
-    if weight_scale is not None and not weight_only:
+    integer = weight_scale is not None and not weight_only
+    epilogue = Epilogue(bias, activation, out_scale, out_zero_point, out_dtype)
+    epilogue.check(_OP, raw=integer)
+    if weight_scale is not None and integer:
+        check_input(_OP, x, x_scale, x_zero_point)
         return int8_linear(
             x,
             decode(values, crow_indices, col_indices, pattern, shape, op=_OP),
@@ -65,8 +69,6 @@ def sparse_linear(
             out_dtype=out_dtype,
         )
     check_float(_OP, x, "float products")
-    epilogue = Epilogue(bias, activation, out_scale, out_zero_point, out_dtype)
-    epilogue.check(_OP, raw=False)
     rows = x.reshape(x.shape[:-1].numel(), k)
     y = float_product(rows, values, crow_indices, col_indices, pattern, shape, op=_OP).to(torch.float32)
     if weight_scale is not None:
