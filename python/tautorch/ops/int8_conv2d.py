@@ -13,13 +13,15 @@ from tautorch.dispatch import Problem
 from tautorch.reference import int8_conv2d as reference
 
 from . import _int8_conv2d_gpu as gpu
+from . import caches, gradients, packing
 from . import geometry as conv
 from . import library as lib
+from .caches import Prepared
 from .geometry import Geometry, Pair
-from .library import Prepared, Tail
+from .tails import Tail
 
 OP = "int8_conv2d"
-_cache = lib.PackCache()
+_cache = caches.PackCache()
 
 
 def problem(geometry: Geometry, weight_only: bool, device: str = "cpu") -> Problem:
@@ -30,10 +32,10 @@ def problem(geometry: Geometry, weight_only: bool, device: str = "cpu") -> Probl
 
 def pack(weight: Tensor, geometry: Geometry, weight_only: bool, kernel: str) -> Tensor:
     """Pack a canonical int8 ``[O, I/groups, kh, kw]`` weight for a CPU kernel: uint8 ``[bytes]``."""
-    kind = lib.DENSE_W8 if weight_only else lib.DENSE_I8
+    kind = packing.DENSE_W8 if weight_only else packing.DENSE_I8
     groups = geometry.groups
     if not weight_only and weight.shape[1] == 1 and weight.shape[0] == groups:
-        return conv.pack(weight, groups, lib.DEPTHWISE_I8, kernel)
+        return conv.pack(weight, groups, packing.DEPTHWISE_I8, kernel)
     return conv.pack_forms(weight, groups, geometry.dilation[1], kind, kernel)
 
 
@@ -151,7 +153,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
             x, weight, weight_scale, bias, *geometry.operands(), x_scale, x_zero_point, ctx.weight_only,
             out_dtype=torch.float32,
         )  # fmt: skip
-        g = lib.activation_grad(grad, pre, ctx.activation)
+        g = gradients.activation_grad(grad, pre, ctx.activation)
     grad_x = grad_bias = None
     if ctx.needs_input_grad[0]:
         dense = torch.ops.tautorch.float_conv2d_weight(weight, weight_scale, geometry.weight_shape)

@@ -15,13 +15,15 @@ from tautorch.reference import lowrank_conv2d as reference
 from tautorch.reference.lowrank_linear import check_factors
 
 from . import _lowrank_conv2d_gpu as gpu
+from . import caches, gradients, packing
 from . import geometry as conv
 from . import library as lib
+from .caches import Prepared
 from .geometry import Geometry, Pair
-from .library import Prepared, Tail
+from .tails import Tail
 
 OP = "lowrank_conv2d"
-_cache = lib.PackCache()
+_cache = caches.PackCache()
 
 
 def problem(geometry: Geometry, rank: int, int8: bool, device: str = "cpu") -> Problem:
@@ -32,7 +34,9 @@ def problem(geometry: Geometry, rank: int, int8: bool, device: str = "cpu") -> P
 
 def pack(factor: Tensor, groups: int, kernel: str) -> Tensor:
     """Pack a canonical factor, ``[g*r, I/g, kh, kw]`` or ``[O, r, 1, 1]``: uint8 ``[bytes]``."""
-    return conv.pack(factor, groups, lib.DENSE_I8 if factor.dtype == torch.int8 else lib.DENSE_F32, kernel)
+    return conv.pack(
+        factor, groups, packing.DENSE_I8 if factor.dtype == torch.int8 else packing.DENSE_F32, kernel
+    )
 
 
 def plan(
@@ -130,7 +134,7 @@ def _prepare(
         else:
             packs.append(_cached(factor, shape, groups, kernel))
     for name, packed, shape in zip(("down", "up"), packs, shapes, strict=True):
-        lib.check_pack(OP, name, packed, shape[0], math.prod(shape))
+        packing.check_pack(OP, name, packed, shape[0], math.prod(shape))
     codes, keep = tail.codes(x, up_scale, bias, not int8)
     if down_scale is not None:
         down_scale = down_scale.detach().contiguous()
@@ -221,7 +225,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
             x, down, up, bias, down_scale, up_scale, inner.weight_shape, ctx.up_shape, *geometry, x_scale,
             x_zero_point, out_dtype=torch.float32,
         )  # fmt: skip
-        g = lib.activation_grad(grad, pre, ctx.activation)
+        g = gradients.activation_grad(grad, pre, ctx.activation)
     grad_x = grad_bias = None
     if ctx.needs_input_grad[0]:
         first = torch.ops.tautorch.float_conv2d_weight(down, down_scale, inner.weight_shape)

@@ -13,13 +13,15 @@ from tautorch.reference import lowrank_linear as reference
 from tautorch.reference.layouts import block_shape
 
 from . import _lowrank_linear_gpu as gpu
+from . import caches, gradients, packing, tails
 from . import library as lib
 from . import sparse_entries as entries
+from .caches import Prepared
 from .int8_linear import pack, unpack
-from .library import Prepared, Tail
+from .tails import Tail
 
 OP = "lowrank_linear"
-_cache = lib.PackCache()
+_cache = caches.PackCache()
 
 
 def problem(
@@ -99,7 +101,7 @@ class Residual(NamedTuple):
                     f"{OP}: residual_scale must be float32 [{n}], got {self.scale.dtype} "
                     f"{list(self.scale.shape)}"
                 )
-            lib.check_k(OP, k)
+            tails.check_k(OP, k)
         for t in (values, *indices, self.scale):
             if t is not None and t.device != x.device:
                 raise ValueError(f"{OP}: residual must be on {x.device} like x, got {t.device}; move it")
@@ -127,7 +129,7 @@ class Residual(NamedTuple):
             return None
         is_packed = values.dtype == torch.uint8
         if is_packed:
-            info = lib.pack_info(values)
+            info = packing.pack_info(values)
             if (info["n"], info["k"]) != shape:
                 raise ValueError(
                     f"{OP}: packed residual must hold a weight of {list(shape)}, got "
@@ -203,10 +205,10 @@ def _check(
             )
         if down_scale.device != x.device:
             raise ValueError(f"{OP}: down_scale must be on {x.device} like x, got {down_scale.device}")
-        lib.check_k(OP, k)
-        lib.check_k(OP, rank)
+        tails.check_k(OP, k)
+        tails.check_k(OP, rank)
     residual.check(x, n, up_scale is None, tail)
-    lib.check_tail(
+    tails.check_tail(
         OP,
         x,
         n=n,
@@ -256,8 +258,8 @@ def _prepare(
             **residual.canonical((n, k)).keywords(),
         )  # fmt: skip
     packs = [_packed(w, kernel) for w in (down, up)]
-    lib.check_pack(OP, "down", packs[0], r, r * k)
-    lib.check_pack(OP, "up", packs[1], n, n * r)
+    packing.check_pack(OP, "down", packs[0], r, r * k)
+    packing.check_pack(OP, "up", packs[1], n, n * r)
     codes, keep = tail.codes(x, up_scale, bias, floats)
     if down_scale is not None:
         down_scale = down_scale.detach().contiguous()
@@ -280,7 +282,7 @@ def _run(call: tuple[Any, ...], x: Tensor) -> Tensor | None:
 def _packed(factor: Tensor, kernel: str) -> Tensor:
     if factor.dtype != torch.uint8:
         return _cache.get(factor, kernel, lambda: pack(factor, kernel=kernel))
-    if lib.pack_info(factor)["kernel"] == kernel:
+    if packing.pack_info(factor)["kernel"] == kernel:
         return factor
     return _cache.get(factor, kernel, lambda: pack(unpack(factor), kernel=kernel))
 
@@ -337,7 +339,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
             x, down, up, bias, down_scale, up_scale, ctx.n, ctx.rank, *residual, x_scale, x_zero_point,
             out_dtype=torch.float32,
         )  # fmt: skip
-        g = lib.activation_grad(grad, pre, ctx.activation)
+        g = gradients.activation_grad(grad, pre, ctx.activation)
     grad_x = grad_bias = None
     if ctx.needs_input_grad[0]:
         n, rank = _sizes(down, up, ctx.n, ctx.rank)
@@ -348,7 +350,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         to_x = inner @ unpacked(down, rank, k)
         if residual.values is not None:
             to_x = to_x + residual.gradient(g, k)
-        grad_x = lib.input_gradient(to_x, x, x_scale, x_zero_point)
+        grad_x = gradients.input_gradient(to_x, x, x_scale, x_zero_point)
     if bias is not None and ctx.needs_input_grad[3]:
         grad_bias = g.reshape(-1, g.shape[-1]).sum(0).to(bias.dtype)
     return (grad_x, None, None, grad_bias, *[None] * 16)
@@ -360,7 +362,7 @@ lib.define(
     "(Tensor x, Tensor down, Tensor up, Tensor? bias=None, Tensor? down_scale=None, Tensor? up_scale=None, "
     "SymInt? out_features=None, SymInt? rank=None, Tensor? residual=None, "
     "Tensor? residual_crow_indices=None, Tensor? residual_col_indices=None, Tensor? residual_scale=None, "
-    "str? residual_pattern=None, " + lib.TAIL_SCHEMA + ") -> Tensor",
+    "str? residual_pattern=None, " + tails.TAIL_SCHEMA + ") -> Tensor",
     _prepare,
     _run,
     _fake,

@@ -14,14 +14,16 @@ from tautorch.dispatch import Problem
 from tautorch.reference import sparse_conv2d as reference
 
 from . import _sparse_conv2d_gpu as gpu
+from . import caches, gradients, packing, tails
 from . import geometry as conv
 from . import library as lib
 from . import sparse_entries as sparse
+from .caches import Prepared
 from .geometry import Geometry, Pair
-from .library import Prepared, Tail
+from .tails import Tail
 
 OP = "sparse_conv2d"
-_cache = lib.PackCache()
+_cache = caches.PackCache()
 
 
 def problem(
@@ -115,7 +117,7 @@ def _prepare(
 
     packed = values
     if values.dtype == torch.uint8:
-        lib.check_pack(OP, "values", values, shape[0], math.prod(shape), groups)
+        packing.check_pack(OP, "values", values, shape[0], math.prod(shape), groups)
     if tail.weight_only or not conv.packed_for(values, kernel):
         key = (kernel, tail.weight_only, pattern, shape, groups)
         packed = _cache.get(values, key, fresh, (crow_indices, col_indices))
@@ -193,7 +195,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
             x, values, crow_indices, col_indices, weight_scale, bias, ctx.pattern, *geometry.operands(),
             x_scale, x_zero_point, ctx.weight_only, out_dtype=torch.float32,
         )  # fmt: skip
-        g = lib.activation_grad(grad, pre, ctx.activation)
+        g = gradients.activation_grad(grad, pre, ctx.activation)
     grad_x = grad_bias = None
     if ctx.needs_input_grad[0]:
         dense = torch.ops.tautorch.sparse_to_dense(
@@ -211,7 +213,7 @@ lib.define(
     OP,
     "(Tensor x, Tensor values, Tensor? crow_indices, Tensor? col_indices, Tensor? weight_scale, "
     "Tensor? bias, str pattern, int[] weight_shape, int[2] stride=1, int[2] padding=0, int[2] dilation=1, "
-    "int groups=1, " + lib.TAIL_SCHEMA + ") -> Tensor",
+    "int groups=1, " + tails.TAIL_SCHEMA + ") -> Tensor",
     _prepare,
     _run,
     _fake,
