@@ -18,7 +18,8 @@ from tautorch import dispatch
 from tautorch.nn import MODULES
 from tautorch.nn.packed import PackedModule
 
-from ..ops.suite import X_DTYPES, layouts_of
+from ..ops.agreement import layouts_of
+from ..ops.suite import X_DTYPES
 from .contract_modes import ModesContract
 from .contract_state import StateContract
 from .contract_threads import ThreadsContract

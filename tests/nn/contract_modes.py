@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ..ops.suite import Recorder, reference_of
+from ..ops.agreement import Recorder, reference_of
 from ..straight_through import gradients
 from .subject import Subject
 

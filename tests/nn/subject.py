@@ -13,7 +13,7 @@ from tautorch import _C, dispatch
 from tautorch.nn.packed import PackedModule
 from tautorch.testing.cases import Case
 
-from ..ops.suite import compare, reference_of
+from ..ops.agreement import compare, reference_of
 
 Variant = tuple[dict[str, Any], dict[str, Any]]
 

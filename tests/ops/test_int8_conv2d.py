@@ -16,8 +16,9 @@ from tautorch.reference.int8_conv2d import int8_conv2d as reference
 from tautorch.testing.cases import MODES, Case, conv_case
 from tautorch.testing.values import int8_values
 
+from .agreement import agree
 from .conftest import kernel_parameters
-from .suite import ConvSuite, agree
+from .suite import ConvSuite
 
 LAST = torch.channels_last
 each_kernel = pytest.mark.parametrize("kernel", kernel_parameters("int8_conv2d"))

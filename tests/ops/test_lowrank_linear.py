@@ -16,7 +16,8 @@ from tautorch.reference.quantizer import quantize_weight
 from tautorch.testing.cases import Case, linear_case
 from tautorch.testing.values import float_values, sparse_mask
 
-from .suite import LinearSuite, Recorder, agree, gradients_agree, public_of
+from .agreement import Recorder, agree, gradients_agree, public_of
+from .suite import LinearSuite
 
 # around tiles of rows (6, 12, 48) and panels (64), one block of rows and more of them
 SIZES = [

@@ -20,7 +20,7 @@ from tautorch.ops import library as lib
 from tautorch.ops.lowrank_linear import lowrank_linear
 from tautorch.testing.cases import MODES, OPS, Case, conv_case, linear_case
 
-from .suite import compare, public_of, reference_of
+from .agreement import compare, public_of, reference_of
 
 CALLS = [(op, mode) for op in OPS for mode in MODES[op]]
 

@@ -11,7 +11,8 @@ from tautorch.reference.layouts import encode
 from tautorch.testing.cases import linear_case
 from tautorch.testing.values import float_values, sparse_mask
 
-from .suite import LinearSuite, agree
+from .agreement import agree
+from .suite import LinearSuite
 
 
 class TestSparseLinear(LinearSuite):
