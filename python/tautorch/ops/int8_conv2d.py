@@ -48,26 +48,6 @@ def _check(
     x: Tensor,
     weight: Tensor,
     weight_scale: Tensor,
-    bias: Tensor | None,
-    weight_shape: Sequence[int] | None,
-    stride: Pair,
-    padding: Pair,
-    dilation: Pair,
-    groups: int,
-    tail: Tail,
-) -> Geometry:
-    if weight.dtype not in (torch.int8, torch.uint8):
-        raise TypeError(f"{OP}: weight must be int8 [O, I/groups, kh, kw], got {weight.dtype}; quantise it")
-    shape = weight.shape if weight_shape is None or weight.dtype == torch.int8 else weight_shape
-    geometry = conv.geometry_of(OP, shape, stride, padding, dilation, groups)
-    conv.check_call(OP, x, geometry, {"weight": weight}, weight_scale, bias, tail)
-    return geometry
-
-
-def _prepare(
-    x: Tensor,
-    weight: Tensor,
-    weight_scale: Tensor,
     bias: Tensor | None = None,
     weight_shape: Sequence[int] | None = None,
     stride: Pair = 1,
@@ -75,9 +55,20 @@ def _prepare(
     dilation: Pair = 1,
     groups: int = 1,
     *rest: Any,
-) -> Prepared | Tensor:
+) -> tuple[Geometry, Tail]:
     tail = Tail(*rest)
-    geometry = _check(x, weight, weight_scale, bias, weight_shape, stride, padding, dilation, groups, tail)
+    if weight.dtype not in (torch.int8, torch.uint8):
+        raise TypeError(f"{OP}: weight must be int8 [O, I/groups, kh, kw], got {weight.dtype}; quantise it")
+    shape = weight.shape if weight_shape is None or weight.dtype == torch.int8 else weight_shape
+    geometry = conv.geometry_of(OP, shape, stride, padding, dilation, groups)
+    conv.check_call(OP, x, geometry, {"weight": weight}, weight_scale, bias, tail)
+    return geometry, tail
+
+
+def _prepare(
+    x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None = None, *rest: Any
+) -> Prepared | Tensor:
+    geometry, tail = _check(x, weight, weight_scale, bias, *rest)
     kernel = dispatch.choose(problem(geometry, tail.weight_only))
     if kernel == "reference":
         canonical = conv.canonical(weight, geometry.weight_shape)
@@ -91,7 +82,7 @@ def _prepare(
 
     packed = weight
     if not conv.packed_for(weight, kernel):
-        packed = _cache.get(weight, (kernel, tail.weight_only, groups, geometry.dilation), fresh)
+        packed = _cache.get(weight, (kernel, tail.weight_only, geometry.groups, geometry.dilation), fresh)
     codes, keep = tail.codes(x, weight_scale, bias, tail.weight_only)
     call = conv.conv_call(plan(packed, geometry, codes), geometry, x.dtype, tail.dtype(x))
     return tail.prepared(call, codes, [packed, *keep])
@@ -101,37 +92,13 @@ def _run(call: tuple[Any, ...], x: Tensor) -> Tensor | None:
     return conv.run_conv(_C.int8_conv2d_run, call, x)
 
 
-def _cuda(
-    x: Tensor,
-    weight: Tensor,
-    weight_scale: Tensor,
-    bias: Tensor | None = None,
-    weight_shape: Sequence[int] | None = None,
-    stride: Pair = 1,
-    padding: Pair = 0,
-    dilation: Pair = 1,
-    groups: int = 1,
-    *rest: Any,
-) -> Tensor:
-    tail = Tail(*rest)
-    geometry = _check(x, weight, weight_scale, bias, weight_shape, stride, padding, dilation, groups, tail)
+def _cuda(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None = None, *rest: Any) -> Tensor:
+    geometry, tail = _check(x, weight, weight_scale, bias, *rest)
     return gpu.run(x, weight, weight_scale, bias, geometry, tail)
 
 
-def _fake(
-    x: Tensor,
-    weight: Tensor,
-    weight_scale: Tensor,
-    bias: Tensor | None = None,
-    weight_shape: Sequence[int] | None = None,
-    stride: Pair = 1,
-    padding: Pair = 0,
-    dilation: Pair = 1,
-    groups: int = 1,
-    *rest: Any,
-) -> Tensor:
-    tail = Tail(*rest)
-    geometry = _check(x, weight, weight_scale, bias, weight_shape, stride, padding, dilation, groups, tail)
+def _fake(x: Tensor, *arguments: Any) -> Tensor:
+    geometry, tail = _check(x, *arguments)
     return conv.fake_output(x, geometry, tail.dtype(x))
 
 

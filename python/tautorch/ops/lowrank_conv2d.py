@@ -53,18 +53,19 @@ def _check(
     x: Tensor,
     down: Tensor,
     up: Tensor,
-    bias: Tensor | None,
-    down_scale: Tensor | None,
-    up_scale: Tensor | None,
-    down_shape: Sequence[int] | None,
-    up_shape: Sequence[int] | None,
-    stride: Pair,
-    padding: Pair,
-    dilation: Pair,
-    groups: int,
-    tail: Tail,
-) -> tuple[Geometry, int]:
-    """The geometry of the product, and the rank."""
+    bias: Tensor | None = None,
+    down_scale: Tensor | None = None,
+    up_scale: Tensor | None = None,
+    down_shape: Sequence[int] | None = None,
+    up_shape: Sequence[int] | None = None,
+    stride: Pair = 1,
+    padding: Pair = 0,
+    dilation: Pair = 1,
+    groups: int = 1,
+    *rest: Any,
+) -> tuple[Geometry, int, Tail]:
+    """The geometry of the product, the rank and the tail, checked."""
+    tail = _tail(rest)
     packed = down_shape is not None and up_shape is not None
     if not packed:
         check_factors(OP, down, up, down_scale, up_scale)
@@ -89,7 +90,7 @@ def _check(
         raise ValueError(f"{OP}: down_scale and up_scale must be given together, got one of them")
     weights = {"down": down, "up": up, "down_scale": down_scale}
     conv.check_call(OP, x, geometry, weights, up_scale, bias, tail, float_weight=float_weight, k=rank)
-    return geometry, rank
+    return geometry, rank, tail
 
 
 def _shapes(geometry: Geometry, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -104,18 +105,9 @@ def _prepare(
     bias: Tensor | None = None,
     down_scale: Tensor | None = None,
     up_scale: Tensor | None = None,
-    down_shape: Sequence[int] | None = None,
-    up_shape: Sequence[int] | None = None,
-    stride: Pair = 1,
-    padding: Pair = 0,
-    dilation: Pair = 1,
-    groups: int = 1,
     *rest: Any,
 ) -> Prepared | Tensor:
-    tail = _tail(rest)
-    geometry, rank = _check(
-        x, down, up, bias, down_scale, up_scale, down_shape, up_shape, stride, padding, dilation, groups, tail
-    )
+    geometry, rank, tail = _check(x, down, up, bias, down_scale, up_scale, *rest)
     int8 = up_scale is not None
     kernel = dispatch.choose(problem(geometry, rank, int8))
     shapes = _shapes(geometry, rank)
@@ -132,7 +124,7 @@ def _prepare(
         if conv.packed_for(factor, kernel):
             packs.append(factor)
         else:
-            packs.append(_cached(factor, shape, groups, kernel))
+            packs.append(_cached(factor, shape, geometry.groups, kernel))
     for name, packed, shape in zip(("down", "up"), packs, shapes, strict=True):
         packing.check_pack(OP, name, packed, shape[0], math.prod(shape))
     codes, keep = tail.codes(x, up_scale, bias, not int8)
@@ -168,40 +160,14 @@ def _cuda(
     bias: Tensor | None = None,
     down_scale: Tensor | None = None,
     up_scale: Tensor | None = None,
-    down_shape: Sequence[int] | None = None,
-    up_shape: Sequence[int] | None = None,
-    stride: Pair = 1,
-    padding: Pair = 0,
-    dilation: Pair = 1,
-    groups: int = 1,
     *rest: Any,
 ) -> Tensor:
-    tail = _tail(rest)
-    geometry, _ = _check(
-        x, down, up, bias, down_scale, up_scale, down_shape, up_shape, stride, padding, dilation, groups, tail
-    )
+    geometry, _, tail = _check(x, down, up, bias, down_scale, up_scale, *rest)
     return gpu.run(x, down, up, bias, (down_scale, up_scale), geometry, tail)
 
 
-def _fake(
-    x: Tensor,
-    down: Tensor,
-    up: Tensor,
-    bias: Tensor | None = None,
-    down_scale: Tensor | None = None,
-    up_scale: Tensor | None = None,
-    down_shape: Sequence[int] | None = None,
-    up_shape: Sequence[int] | None = None,
-    stride: Pair = 1,
-    padding: Pair = 0,
-    dilation: Pair = 1,
-    groups: int = 1,
-    *rest: Any,
-) -> Tensor:
-    tail = _tail(rest)
-    geometry, _ = _check(
-        x, down, up, bias, down_scale, up_scale, down_shape, up_shape, stride, padding, dilation, groups, tail
-    )
+def _fake(x: Tensor, *arguments: Any) -> Tensor:
+    geometry, _, tail = _check(x, *arguments)
     return conv.fake_output(x, geometry, tail.dtype(x))
 
 

@@ -165,14 +165,16 @@ def _check(
     x: Tensor,
     down: Tensor,
     up: Tensor,
-    bias: Tensor | None,
-    down_scale: Tensor | None,
-    up_scale: Tensor | None,
-    sizes: tuple[int, int],
-    residual: Residual,
-    tail: Tail,
-) -> None:
-    n, rank = sizes
+    bias: Tensor | None = None,
+    down_scale: Tensor | None = None,
+    up_scale: Tensor | None = None,
+    out_features: int | None = None,
+    rank: int | None = None,
+    *rest: Any,
+) -> tuple[tuple[int, int], Residual, Tail]:
+    """``(N, r)``, the residual and the tail of a call, checked."""
+    residual, tail = Residual(*rest[:5]), Tail(*rest[5:])
+    n, rank = _sizes(down, up, out_features, rank)
     if x.dim() < 1:
         raise ValueError(f"{OP}: x must be [..., K], got a scalar")
     if tail.weight_only:
@@ -218,6 +220,7 @@ def _check(
         float_weight=up_scale is None,
         **tail._asdict(),
     )
+    return (n, rank), residual, tail
 
 
 def _sizes(down: Tensor, up: Tensor, out_features: int | None, rank: int | None) -> tuple[int, int]:
@@ -239,13 +242,9 @@ def _prepare(
     bias: Tensor | None = None,
     down_scale: Tensor | None = None,
     up_scale: Tensor | None = None,
-    out_features: int | None = None,
-    rank: int | None = None,
     *rest: Any,
 ) -> Prepared | Tensor:
-    residual, tail = Residual(*rest[:5]), Tail(*rest[5:])
-    n, r = sizes = _sizes(down, up, out_features, rank)
-    _check(x, down, up, bias, down_scale, up_scale, sizes, residual, tail)
+    (n, r), residual, tail = _check(x, down, up, bias, down_scale, up_scale, *rest)
     k = x.shape[-1]
     floats = up_scale is None
     kernel = dispatch.choose(problem(n, k, r, "float32" if floats else "int8"))
@@ -294,31 +293,15 @@ def _cuda(
     bias: Tensor | None = None,
     down_scale: Tensor | None = None,
     up_scale: Tensor | None = None,
-    out_features: int | None = None,
-    rank: int | None = None,
     *rest: Any,
 ) -> Tensor:
-    residual, tail = Residual(*rest[:5]), Tail(*rest[5:])
-    sizes = _sizes(down, up, out_features, rank)
-    _check(x, down, up, bias, down_scale, up_scale, sizes, residual, tail)
+    _, residual, tail = _check(x, down, up, bias, down_scale, up_scale, *rest)
     return gpu.run(x, down, up, bias, (down_scale, up_scale), residual, tail)
 
 
-def _fake(
-    x: Tensor,
-    down: Tensor,
-    up: Tensor,
-    bias: Tensor | None = None,
-    down_scale: Tensor | None = None,
-    up_scale: Tensor | None = None,
-    out_features: int | None = None,
-    rank: int | None = None,
-    *rest: Any,
-) -> Tensor:
-    residual, tail = Residual(*rest[:5]), Tail(*rest[5:])
-    sizes = _sizes(down, up, out_features, rank)
-    _check(x, down, up, bias, down_scale, up_scale, sizes, residual, tail)
-    return x.new_empty((*x.shape[:-1], sizes[0]), dtype=tail.dtype(x))
+def _fake(x: Tensor, *arguments: Any) -> Tensor:
+    (n, _), _, tail = _check(x, *arguments)
+    return x.new_empty((*x.shape[:-1], n), dtype=tail.dtype(x))
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

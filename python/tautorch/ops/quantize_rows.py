@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,13 +21,13 @@ _vectors = caches.PackCache()
 
 def _check(
     x: Tensor,
-    after: str,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    gate: Tensor | None,
-    eps: float,
-    x_scale: Tensor | None,
-    x_zero_point: Tensor | None,
+    after: str = "none",
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    gate: Tensor | None = None,
+    eps: float = 1e-5,
+    x_scale: Tensor | None = None,
+    x_zero_point: Tensor | None = None,
 ) -> None:
     if after not in STAGES:
         raise ValueError(f"{OP}: after must be one of {', '.join(STAGES)}, got {after!r}")
@@ -65,18 +66,9 @@ def _check(
     _gpu.check_devices(OP, x, **others)
 
 
-def _cpu(
-    x: Tensor,
-    after: str = "none",
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    gate: Tensor | None = None,
-    eps: float = 1e-5,
-    x_scale: Tensor | None = None,
-    x_zero_point: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    _check(x, after, weight, bias, gate, eps, x_scale, x_zero_point)
-    return reference.quantize_rows(x, after, weight, bias, gate, eps, x_scale, x_zero_point)
+def _cpu(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    _check(x, *arguments)
+    return reference.quantize_rows(x, *arguments)
 
 
 def _cuda(
@@ -141,16 +133,7 @@ def _float_vector(v: Tensor | None) -> Tensor | None:
     return _gpu.once(_vectors, v, lambda: v.detach().to(torch.float32, copy=True).contiguous())
 
 
-def _fake(
-    x: Tensor,
-    after: str = "none",
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    gate: Tensor | None = None,
-    eps: float = 1e-5,
-    x_scale: Tensor | None = None,
-    x_zero_point: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+def _fake(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape, dtype=torch.int8), x.new_empty(x.shape[:-1], dtype=torch.float32)
 
 

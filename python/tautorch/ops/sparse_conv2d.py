@@ -52,12 +52,13 @@ def _check(
     weight_scale: Tensor | None,
     bias: Tensor | None,
     weight_shape: Sequence[int],
-    stride: Pair,
-    padding: Pair,
-    dilation: Pair,
-    groups: int,
-    tail: Tail,
-) -> Geometry:
+    stride: Pair = 1,
+    padding: Pair = 0,
+    dilation: Pair = 1,
+    groups: int = 1,
+    *rest: Any,
+) -> tuple[Geometry, Tail]:
+    tail = Tail(*rest)
     geometry = conv.geometry_of(OP, weight_shape, stride, padding, dilation, groups)
     if values.dtype != torch.uint8:
         if values.dtype != torch.int8 and not values.dtype.is_floating_point:
@@ -74,7 +75,7 @@ def _check(
     weights = {"values": values, "crow_indices": crow_indices, "col_indices": col_indices}
     float_weight = weight_scale is None
     conv.check_call(OP, x, geometry, weights, weight_scale, bias, tail, float_weight=float_weight)
-    return geometry
+    return geometry, tail
 
 
 def _prepare(
@@ -85,19 +86,10 @@ def _prepare(
     weight_scale: Tensor | None,
     bias: Tensor | None,
     pattern: str,
-    weight_shape: Sequence[int],
-    stride: Pair = 1,
-    padding: Pair = 0,
-    dilation: Pair = 1,
-    groups: int = 1,
     *rest: Any,
 ) -> Prepared | Tensor:
-    tail = Tail(*rest)
-    geometry = _check(
-        x, values, crow_indices, col_indices, weight_scale, bias, weight_shape, stride, padding, dilation,
-        groups, tail,
-    )  # fmt: skip
-    shape = geometry.weight_shape
+    geometry, tail = _check(x, values, crow_indices, col_indices, weight_scale, bias, *rest)
+    shape, groups = geometry.weight_shape, geometry.groups
     kernel = dispatch.choose(problem(geometry, pattern, weight_scale is not None, tail.weight_only))
 
     def layout() -> tuple[Tensor, Tensor | None, Tensor]:
@@ -138,18 +130,9 @@ def _cuda(
     weight_scale: Tensor | None,
     bias: Tensor | None,
     pattern: str,
-    weight_shape: Sequence[int],
-    stride: Pair = 1,
-    padding: Pair = 0,
-    dilation: Pair = 1,
-    groups: int = 1,
     *rest: Any,
 ) -> Tensor:
-    tail = Tail(*rest)
-    geometry = _check(
-        x, values, crow_indices, col_indices, weight_scale, bias, weight_shape, stride, padding, dilation,
-        groups, tail,
-    )  # fmt: skip
+    geometry, tail = _check(x, values, crow_indices, col_indices, weight_scale, bias, *rest)
     return gpu.run(x, (values, crow_indices, col_indices), weight_scale, bias, pattern, geometry, tail)
 
 
@@ -161,18 +144,9 @@ def _fake(
     weight_scale: Tensor | None,
     bias: Tensor | None,
     pattern: str,
-    weight_shape: Sequence[int],
-    stride: Pair = 1,
-    padding: Pair = 0,
-    dilation: Pair = 1,
-    groups: int = 1,
     *rest: Any,
 ) -> Tensor:
-    tail = Tail(*rest)
-    geometry = _check(
-        x, values, crow_indices, col_indices, weight_scale, bias, weight_shape, stride, padding, dilation,
-        groups, tail,
-    )  # fmt: skip
+    geometry, tail = _check(x, values, crow_indices, col_indices, weight_scale, bias, *rest)
     return conv.fake_output(x, geometry, tail.dtype(x))
 
 
