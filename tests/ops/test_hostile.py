@@ -52,8 +52,9 @@ def pairs_pack(kernel: str) -> Tensor:
     return packing.dense_pack(kernel, kind, weight, 1, N, K, 1, (K, 1, 1))
 
 
-def conv_pack(kernel: str, groups: int = 2, taps: int = 3) -> Tensor:
-    """A dense pack of [N, K, 1, taps]."""
+def conv_pack(kernel: str) -> Tensor:
+    """A dense pack of [N, K, 1, taps] in two groups, of three taps."""
+    groups, taps = 2, 3
     w = int8_values((groups * N, K, taps), low=-127)
     return packing.dense_pack(kernel, packing.DENSE_I8, w, groups, N, K, taps, (K * taps, taps, 1))
 
