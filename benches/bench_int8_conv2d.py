@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tautorch import _C, dispatch
 from tautorch.nn import Int8Conv2d
 from tautorch.ops import geometry as conv
-from tautorch.ops import library as lib
+from tautorch.ops import tails
 from tautorch.ops.int8_conv2d import plan
 from tautorch.testing.bench import Table
 
@@ -77,10 +77,10 @@ def _chained(layer: Int8Conv2d, x: Tensor) -> tuple[Callable[[], Tensor | None],
     """The layer on int8 x with int8 output, and what must outlive it."""
     packed = layer._buffers["packed"]
     assert packed is not None
-    codes, keep = lib.tail(
+    codes, keep = tails.tail(
         weight_scale=layer.weight_scale,
         bias=layer.bias,
-        mode=lib.GIVEN,
+        mode=tails.GIVEN,
         x_scale=layer.x_scale,
         x_zero_point=layer.x_zero_point,
         activation=layer.activation,

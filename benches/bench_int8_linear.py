@@ -12,7 +12,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 
 from tautorch import _C, dispatch
 from tautorch.nn import Int8Linear
-from tautorch.ops import library as lib
+from tautorch.ops import tails
 from tautorch.ops.int8_linear import pack, plan
 from tautorch.reference.int8_linear import int8_linear as reference
 from tautorch.testing.bench import Table, best_seconds, dynamic_peers, on_threads, threads, verdict
@@ -35,13 +35,13 @@ def _direct(
     """A call of the kernel without the module, and its output. Scales are 1, a requantised output's 2^10."""
     (m, k), n = x.shape, weight.shape[0]
     packed, out = pack(weight, kernel=kernel), torch.empty(m, n, dtype=out_dtype)
-    codes, keep = lib.tail(
+    codes, keep = tails.tail(
         weight_scale=torch.ones(n), bias=None, mode=mode,
-        x_scale=torch.ones(1) if mode != lib.DYNAMIC else None, x_zero_point=None, activation="none",
+        x_scale=torch.ones(1) if mode != tails.DYNAMIC else None, x_zero_point=None, activation="none",
         out_scale=torch.tensor([1024.0]) if out_dtype == torch.int8 else None,
     )  # fmt: skip
     run_plan = plan(packed, k, codes)
-    x_code, out_code = lib.DTYPE_CODE[x.dtype], lib.DTYPE_CODE[out_dtype]
+    x_code, out_code = tails.DTYPE_CODE[x.dtype], tails.DTYPE_CODE[out_dtype]
 
     def run() -> None:
         _C.int8_linear_run(run_plan, x.data_ptr(), x_code, m, k, out.data_ptr(), out_code)
@@ -65,8 +65,8 @@ def test_share_of_peak(table: Table, kernel: str, m: int, k: int, n: int) -> Non
     """One thread: int8 in and int32 out (the micro-kernel), and float in and out with dynamic scales."""
     _available(kernel)
     x, weight = _operands(m, k, n)
-    bare, out = _direct(weight, x, torch.int32, lib.GIVEN, kernel)
-    whole, _ = _direct(weight, x.float(), torch.float32, lib.DYNAMIC, kernel)
+    bare, out = _direct(weight, x, torch.int32, tails.GIVEN, kernel)
+    whole, _ = _direct(weight, x.float(), torch.float32, tails.DYNAMIC, kernel)
     rounds = 20_000
     with threads(1):
         bare()
@@ -131,8 +131,8 @@ def test_bandwidth(table: Table, k: int, n: int, layers: int) -> None:
 def test_chained(table: Table, m: int, k: int, n: int) -> None:
     """Static int8 in and int8 out, as chained layers pass it on, against int32 out: the product alone."""
     x, weight = _operands(m, k, n)
-    bare, acc = _direct(weight, x, torch.int32, lib.GIVEN)
-    chained, out = _direct(weight, x, torch.int8, lib.GIVEN)
+    bare, acc = _direct(weight, x, torch.int32, tails.GIVEN)
+    chained, out = _direct(weight, x, torch.int8, tails.GIVEN)
     bare()
     chained()
     assert torch.equal(out, torch.clamp(torch.round(acc * 2.0**-10), -128, 127).to(torch.int8))

@@ -37,7 +37,17 @@ ROW = (
 SHARED = {
     "csrc/bindings": {"module_cpu", "module_cuda", "pack", "plan", "recall", "eager"}
     | {f"module_cuda_{op}" for op in ("int8_linear", "sparse_linear", "int8_conv2d", "sparse_conv2d")},
-    "python/tautorch/ops": {"__init__", "geometry", "library", "quantize_rows", "sparse_entries"},
+    "python/tautorch/ops": {
+        "__init__",
+        "caches",
+        "geometry",
+        "gradients",
+        "library",
+        "packing",
+        "quantize_rows",
+        "sparse_entries",
+        "tails",
+    },
     "python/tautorch/reference": {"__init__", "common", "layouts", "quantize_rows", "quantizer"},
     "python/tautorch/triton_kernels": {"__init__"},
     "python/tautorch/nn": {

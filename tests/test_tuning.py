@@ -72,9 +72,9 @@ def stand(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Stand]:
     yield s
 
 
-def ship(tile: Any, measured: bool, version: int = tuning.VERSION) -> None:
+def ship(tile: Any, measured: bool) -> None:
     text = "|".join(map(str, (NAME, *KEY)))
-    data = {"version": version, "measured": measured, "choices": {text: tile}}
+    data = {"version": tuning.VERSION, "measured": measured, "choices": {text: tile}}
     tuning.shipped_file(NAME).write_text(json.dumps(data))
 
 

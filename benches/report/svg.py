@@ -24,14 +24,13 @@ class Canvas:
 
     def text(
         self, x: float, y: float, text: str, *, size: float = 11, anchor: str = "start", fill: str = INK,
-        bold: bool = False, turned: bool = False,
+        bold: bool = False,
     ) -> None:  # fmt: skip
-        """Centred on y; `turned` reads upwards."""
+        """Centred on y."""
         weight = ' font-weight="600"' if bold else ""
-        turn = f' transform="rotate(-90 {x:.1f} {y:.1f})"' if turned else ""
         self.marks.append(
             f'<text x="{x:.1f}" y="{y:.1f}" dy="0.35em" font-size="{size:g}" text-anchor="{anchor}" '
-            f'fill="{fill}"{weight}{turn}>{escape(text)}</text>'
+            f'fill="{fill}"{weight}>{escape(text)}</text>'
         )
 
     def line(

@@ -18,7 +18,7 @@ void check_tuple(PyObject *p, Py_ssize_t size) {
 }
 
 // A stamp is (data_ptr, version, content, dtype, shape, stride); None where it does not matter. See
-// ops/library.py. Content, bytes, is held against the memory only once all the rest has agreed.
+// ops/caches.py. Content, bytes, is held against the memory only once all the rest has agreed.
 constexpr Py_ssize_t kStamp = 6;
 bool holds(PyObject *tensor, PyObject *stamp) {
     check_tuple(stamp, kStamp);

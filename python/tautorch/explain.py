@@ -15,7 +15,7 @@ from tautorch import dispatch, tuning
 from tautorch._batches import Batch, call_model, left_as_it_is
 from tautorch.nn.eager import plain
 from tautorch.nn.packed import PackedModule
-from tautorch.ops.library import PAIRS_I8, SPARSE_I8, pack_info
+from tautorch.ops.packing import PAIRS_I8, SPARSE_I8, pack_info
 from tautorch.ops.sparse_entries import MAX_INPUTS, packs_dense
 
 

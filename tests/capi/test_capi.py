@@ -1,4 +1,4 @@
-"""The C interface: values against numpy, every refusal, threads, and what the library exports."""
+"""The C interface: values against numpy, and what the library exports."""
 
 from __future__ import annotations
 
@@ -7,53 +7,23 @@ import os
 import re
 import shutil
 import subprocess
-import threading
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from tests.capi import library as t
-from tests.capi.library import Library, Refused, at, layer_of
-from tests.native.building import HERE, ROOT, library, run
+from tests.capi.library import Library, Refused, at
+from tests.capi.problem import Problem, entries
+from tests.native.building import HERE, ROOT, run
 
 INCLUDE = ROOT / "include"
-
-
-@pytest.fixture(scope="module")
-def path() -> Path:
-    return library("libtautorch.so")
-
-
-@pytest.fixture(scope="module")
-def lib(path: Path) -> Library:
-    return Library(path)
 
 
 def quantised(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """q int64 and fp32 scales of float rows: one IEEE division each, rint to even."""
     amax = np.abs(x).max(1, keepdims=True)
     return np.rint(x * (np.float32(127) / amax)).astype(np.int64), amax / np.float32(127)
-
-
-class Problem:
-    """A dense layer and what numpy makes of it."""
-
-    def __init__(self, m: int, n: int, k: int, seed: int = 0) -> None:
-        rng = np.random.default_rng(seed)
-        self.x = rng.standard_normal((m, k), np.float32)
-        self.x8 = rng.integers(-128, 128, (m, k), np.int8)
-        self.w = rng.integers(-127, 128, (n, k), np.int8)
-        self.wf = rng.standard_normal((n, k), np.float32)
-        self.scale = rng.random(n, np.float32) * np.float32(0.01)
-        self.bias = rng.standard_normal(n, np.float32)
-        self.m, self.n, self.k = m, n, k
-
-    def layer(self, packed: np.ndarray, /, **fields: Any) -> t.Layer:
-        return layer_of(packed, self.n, self.k, **fields)
-
-    def out(self, dtype: Any = np.float32) -> np.ndarray:
-        return np.full((self.m, self.n), 99, dtype)
 
 
 SIZES = [(1, 1, 1), (1, 70, 33), (5, 17, 64), (13, 129, 257), (200, 40, 96)]
@@ -114,19 +84,6 @@ def test_float_products(lib: Library, problem: Problem, kind: int) -> None:
         )
         y = lib.run(lib.plan(p.layer(lib.pack(kernel, kind, w), **fields)), p.x, p.out())
         assert (np.abs(y - exact) <= (16 + p.k / 8) * 2.0**-23 * size).all()
-
-
-def entries(mask: np.ndarray, w: np.ndarray, group: int) -> tuple[t.Sparse, list[np.ndarray]]:
-    """The lists of a mask [groups, k] over w [n, k], and what keeps them alive."""
-    n, k = w.shape
-    padded = np.zeros((len(mask) * group, k), w.dtype)
-    padded[:n] = w
-    start = np.concatenate([[0], mask.sum(1).cumsum()]).astype(np.uint32)
-    rows, index = np.nonzero(mask)
-    values = np.ascontiguousarray(padded.reshape(len(mask), group, k)[rows, :, index])
-    index = index.astype(np.uint16)
-    keep = [start, index, values]
-    return t.Sparse(n, k, group, len(index), *(a.ctypes.data for a in keep)), keep
 
 
 @pytest.mark.parametrize("group", [1, 4])
@@ -200,259 +157,6 @@ def test_plans_may_be_copied(lib: Library) -> None:
     with pytest.raises(Refused, match="plan must be as tt_linear_plan or tt_lowrank_plan made it"):
         lib.run(plan, p.x8, p.out())
     assert lib.c.tt_plan_kernel(c.byref(plan)) is None and lib.c.tt_plan_kernel(None) is None
-
-
-def test_damaged_plans(lib: Library) -> None:
-    """A plan of which any byte changed is refused; behind what a plan takes of its 512, none matters."""
-    p = Problem(2, 8, 6)
-    packed = lib.pack(None, t.INT8, p.w)
-    plan = lib.plan(p.layer(packed))
-    expected, raw = lib.run(plan, p.x, p.out()), (c.c_uint8 * c.sizeof(plan)).from_buffer(plan)
-    refused = []
-    for place in range(len(raw)):
-        raw[place] ^= 0x41
-        try:
-            assert np.array_equal(lib.run(plan, p.x, p.out()), expected)
-            assert lib.c.tt_plan_kernel(c.byref(plan)) is not None
-        except Refused:
-            assert lib.c.tt_plan_kernel(c.byref(plan)) is None
-            refused.append(place)
-        raw[place] ^= 0x41
-    assert refused == list(range(len(refused))) and len(refused) > 200
-    swapped = t.Plan()  # words that were exchanged
-    c.memmove(c.byref(swapped), c.byref(plan), c.sizeof(plan))
-    swapped.opaque[2], swapped.opaque[3] = plan.opaque[3], plan.opaque[2]
-    with pytest.raises(Refused, match="plan must be"):
-        lib.run(swapped, p.x, p.out())
-
-
-# ---- refusals ----
-
-
-BAD_LAYERS = [
-    ({"outputs": 5}, "outputs must be 8 as packed, got 5"),
-    ({"outputs": 9, "weight_scale": np.ones(9, np.float32)}, "outputs must be 8 as packed, got 9"),
-    ({"inputs": 5}, "another shape or kind"),
-    ({"packed": None}, "packed must be given, got NULL"),
-    ({"packed_bytes": 100}, "shorter than|cut short"),
-    ({"activation": 9}, "activation must be a known code, got 9"),
-    ({"x_dtype": 7}, "x_dtype must be TT_FLOAT32"),
-    ({"x_dtype": -1}, "x_dtype must be TT_FLOAT32"),
-    ({"y_dtype": 5}, "y_dtype must be one of tt_dtype, got 5"),
-    ({"x_dtype": t.INT8_X}, "x_scale must be given for TT_INT8 x, got 0"),
-    ({"x_dtype": t.INT8_X, "x_scale": -1.0}, "x_scale must be positive and finite"),
-    ({"x_dtype": t.INT8_X, "x_scale": float("nan")}, "x_scale must be positive and finite"),
-    ({"x_scale": float("inf")}, "x_scale must be positive and finite"),
-    ({"x_scale": 1e-45}, "x_scale must be positive and finite"),
-    ({"x_zero_point": 3}, "x_zero_point must be 0 without x_scale, got 3"),
-    ({"x_scale": 1.0, "x_zero_point": 128}, r"x_zero_point must be in \[-128, 127\], got 128"),
-    ({"y_dtype": t.INT8_X}, "y_scale must be given for TT_INT8 y"),
-    ({"y_scale": 1.0}, "y_scale must be 0 but for TT_INT8 y"),
-    ({"y_dtype": t.INT8_X, "y_scale": -2.0}, "y_scale must be positive and finite"),
-    ({"y_dtype": t.INT8_X, "y_scale": 1.0, "y_zero_point": -129}, "y_zero_point must be in"),
-    ({"x_stride": 5}, "x_stride must be 0 or at least 6, got 5"),
-    ({"y_stride": -8}, "y_stride must be 0 or at least 8, got -8"),
-    ({"bias": np.array([0, np.nan] * 4, np.float32)}, "bias must be finite, got nan at 1"),
-    ({"weight_scale": np.full(8, np.inf, np.float32)}, "weight_scale must be finite, got inf at 0"),
-]
-
-
-@pytest.mark.parametrize(("fields", "message"), BAD_LAYERS)
-def test_bad_layers(lib: Library, fields: dict[str, Any], message: str) -> None:
-    p = Problem(2, 8, 6)
-    packed = lib.pack(None, t.INT8, p.w)
-    with pytest.raises(Refused, match=message):
-        lib.plan(p.layer(packed, **fields))
-
-
-def test_float_weights_refuse_integers(lib: Library) -> None:
-    p = Problem(2, 8, 6)
-    packed = lib.pack(None, t.FLOAT, p.wf)
-    for fields in ({"x_dtype": t.INT8_X, "x_scale": 1.0}, {"x_scale": 1.0}, {"y_dtype": t.INT32}):
-        with pytest.raises(Refused, match="float products take float x"):
-            lib.plan(p.layer(packed, **fields))
-
-
-def test_bad_packing(lib: Library) -> None:
-    w, n, k = np.zeros((8, 6), np.int8), c.c_int64(8), c.c_int64(6)
-    size, packed = c.c_size_t(), t.aligned(8192)
-
-    def refuse(message: str, *arguments: Any) -> None:
-        with pytest.raises(Refused, match=message):
-            lib.call(*arguments)
-
-    for absent in (name for name in lib.kernels() if name not in lib.supported()):
-        refuse("this CPU cannot run", "tt_dense_pack_size", absent.encode(), t.INT8, n, k, c.byref(size))
-    refuse("unknown kernel 'sse9'", "tt_dense_pack_size", b"sse9", t.INT8, n, k, c.byref(size))
-    refuse("bytes must be given", "tt_dense_pack_size", None, t.INT8, n, k, None)
-    for kind in (-1, 3):
-        refuse("kind must be one of", "tt_dense_pack_size", None, kind, n, k, c.byref(size))
-    for rows, cols in ((-1, 6), (8, -1), (2**62, 2**62)):
-        refuse(
-            "out of range",
-            "tt_dense_pack_size",
-            None,
-            t.INT8,
-            c.c_int64(rows),
-            c.c_int64(cols),
-            c.byref(size),
-        )
-    refuse("at most 66311", "tt_dense_pack_size", None, t.INT8, n, c.c_int64(66312), c.byref(size))
-    lib.call("tt_dense_pack_size", None, t.INT8, n, k, c.byref(size))
-    head = ("tt_dense_pack", None, t.INT8, n, k)
-    refuse("weight must be given", *head, None, at(packed), size)
-    refuse("packed must be given", *head, at(w), None, size)
-    refuse("multiple of 8 bytes", *head, at(w), at(packed[4:]), size)
-    refuse(f"bytes must be at least {size.value}", *head, at(w), at(packed), c.c_size_t(size.value - 64))
-    bad = np.full((8, 6), np.nan, np.float32)
-    refuse(
-        "weight must be finite", "tt_dense_pack", None, t.FLOAT, n, k, at(bad), at(packed), c.c_size_t(8192)
-    )
-    low = np.full((1, 66000), -128, np.int8)
-    with pytest.raises(Refused, match=r"weight must be in \[-127, 127\]"):
-        lib.pack(None, t.INT8, low)
-
-
-def test_bad_sparse_weights(lib: Library) -> None:
-    mask = np.ones((2, 6), bool)
-
-    def refuse(message: str, **fields: Any) -> None:
-        sparse, _keep = entries(mask, np.ones((8, 6), np.int8), 4)
-        for name, value in fields.items():
-            setattr(sparse, name, value.ctypes.data if isinstance(value, np.ndarray) else value)
-        with pytest.raises(Refused, match=message):
-            lib.pack_sparse(None, t.INT8, sparse)
-
-    refuse("group must be 1 or 4, got 3", group=3)
-    refuse("out of range", outputs=-4)
-    refuse("sizes are out of range", inputs=65537)
-    refuse("the last start must be the number of entries, 11, got 12", entries=11)
-    refuse("start must be given", start=None)
-    refuse("index must be given", index=None)
-    refuse("values must be given", values=None)
-    refuse("start must ascend", start=np.array([0, 20, 12], np.uint32))
-    refuse("inputs of each group must ascend", index=np.zeros(12, np.uint16))
-    refuse("inputs of each group must ascend", index=np.array([*range(6), *range(1, 7)], np.uint16))
-    sparse, _keep = entries(mask, np.ones((8, 6), np.int8), 4)
-    size = c.c_size_t()
-    with pytest.raises(Refused, match="kind must be TT_WEIGHTS_INT8 or TT_WEIGHTS_FLOAT"):
-        lib.call("tt_sparse_pack_size", None, t.INT8_FLOAT_X, c.byref(sparse), c.byref(size))
-    with pytest.raises(Refused, match="weight must be given"):
-        lib.call("tt_sparse_pack_size", None, t.INT8, None, c.byref(size))
-
-
-def test_damaged_packs(lib: Library) -> None:
-    """Any byte of a header changed is a refusal, or a pack that still runs within its bounds."""
-    p = Problem(2, 8, 6)
-    whole = lib.pack(None, t.INT8, p.w)
-    for place in range(160):
-        packed = t.aligned(whole.nbytes)
-        packed[:] = whole
-        packed[place] ^= 0x41
-        with pytest.raises(Refused, match="packed weights"):
-            lib.plan(p.layer(packed))
-
-
-def test_bad_runs(lib: Library) -> None:
-    p = Problem(2, 8, 6)
-    packed = lib.pack(None, t.INT8, p.w)
-    plan, y = lib.plan(p.layer(packed)), p.out()
-    head = ("tt_run", c.byref(plan))
-    for arguments, message in (
-        ((None, c.c_int64(2), at(y)), "x must be given"),
-        ((at(p.x), c.c_int64(2), None), "y must be given"),
-        ((at(p.x), c.c_int64(-1), at(y)), "rows must not be negative, got -1"),
-        ((c.c_void_p(p.x.ctypes.data + 2), c.c_int64(1), at(y)), "x must start at a multiple of 4 bytes"),
-        ((at(p.x), c.c_int64(1), c.c_void_p(y.ctypes.data + 1)), "y must start at a multiple of 4 bytes"),
-    ):
-        with pytest.raises(Refused, match=message):
-            lib.call(*head, *arguments)
-    with pytest.raises(Refused, match="plan must be given"):
-        lib.call("tt_run", None, at(p.x), c.c_int64(2), at(y))
-
-
-# ---- threads ----
-
-
-@pytest.fixture
-def threads(lib: Library) -> Any:
-    yield lambda n: lib.call("tt_set_threads", c.c_int32(n))
-    lib.call("tt_set_threads", c.c_int32(1))
-
-
-def test_threads_change_no_bit(lib: Library, threads: Any) -> None:
-    p = Problem(64, 512, 512)
-    sparse, _keep = entries(np.random.default_rng(1).random((128, 512)) < 0.3, p.w, 4)
-    packs = [
-        lib.pack(None, t.INT8, p.w),
-        lib.pack(None, t.FLOAT, p.wf),
-        lib.pack_sparse(None, t.INT8, sparse),
-    ]
-    plans = [lib.plan(p.layer(packed, bias=p.bias)) for packed in packs]
-    alone = [lib.run(plan, p.x, p.out()) for plan in plans]
-    for n in (2, 4, 1):
-        threads(n)
-        for plan, expected in zip(plans, alone, strict=True):
-            for _ in range(20):
-                assert np.array_equal(lib.run(plan, p.x, p.out()), expected)
-    for n in (0, -1, 1025):
-        with pytest.raises(Refused, match=r"n must be in \[1, 1024\]"):
-            threads(n)
-
-
-def test_one_plan_from_many_threads(lib: Library, threads: Any) -> None:
-    threads(2)
-    p = Problem(40, 300, 200)
-    packed = lib.pack(None, t.INT8, p.w)
-    plan = lib.plan(p.layer(packed))
-    expected, wrong = lib.run(plan, p.x, p.out()), []
-
-    def work() -> None:
-        for _ in range(30):
-            if not np.array_equal(lib.run(plan, p.x, p.out()), expected):
-                wrong.append(1)
-
-    workers = [threading.Thread(target=work) for _ in range(4)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join(60)
-    assert not wrong and not any(worker.is_alive() for worker in workers)
-
-
-def test_a_pool_of_the_host(lib: Library, threads: Any) -> None:
-    ranges: list[tuple[int, int]] = []
-
-    @t.PARALLEL_FOR
-    def parallel_for(begin: int, end: int, grain: int, fn: Any, context: int) -> int:
-        for i in reversed(range(begin, end)):
-            ranges.append((i, end))
-            fn(i, i + 1, context)
-        return 0
-
-    @t.NUM_THREADS
-    def num_threads(count: Any) -> int:
-        count[0] = 3
-        return 0
-
-    @t.PARALLEL_FOR
-    def broken(*arguments: Any) -> int:
-        return 5
-
-    p = Problem(64, 512, 512)
-    packed = lib.pack(None, t.INT8, p.w)
-    plan = lib.plan(p.layer(packed))
-    expected = lib.run(plan, p.x, p.out())
-    lib.call("tt_set_thread_pool", parallel_for, num_threads)
-    assert np.array_equal(lib.run(plan, p.x, p.out()), expected)
-    assert ranges and max(end for _, end in ranges) >= 2
-    lib.call("tt_set_thread_pool", broken, num_threads)
-    assert lib.c.tt_run(c.byref(plan), at(p.x), c.c_int64(64), at(p.out())) == 3
-    assert b"code 5" in lib.c.tt_last_error()
-    lib.call("tt_set_thread_pool", None, None)
-    assert np.array_equal(lib.run(plan, p.x, p.out()), expected)
-    with pytest.raises(Refused, match="both functions must be given"):
-        lib.call("tt_set_thread_pool", parallel_for, None)
 
 
 # ---- the library ----

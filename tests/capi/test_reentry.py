@@ -16,11 +16,6 @@ from tests.capi.library import Library, layer_of
 from tests.native.building import GIVEN, ROOT, library, run
 
 
-@pytest.fixture(scope="module")
-def lib() -> Library:
-    return Library(library("libtautorch.so"))
-
-
 class Request:
     """Rows that several threads prepare before they share out the outputs: two joins."""
 

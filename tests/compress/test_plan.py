@@ -23,7 +23,7 @@ from tautorch.nn import Int8Conv2d, Int8Linear, LowRankLinear, PackedModule, Spa
 from tautorch.prune import prune
 from tautorch.quantize import FakeQuantInput, finalize, prepare_qat
 
-from ..test_convert import Sly
+from ..test_ownership import Sly
 
 
 def make_model() -> nn.Module:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import pytest
 import torch
@@ -13,15 +11,14 @@ from tautorch.distill import Distiller, Ensemble, FeatureHint, MultiTask, Regres
 
 
 class TwoHeads(nn.Module):
-    def __init__(self, as_tuple: bool = False) -> None:
+    def __init__(self) -> None:
         super().__init__()
         self.body = nn.Linear(4, 6)
         self.kind, self.size = nn.Linear(6, 3), nn.Linear(6, 2)
-        self.as_tuple = as_tuple
 
-    def forward(self, x: Tensor) -> Any:
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
         x = torch.relu(self.body(x))
-        return (self.kind(x), self.size(x)) if self.as_tuple else {"kind": self.kind(x), "size": self.size(x)}
+        return {"kind": self.kind(x), "size": self.size(x)}
 
 
 def outputs() -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:

@@ -16,11 +16,11 @@ from torch import distributed as dist
 ROOT = Path(__file__).parents[2]
 
 
-def command(arguments: list[str], ranks: int = 2, restarts: int = 0) -> list[str]:
+def command(arguments: list[str], restarts: int = 0) -> list[str]:
     """The torchrun command line of a script or module, on a port of its own."""
     return [
         *(sys.executable, "-m", "torch.distributed.run"),
-        *(f"--nproc-per-node={ranks}", f"--max-restarts={restarts}", "--monitor-interval=0.1"),
+        *("--nproc-per-node=2", f"--max-restarts={restarts}", "--monitor-interval=0.1"),
         "--standalone",
         *arguments,
     ]

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tautorch.ops import library as lib
+from tautorch.ops import tails
 from tautorch.reference import quantize_rows as rows_reference
 from tautorch.reference.int8_conv2d import int8_conv2d as conv_reference
 from tautorch.reference.int8_linear import int8_linear as reference
@@ -109,7 +109,7 @@ class Extension:
         device: int,
     ) -> int:
         _, _, _, _, k, tail = pickle.loads(plan)
-        weight_only = tail["mode"] == lib.NONE
+        weight_only = tail["mode"] == tails.NONE
         assert (code != 3 and not weight_only) or (stride_k == 1 and stride_m >= k), (
             "rows are copied by pitch"
         )
@@ -141,7 +141,7 @@ class Extension:
                 x_scale=value("x_scale", torch.float32, tail["x_scales"] or 1),
                 x_zero_point=zero_point,
                 activation=("none", "relu", "gelu", "gelu_tanh", "silu")[tail["activation"]],
-                weight_only=tail["mode"] == lib.NONE,
+                weight_only=tail["mode"] == tails.NONE,
                 out_scale=value("out_scale", torch.float32),
                 out_zero_point=value("out_zero_point", torch.int32),
                 out_dtype=DTYPES[y_code],
@@ -216,7 +216,7 @@ class Extension:
 
     def sparse_linear_plan(self, packed: int, n: int, k: int, order: int, tail: dict[str, int]) -> bytes:
         padded = up(k, 8)
-        assert (order == 2) == (tail["mode"] == lib.NONE)
+        assert (order == 2) == (tail["mode"] == tails.NONE)
         if order == 2:
             return pickle.dumps((packed, padded, n, k, tail))
         dense = torch.zeros(n * up(k, 16) + 16, dtype=torch.int8)

@@ -10,9 +10,8 @@ from torch import Tensor, nn
 
 from tautorch import dispatch
 from tautorch.nn import Int8Linear, eager, linear
-from tautorch.ops import _gpu_product
+from tautorch.ops import _gpu_product, tails
 from tautorch.ops import _int8_linear_gpu as gpu
-from tautorch.ops import library as lib
 
 from .stand_in import Extension
 
@@ -46,7 +45,7 @@ class Layer:
     def through_op(self, x: Tensor) -> Tensor:
         self.rounds += 1
         b = self.layer._buffers
-        tail = lib.Tail(
+        tail = tails.Tail(
             b["x_scale"],
             b["x_zero_point"],
             self.layer.quant == "weight_only",

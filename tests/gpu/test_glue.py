@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 
 from tautorch import dispatch
-from tautorch.ops import _gpu
+from tautorch.ops import _gpu, caches, tails
 from tautorch.ops import _int8_linear_gpu as gpu
-from tautorch.ops import library as lib
 from tautorch.ops.quantize_rows import _cuda as quantize_gpu
 from tautorch.reference import quantize_rows as rows_reference
 from tautorch.reference.int8_linear import int8_linear as reference
@@ -27,7 +26,7 @@ from .stand_in import OP, Extension
 def call(case: Case) -> Tensor:
     """The GPU path on CPU tensors."""
     x, weight, scale, bias = case.args
-    return gpu.run(x, weight, scale, bias, lib.Tail(**case.kwargs))
+    return gpu.run(x, weight, scale, bias, tails.Tail(**case.kwargs))
 
 
 def check(case: Case) -> None:
@@ -120,7 +119,7 @@ def test_the_lowest_weight_is_refused_where_sums_could_overflow(
 
 def test_a_pack_that_a_capture_reads_is_kept(extension: Extension, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_gpu, "_captured", {})
-    cache, weight = lib.PackCache(), torch.zeros(3)
+    cache, weight = caches.PackCache(), torch.zeros(3)
     pack = _gpu.once(cache, weight, lambda: torch.ones(2))
     alive = weakref.ref(pack)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
@@ -174,7 +173,7 @@ def test_what_ran_is_noted(extension: Extension) -> None:
 def test_packs_of_the_cpu_and_strangers_are_refused(extension: Extension) -> None:
     case = linear_case(OP, 4, 8, 64)
     with pytest.raises(ValueError, match=r"weight must be int8 .* got a pack"):
-        gpu.run(case.x, torch.zeros(9, dtype=torch.uint8), *case.args[2:], lib.Tail())
+        gpu.run(case.x, torch.zeros(9, dtype=torch.uint8), *case.args[2:], tails.Tail())
     elsewhere = torch.zeros(1, device="meta")
     with pytest.raises(ValueError, match="x_scale must be on cpu like x, got meta"):
         call(case.but(x_scale=elsewhere))

@@ -11,12 +11,11 @@ import torch
 
 from tautorch import dispatch
 from tautorch.dispatch import Kernel
-from tautorch.ops import _gpu
+from tautorch.ops import _gpu, tails
 from tautorch.ops import _int8_conv2d_gpu as conv_gpu
 from tautorch.ops import _sparse_conv2d_gpu as sparse_conv_gpu
 from tautorch.ops import _sparse_linear_gpu as sparse
 from tautorch.ops import geometry as conv
-from tautorch.ops import library as lib
 from tautorch.reference.int8_conv2d import int8_conv2d as conv_reference
 from tautorch.reference.layouts import encode
 from tautorch.reference.sparse_linear import sparse_linear as sparse_reference
@@ -48,7 +47,7 @@ def test_two_of_four(tables: Extension, monkeypatch: pytest.MonkeyPatch, n: int,
     static = {"x_scale": torch.tensor([0.04]), "x_zero_point": torch.tensor([3], dtype=torch.int32)}
     for keywords in ({}, static, {"out_dtype": torch.bfloat16, "activation": "relu"}):
         for x in (torch.randn(3, k), torch.randn(2, 1, k), torch.randn(k, 4).t(), torch.randn(0, k)):
-            got = sparse.run(x, (values, None, places), scale, bias, "2:4", n, lib.Tail(**keywords))  # type: ignore[arg-type]
+            got = sparse.run(x, (values, None, places), scale, bias, "2:4", n, tails.Tail(**keywords))  # type: ignore[arg-type]
             want = sparse_reference(
                 x, values, None, places, scale, bias, pattern="2:4", out_features=n, **keywords
             )  # type: ignore[arg-type]
@@ -56,17 +55,19 @@ def test_two_of_four(tables: Extension, monkeypatch: pytest.MonkeyPatch, n: int,
     assert tables.calls.count("pack") == 1 and tables.calls[:2] == ["pack", "synchronize"]
     assert dispatch.last_used("sparse_linear") == "sp_b"
     with dispatch.force("sparse_linear", "sp_a"):  # it reads another order of the same weight
-        assert torch.equal(sparse.run(x, (values, None, places), scale, bias, "2:4", n, lib.Tail()), want[:0])
+        assert torch.equal(
+            sparse.run(x, (values, None, places), scale, bias, "2:4", n, tails.Tail()), want[:0]
+        )
     assert tables.calls.count("pack") == tables.calls.count("pack for wgmma") == 1
     assert dispatch.last_used("sparse_linear") == "sp_a"
     if k > 1:
         monkeypatch.setattr(_gpu, "MAX_K_LOWEST", k - 1)
         values[0, 0] = -128
         with pytest.raises(ValueError, match=r"values must be in \[-127, 127\]"):
-            sparse.run(x, (values, None, places), scale, bias, "2:4", n, lib.Tail())
+            sparse.run(x, (values, None, places), scale, bias, "2:4", n, tails.Tail())
         values[0, 0] = 1
     with pytest.raises(ValueError, match="strictly ascending"):
-        sparse.run(x, (values, None, places.clone().zero_()), scale, bias, "2:4", n, lib.Tail())
+        sparse.run(x, (values, None, places.clone().zero_()), scale, bias, "2:4", n, tails.Tail())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -78,7 +79,7 @@ def test_two_of_four_floats(tables: Extension, n: int, k: int, dtype: torch.dtyp
     assert places is not None
     bias = torch.randn(n)
     for keywords in ({}, {"out_dtype": torch.float32, "activation": "relu"}):
-        tail = lib.Tail(**keywords)  # type: ignore[arg-type]
+        tail = tails.Tail(**keywords)  # type: ignore[arg-type]
         for shape in ((3, k), (2, 1, k), (0, k)):
             x = torch.randint(-8, 9, shape).to(dtype)  # sums are exact
             for rows in (x, x.repeat(2, *[1] * (x.dim() - 1))[::2], x.mT.contiguous().mT):
@@ -101,7 +102,7 @@ def test_single_weights(
     scale, bias = torch.rand(n), torch.randn(n)
     static = {"x_scale": torch.tensor([0.04]), "x_zero_point": torch.tensor([3], dtype=torch.int32)}
     for keywords in ({}, static, {"out_dtype": torch.bfloat16, "activation": "relu"}):
-        tail = lib.Tail(**keywords)  # type: ignore[arg-type]
+        tail = tails.Tail(**keywords)  # type: ignore[arg-type]
         for x in (torch.randn(3, k), torch.randn(2, 1, k), torch.randn(k, 4).t(), torch.randn(0, k)):
             got = sparse.run(x, layout, scale, bias, pattern, n, tail)
             want = sparse_reference(x, *layout, scale, bias, pattern=pattern, out_features=n, **keywords)  # type: ignore[arg-type]
@@ -110,10 +111,10 @@ def test_single_weights(
     if k > 1:
         layout[2][0] = k
         with pytest.raises(ValueError, match="col_indices"):
-            sparse.run(x, layout, scale, bias, pattern, n, lib.Tail())
+            sparse.run(x, layout, scale, bias, pattern, n, tails.Tail())
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
         with pytest.raises(ValueError, match="call the layer once before capturing"):
-            sparse.run(x, layout, scale, bias, pattern, n, lib.Tail())
+            sparse.run(x, layout, scale, bias, pattern, n, tails.Tail())
 
 
 @pytest.mark.parametrize("mode", ["dynamic", "static", "int8"])
@@ -129,7 +130,7 @@ def test_convolutions(tables: Extension, mode: str, outputs: int) -> None:
     inputs = [whole, whole.to(memory_format=torch.channels_last), whole[:, :, ::2], whole[0], whole[:0]]
     for x in inputs if mode != "int8" else [(v * 40).to(torch.int8) for v in inputs]:
         for extra in ({}, {"out_dtype": torch.bfloat16}, {"out_scale": torch.tensor([0.05])}):
-            tail = lib.Tail(**keywords, **extra)
+            tail = tails.Tail(**keywords, **extra)
             got = conv_gpu.run(x, weight, scale, bias, geometry, tail)
             want = conv_reference(
                 x, weight, scale, bias, stride=(2, 1), padding=1, dilation=(1, 2), **keywords, **extra
@@ -153,7 +154,7 @@ def test_sparse_convolutions(tables: Extension, monkeypatch: pytest.MonkeyPatch,
     whole = torch.randn(2, 16, 9, 8)
     for x in (whole, whole.to(memory_format=torch.channels_last), whole[:, :, ::2], whole[0], whole[:0]):
         for keywords in ({}, static, {"out_dtype": torch.bfloat16}):
-            tail = lib.Tail(**keywords)  # type: ignore[arg-type]
+            tail = tails.Tail(**keywords)  # type: ignore[arg-type]
             got = sparse_conv_gpu.run(x, (values, None, places), scale, bias, "2:4", geometry, tail)
             want = conv_reference(
                 x, weight[:, :, None, None], scale, bias, stride=(2, 1), padding=1, **keywords
@@ -164,4 +165,4 @@ def test_sparse_convolutions(tables: Extension, monkeypatch: pytest.MonkeyPatch,
     assert dispatch.last_used("sparse_conv2d") == "conv_b"
     with pytest.raises(ValueError, match=r"sparse_conv2d: .*strictly ascending"):
         bad = places.clone().zero_()
-        sparse_conv_gpu.run(whole, (values, None, bad), scale, bias, "2:4", geometry, lib.Tail())
+        sparse_conv_gpu.run(whole, (values, None, bad), scale, bias, "2:4", geometry, tails.Tail())

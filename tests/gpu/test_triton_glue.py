@@ -13,12 +13,11 @@ from torch import Tensor
 
 from tautorch import dispatch
 from tautorch.dispatch import Problem
-from tautorch.ops import _gpu
+from tautorch.ops import _gpu, tails
 from tautorch.ops import _int8_conv2d_gpu as conv
 from tautorch.ops import _lowrank_conv2d_gpu as lowrank_conv
 from tautorch.ops import _lowrank_linear_gpu as lowrank
 from tautorch.ops import _sparse_linear_gpu as sparse
-from tautorch.ops import library as lib
 from tautorch.ops.geometry import geometry_of
 from tautorch.reference.int8_conv2d import int8_conv2d as conv_reference
 from tautorch.reference.layouts import decode
@@ -85,7 +84,7 @@ def run_lowrank(case: Case) -> Tensor:
     rest = dict(case.kwargs)
     scales = rest.pop("down_scale", None), rest.pop("up_scale", None)
     residual = rest.pop("residual", None), None, None, rest.pop("residual_scale", None), None
-    return lowrank.run(x, down, up, bias, scales, residual, lib.Tail(**rest))
+    return lowrank.run(x, down, up, bias, scales, residual, tails.Tail(**rest))
 
 
 @pytest.mark.parametrize("mode", ["float", "dynamic", "static", "int8"])
@@ -135,10 +134,10 @@ def test_lowrank_refusals(seen: dict[str, Any]) -> None:
     x, down, up, bias = case.args
     none = (None,) * 5
     with pytest.raises(ValueError, match=r"down must be canonical on CUDA, got a pack"):
-        lowrank.run(x, torch.zeros(9, dtype=torch.uint8), up, bias, (None, None), none, lib.Tail())
+        lowrank.run(x, torch.zeros(9, dtype=torch.uint8), up, bias, (None, None), none, tails.Tail())
     sparse = torch.ones(3), torch.ones(3), torch.ones(3), None, "4x1"
     with pytest.raises(ValueError, match="triton: a 4x1 residual has no GPU kernel"):
-        lowrank.run(x, down, up, bias, (None, None), sparse, lib.Tail())
+        lowrank.run(x, down, up, bias, (None, None), sparse, tails.Tail())
 
 
 def test_lowrank_row() -> None:
@@ -185,7 +184,7 @@ def run_sparse(case: Case) -> Tensor:
     x, values, crow, col, scale, bias = case.args
     rest = dict(case.kwargs)
     pattern, n = rest.pop("pattern"), rest.pop("out_features")
-    return sparse.run(x, (values, crow, col), scale, bias, pattern, n, lib.Tail(**rest))
+    return sparse.run(x, (values, crow, col), scale, bias, pattern, n, tails.Tail(**rest))
 
 
 @pytest.mark.parametrize("mode", ["float", "dynamic", "static", "int8", "weight_only"])
@@ -236,7 +235,7 @@ def run_conv(case: Case) -> Tensor:
     rest = dict(case.kwargs)
     where = [rest.pop(name, default) for name, default in (("stride", 1), ("padding", 0), ("dilation", 1))]
     geometry = geometry_of("int8_conv2d", weight.shape, *where, rest.pop("groups"))
-    return conv.run(x, weight, scale, bias, geometry, lib.Tail(**rest))
+    return conv.run(x, weight, scale, bias, geometry, tails.Tail(**rest))
 
 
 @pytest.fixture
@@ -284,7 +283,7 @@ def run_lowrank_conv(case: Case) -> Tensor:
     scales = rest.pop("down_scale", None), rest.pop("up_scale", None)
     where = [rest.pop(name, default) for name, default in (("stride", 1), ("padding", 0), ("dilation", 1))]
     geometry = geometry_of("lowrank_conv2d", (up.shape[0], *down.shape[1:]), *where, rest.pop("groups"))
-    return lowrank_conv.run(x, down, up, bias, scales, geometry, lib.Tail(**rest))
+    return lowrank_conv.run(x, down, up, bias, scales, geometry, tails.Tail(**rest))
 
 
 @pytest.fixture
@@ -341,7 +340,7 @@ def test_lowrank_conv_refusals(factors: dict[str, Any]) -> None:
     packed = torch.zeros(9, dtype=torch.uint8)
     geometry = geometry_of("lowrank_conv2d", (6, 3, 3, 3), 1, 0, 1, 1)
     with pytest.raises(ValueError, match="down must be canonical on CUDA, got a pack"):
-        lowrank_conv.run(case.x, packed, case.args[2], None, (None, None), geometry, lib.Tail())
+        lowrank_conv.run(case.x, packed, case.args[2], None, (None, None), geometry, tails.Tail())
 
 
 def test_lowrank_conv_row() -> None:

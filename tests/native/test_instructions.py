@@ -69,23 +69,15 @@ class Loop:
         return ("smull", "smlal") if self.widening else (self.product,)
 
 
+# fmt: off
 LOOPS = (
     Loop("int8, tile 4 x 4", "neon", "dot_i8_t<4, 1, false>", "smull", 32, 256, 60, 48, 8),
     Loop("int8, tile 4 x 4, operands of -128", "neon", "dot_i8_t<4, 1, true>", "smull", 32, 256, 76, 64, 8),
     Loop("int8, 1 row x 8", "neon", "dot_i8_t<1, 2, false>", "smull", 16, 128, 36, 24, 9),
     Loop("4x1, 16 rows", "neon", "sparse_i8_t<4, 64, 4>", "smlal", 64, 256, 90, 74, 9),
     Loop("unstructured, 16 rows", "neon", "sparse_i8_t<1, 64, 4>", "smlal", 16, 64, 41, 26, 9),
-    Loop(
-        "depthwise, 9 to 12 taps, 16 channels",
-        "neon",
-        "depthwise_pass<3, true>",
-        "smull",
-        24,
-        192,
-        69,
-        48,
-        16,
-    ),
+    Loop("depthwise, 9 to 12 taps, 16 channels", "neon", "depthwise_pass<3, true>", "smull",
+         24, 192, 69, 48, 16),
     Loop("weight-only, 1 row of 3 digits x 4", "neon", "dot_i8_t<3, 1, true>", "smull", 24, 64, 63, 52, 7),
     Loop("blocks, tile 4 x 4", "neon", "cells_t<4, 1, false>", "smull", 32, 256, 64, 48, 9),
     Loop("blocks, 1 row x 8", "neon", "cells_t<1, 2, false>", "smull", 16, 128, 38, 24, 10),
@@ -95,37 +87,17 @@ LOOPS = (
     Loop("4x1, 4 rows", "neon_dotprod", "sparse_i8_t<4, 4, 1>", "sdot", 4, 64, 25, 9, 9),
     Loop("unstructured, 32 rows", "neon_dotprod", "sparse_i8_t<1, 64, 8>", "sdot", 32, 512, 180, 96, 49),
     Loop("unstructured, 4 rows", "neon_dotprod", "sparse_i8_t<1, 4, 1>", "sdot", 4, 64, 76, 24, 33),
-    Loop(
-        "depthwise, 9 to 12 taps, 16 channels",
-        "neon_dotprod",
-        "depthwise_pass<3, true>",
-        "sdot",
-        12,
-        192,
-        58,
-        37,
-        16,
-    ),
+    Loop("depthwise, 9 to 12 taps, 16 channels", "neon_dotprod", "depthwise_pass<3, true>", "sdot",
+         12, 192, 58, 37, 16),
     Loop("float, tile 6 x 16", "neon_dotprod", "dot_f32_t<6, 4, false>", "fmla", 96, 384, 128, 100, 23),
     Loop("float, 1 row x 16", "neon_dotprod", "dot_f32_t<1, 4, false>", "fmla", 16, 64, 36, 16, 17),
     Loop("float 4x1, 16 rows", "neon_dotprod", "sparse_f32_t<4, 64, 4, 4,", "fmla", 16, 64, 33, 17, 9),
-    Loop(
-        "float unstructured, 16 rows", "neon_dotprod", "sparse_f32_t<1, 64, 4, 4,", "fmla", 16, 64, 56, 17, 24
-    ),
-    Loop(
-        "weight-only, 1 row of 3 digits x 16", "neon_dotprod", "dot_i8_t<3, 4>", "sdot", 48, 256, 71, 48, 19
-    ),
-    Loop(
-        "weight-only, 2 rows of 3 digits x 16",
-        "neon_dotprod",
-        "dot_i8_t<6, 4>",
-        "sdot",
-        96,
-        512,
-        128,
-        100,
-        23,
-    ),
+    Loop("float unstructured, 16 rows", "neon_dotprod", "sparse_f32_t<1, 64, 4, 4,", "fmla",
+         16, 64, 56, 17, 24),
+    Loop("weight-only, 1 row of 3 digits x 16", "neon_dotprod", "dot_i8_t<3, 4>", "sdot",
+         48, 256, 71, 48, 19),
+    Loop("weight-only, 2 rows of 3 digits x 16", "neon_dotprod", "dot_i8_t<6, 4>", "sdot",
+         96, 512, 128, 100, 23),
     Loop("blocks, tile 6 x 16", "neon_dotprod", "cells_t<6>", "sdot", 96, 1536, 134, 100, 24),
     Loop("blocks, 1 row x 16", "neon_dotprod", "cells_t<1>", "sdot", 16, 256, 38, 16, 18),
     Loop("int8, tile 6 x 16", "neon_i8mm", "dot_i8_t<6, 4>", "smmla", 24, 768, 45, 27, 14),
@@ -135,6 +107,7 @@ LOOPS = (
     Loop("blocks, tile 6 x 16", "neon_i8mm", "cells_t<6>", "smmla", 48, 1536, 80, 48, 23),
     Loop("blocks, 1 row x 16", "neon_i8mm", "cells_one", "sdot", 16, 256, 40, 18, 18),
 )
+# fmt: on
 
 
 # Instructions in which a loop makes floats of so many weights (four a scvtf), before the product.

@@ -9,7 +9,8 @@ from torch import Tensor
 from tautorch.nn import Int8Conv2d
 from tautorch.testing.cases import Case
 
-from .contract import ConvContract, Variant
+from .contract import ConvContract
+from .subject import Variant
 
 
 def geometry_of(module: Any) -> dict[str, Any]:

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from tautorch.nn import Int8Linear
 from tautorch.testing.cases import Case
 
-from .contract import LinearContract, Variant
+from .contract import LinearContract
+from .subject import Variant
 
 
 class TestInt8Linear(LinearContract):

@@ -14,7 +14,8 @@ from tautorch.nn import Int8Linear, LowRankLinear, SparseLinear
 from tautorch.testing.cases import Case
 from tautorch.testing.values import sparse_mask
 
-from .contract import LinearContract, Variant
+from .contract import LinearContract
+from .subject import Variant
 
 ODD = {"in_features": 70, "out_features": 37}
 

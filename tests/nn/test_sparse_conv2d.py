@@ -12,7 +12,8 @@ from tautorch.nn import SparseConv2d
 from tautorch.testing.cases import Case
 from tautorch.testing.values import sparse_mask
 
-from .contract import ConvContract, Variant
+from .contract import ConvContract
+from .subject import Variant
 from .test_int8_conv2d import geometry_of
 
 ODD = {"in_channels": 10, "out_channels": 18, "kernel_size": 3, "padding": 1}

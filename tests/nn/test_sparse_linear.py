@@ -13,7 +13,8 @@ from tautorch.reference.layouts import PATTERNS
 from tautorch.testing.cases import Case
 from tautorch.testing.values import sparse_mask
 
-from .contract import LinearContract, Variant
+from .contract import LinearContract
+from .subject import Variant
 
 ODD = {"in_features": 70, "out_features": 37}
 

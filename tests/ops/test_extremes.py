@@ -14,7 +14,8 @@ from tautorch.reference.common import apply_activation
 from tautorch.testing.cases import MODES, conv_case, linear_case
 from tautorch.testing.values import int8_values
 
-from .suite import PATTERNS, agree
+from .agreement import agree
+from .suite import PATTERNS
 
 KERNELS = [name for name, available in _C.isas().items() if available]
 LINEAR = ("int8_linear", "sparse_linear", "lowrank_linear")

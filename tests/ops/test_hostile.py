@@ -11,20 +11,19 @@ import torch
 from torch import Tensor
 
 from tautorch import _C, dispatch, ops
-from tautorch.ops import library as lib
-from tautorch.ops import sparse_entries
+from tautorch.ops import packing, sparse_entries, tails
 from tautorch.ops.int8_linear import pack, unpack
 from tautorch.reference.layouts import encode
 from tautorch.testing.values import int8_values
 
 KERNELS = [name for name, available in _C.isas().items() if available]
 N, K = 40, 33
-SPARSE = (lib.SPARSE_I8, lib.SPARSE_F32, lib.PAIRS_I8)
+SPARSE = (packing.SPARSE_I8, packing.SPARSE_F32, packing.PAIRS_I8)
 
 
-def tail(mode: int = lib.DYNAMIC, **changes: int) -> dict[str, int]:
+def tail(mode: int = tails.DYNAMIC, **changes: int) -> dict[str, int]:
     """The tail of a plan without scales."""
-    codes, _ = lib.tail(
+    codes, _ = tails.tail(
         weight_scale=None, bias=None, mode=mode, x_scale=None, x_zero_point=None, activation="none"
     )
     return {**codes, **changes}
@@ -49,29 +48,30 @@ def pairs_pack(kernel: str) -> Tensor:
     """A 2:4 pack of [N, K], dense where the kernel has no other."""
     weight = int8_values((N, K), low=-127)
     weight[:, ::4] = weight[:, 3::4] = 0
-    kind = lib.PAIRS_I8 if _C.pairs_pay(kernel, 512, 512) else lib.DENSE_I8
-    return lib.dense_pack(kernel, kind, weight, 1, N, K, 1, (K, 1, 1))
+    kind = packing.PAIRS_I8 if _C.pairs_pay(kernel, 512, 512) else packing.DENSE_I8
+    return packing.dense_pack(kernel, kind, weight, 1, N, K, 1, (K, 1, 1))
 
 
-def conv_pack(kernel: str, groups: int = 2, taps: int = 3) -> Tensor:
-    """A dense pack of [N, K, 1, taps]."""
+def conv_pack(kernel: str) -> Tensor:
+    """A dense pack of [N, K, 1, taps] in two groups, of three taps."""
+    groups, taps = 2, 3
     w = int8_values((groups * N, K, taps), low=-127)
-    return lib.dense_pack(kernel, lib.DENSE_I8, w, groups, N, K, taps, (K * taps, taps, 1))
+    return packing.dense_pack(kernel, packing.DENSE_I8, w, groups, N, K, taps, (K * taps, taps, 1))
 
 
 def plan(packed: Tensor) -> bytes:
     """A plan of the operator the pack is for."""
-    sparse = lib.pack_info(packed)["kind"] in SPARSE
+    sparse = packing.pack_info(packed)["kind"] in SPARSE
     make = _C.sparse_linear_plan if sparse else _C.int8_linear_plan
-    kind = lib.pack_info(packed)["kind"]
-    mode = lib.NONE if kind in (lib.DENSE_F32, lib.DENSE_W8, lib.SPARSE_F32) else lib.DYNAMIC
+    kind = packing.pack_info(packed)["kind"]
+    mode = tails.NONE if kind in (packing.DENSE_F32, packing.DENSE_W8, packing.SPARSE_F32) else tails.DYNAMIC
     return make(packed.data_ptr(), packed.numel(), K, tail(mode))
 
 
 def run_or_refuse(packed: Tensor) -> bool:
     """Run a pack with x of K inputs, or say that it was refused."""
     try:
-        info, made = lib.pack_info(packed), plan(packed)
+        info, made = packing.pack_info(packed), plan(packed)
     except ValueError as error:
         assert "packed weights" in str(error)
         return True
@@ -115,7 +115,7 @@ def test_tampered_headers_are_refused(kind: str, kernel: str) -> None:
 @pytest.mark.parametrize("kind", ["sparse_i8", "sparse_f32"])
 def test_tampered_lists_are_refused(kind: str, kernel: str) -> None:
     packed = PACKS[kind](kernel)
-    info = lib.pack_info(packed)
+    info = packing.pack_info(packed)
     for name, width in (("start_offset", 4), ("index_offset", 2)):
         at = int(info[name])
         for byte in (at + width - 1, at + width, at + 2 * width - 1):
@@ -171,8 +171,8 @@ def test_scales_and_bias_must_fit_the_pack() -> None:
     packed, few = PACKS["dense_i8"]("scalar"), torch.ones(N - 1)
     for name in ("weight_scale", "bias"):
         vectors: dict[str, Any] = {"weight_scale": None, "bias": None, name: few}
-        codes, _keep = lib.tail(
-            **vectors, mode=lib.DYNAMIC, x_scale=None, x_zero_point=None, activation="none"
+        codes, _keep = tails.tail(
+            **vectors, mode=tails.DYNAMIC, x_scale=None, x_zero_point=None, activation="none"
         )
         with pytest.raises(ValueError, match=f"{name} must have {N} values, .* got {N - 1}"):
             _C.int8_linear_plan(packed.data_ptr(), packed.numel(), K, codes)
@@ -184,9 +184,9 @@ def test_scales_and_bias_must_fit_the_pack() -> None:
         ({"activation": 5}, "activation must be a known code, got 5"),
         ({"activation": -1}, "activation must be a known code, got -1"),
         ({"mode": 4}, "mode must be a known code, got 4"),
-        ({"mode": lib.NONE}, "of another kind than the activations"),
-        ({"mode": lib.STATIC}, "x_scale must be given, got none"),
-        ({"mode": lib.GIVEN, "x_scales": 1}, "x_scale must be given, got none"),
+        ({"mode": tails.NONE}, "of another kind than the activations"),
+        ({"mode": tails.STATIC}, "x_scale must be given, got none"),
+        ({"mode": tails.GIVEN, "x_scales": 1}, "x_scale must be given, got none"),
     ],
 )
 def test_impossible_tails_are_refused(changes: dict[str, int], message: str) -> None:
@@ -242,8 +242,8 @@ def test_plans_run_by_their_own_operator_and_dtypes_only() -> None:
 
 def test_a_plan_of_row_scales_runs_as_many_rows_only() -> None:
     packed, scales = PACKS["dense_i8"]("scalar"), torch.ones(3)
-    codes, _keep = lib.tail(
-        weight_scale=None, bias=None, mode=lib.GIVEN, x_scale=scales, x_zero_point=None, activation="none"
+    codes, _keep = tails.tail(
+        weight_scale=None, bias=None, mode=tails.GIVEN, x_scale=scales, x_zero_point=None, activation="none"
     )
     made = _C.int8_linear_plan(packed.data_ptr(), packed.numel(), K, codes)
     x, out = torch.zeros(4, K, dtype=torch.int8), torch.empty(4, N)
@@ -278,10 +278,10 @@ def test_images_smaller_than_the_filter_are_refused() -> None:
     [(0, 1, 1, 1), (1, -1, 1, 1), (1, 1, -1, 1), (1, 1, 1, 0), (2**40, 2**40, 1, 1), (1, 2**62, 1, 1)],
 )
 def test_impossible_sizes_are_refused(sizes: tuple[int, int, int, int]) -> None:
-    for kind in (lib.DENSE_I8, lib.DENSE_F32, lib.DENSE_W8):
+    for kind in (packing.DENSE_I8, packing.DENSE_F32, packing.DENSE_W8):
         with pytest.raises(ValueError, match="sizes are out of range"):
             _C.dense_pack_bytes("scalar", kind, *sizes)
-    for kind in (-1, lib.SPARSE_I8, 7, lib.DEPTHWISE_I8):
+    for kind in (-1, packing.SPARSE_I8, 7, packing.DEPTHWISE_I8):
         with pytest.raises(ValueError, match=r"no dense kind|sizes"):
             _C.dense_pack_bytes("scalar", kind, 1, 2, 2, 1)
     index = torch.tensor([0, 3], dtype=torch.int16)
@@ -295,14 +295,18 @@ def test_impossible_sizes_are_refused(sizes: tuple[int, int, int, int]) -> None:
         with pytest.raises(ValueError, match=r"start must ascend|sizes are out of range"):
             at = torch.tensor(start, dtype=torch.int32)
             _C.sparse_pack_bytes(
-                "scalar", lib.SPARSE_I8, gs, 1, n, k, 1, 2, at.data_ptr(), index.data_ptr(), 0
+                "scalar", packing.SPARSE_I8, gs, 1, n, k, 1, 2, at.data_ptr(), index.data_ptr(), 0
             )
     twice = torch.tensor([3, 3], dtype=torch.int16)
     at = torch.tensor([0, 2, 2], dtype=torch.int32)
     with pytest.raises(ValueError, match="inputs of each group must ascend"):
-        _C.sparse_pack_bytes("scalar", lib.SPARSE_I8, 1, 1, 2, 5, 1, 2, at.data_ptr(), twice.data_ptr(), 0)
+        _C.sparse_pack_bytes(
+            "scalar", packing.SPARSE_I8, 1, 1, 2, 5, 1, 2, at.data_ptr(), twice.data_ptr(), 0
+        )
     with pytest.raises(ValueError, match="form must be 0"):
-        _C.sparse_pack_bytes("scalar", lib.SPARSE_I8, 1, 1, 2, 5, 1, 2, at.data_ptr(), index.data_ptr(), 5)
+        _C.sparse_pack_bytes(
+            "scalar", packing.SPARSE_I8, 1, 1, 2, 5, 1, 2, at.data_ptr(), index.data_ptr(), 5
+        )
     with pytest.raises(ValueError, match="rounds must be at least 1"):
         _C.peak_i8("scalar", 0)
     with pytest.raises(ValueError, match="unknown kernel 'none'"):
@@ -347,4 +351,4 @@ def test_strided_packs_are_refused() -> None:
     wide[:, 0] = packed
     for broken in (wide[:, 0], packed[:1].expand(packed.numel()), wide):
         with pytest.raises(ValueError, match="must be contiguous"):
-            lib.pack_info(broken)
+            packing.pack_info(broken)

@@ -11,13 +11,14 @@ import torch
 
 from tautorch import _C, dispatch, ops
 from tautorch.ops import geometry as conv
-from tautorch.ops import library as lib
+from tautorch.ops import packing, tails
 from tautorch.reference.int8_conv2d import int8_conv2d as reference
 from tautorch.testing.cases import MODES, Case, conv_case
 from tautorch.testing.values import int8_values
 
+from .agreement import agree
 from .conftest import kernel_parameters
-from .suite import ConvSuite, agree
+from .suite import ConvSuite
 
 LAST = torch.channels_last
 each_kernel = pytest.mark.parametrize("kernel", kernel_parameters("int8_conv2d"))
@@ -154,11 +155,11 @@ def test_weights_come_back_from_every_form(kernel: str) -> None:
     for (w, groups, dilation), only in itertools.product(shapes, (False, True)):
         weight = int8_values(w, "random", seed=1, low=-127)
         geometry = conv.geometry_of("int8_conv2d", w, 1, 0, dilation, groups)
-        kind = lib.DENSE_W8 if only else lib.DENSE_I8
+        kind = packing.DENSE_W8 if only else packing.DENSE_I8
         packed = conv.pack_forms(weight, groups, geometry.dilation[1], kind, kernel)
-        few = kind == lib.DENSE_I8 and groups > 1 and w[0] // groups == w[1] and w[1] in (4, 8, 16)
+        few = kind == packing.DENSE_I8 and groups > 1 and w[0] // groups == w[1] and w[1] in (4, 8, 16)
         few = few and kernel == "avx512vnni" and w[2] * w[3] <= 64
-        assert lib.pack_info(packed)["kind"] == (lib.GROUPED_I8 if few else kind)
+        assert packing.pack_info(packed)["kind"] == (packing.GROUPED_I8 if few else kind)
         assert torch.equal(conv.unpack(packed, w), weight)
         assert torch.equal(conv.unpack(conv.pack(weight, groups, kind, kernel), w), weight)
 
@@ -182,13 +183,13 @@ def test_packs_of_other_convolutions_are_refused() -> None:
     kernel = dispatch.choose(
         dispatch.Problem("int8_conv2d", "cpu", 8, 54, {"groups": 1, "weight_only": False})
     )
-    packed = conv.pack_forms(weight, 1, 1, lib.DENSE_I8, kernel)
+    packed = conv.pack_forms(weight, 1, 1, packing.DENSE_I8, kernel)
 
     def plan(channels: int, kh: int, kw: int, dw: int) -> bytes:
-        codes, _ = lib.tail(
+        codes, _ = tails.tail(
             weight_scale=case.args[2],
             bias=None,
-            mode=lib.DYNAMIC,
+            mode=tails.DYNAMIC,
             x_scale=None,
             x_zero_point=None,
             activation="none",

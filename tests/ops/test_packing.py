@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tautorch import _C, dispatch, ops
-from tautorch.ops import library as lib
+from tautorch.ops import packing
 from tautorch.ops.int8_linear import pack, unpack
 from tautorch.reference.layouts import encode
 from tautorch.reference.quantizer import MAX_K, MAX_K_LOWEST
@@ -24,7 +24,7 @@ def test_dense_packs_give_the_weight_back(kernel: str) -> None:
         for weight_only in (False, True):
             packed = pack(weight, weight_only, kernel)
             assert packed.dtype == torch.uint8 and packed.dim() == 1
-            info = lib.pack_info(packed)
+            info = packing.pack_info(packed)
             assert (info["n"], info["k"], info["kernel"]) == (n, k, kernel)
             assert torch.equal(unpack(packed), weight)
         factor = float_values((n, k))
@@ -68,9 +68,9 @@ def test_a_pack_of_another_shape_is_refused() -> None:
 
 def test_large_packs_start_on_a_huge_page() -> None:
     for size in (1, (2 << 20) - 1):
-        assert lib.pack_buffer(size).numel() == size
+        assert packing.pack_buffer(size).numel() == size
     for size in (2 << 20, (5 << 20) + 3):
-        buffer = lib.pack_buffer(size)
+        buffer = packing.pack_buffer(size)
         assert buffer.numel() == size and buffer.data_ptr() % (2 << 20) == 0
 
 

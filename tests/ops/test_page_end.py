@@ -17,6 +17,7 @@ from torch import Tensor
 
 from tautorch import _C, dispatch
 from tautorch.ops import library as lib
+from tautorch.ops import packing
 from tautorch.ops import sparse_entries as entries
 from tautorch.ops.int8_conv2d import int8_conv2d
 from tautorch.ops.int8_linear import int8_linear
@@ -144,7 +145,7 @@ def test_pairs(one_thread: None) -> None:
     def check() -> None:
         for n in OUTPUTS:
             w, _ = _weight(n, K, "2:4")
-            packed = lib.dense_pack(KERNEL, lib.PAIRS_I8, w, 1, n, K, 1, (K, 1, 1))
+            packed = packing.dense_pack(KERNEL, packing.PAIRS_I8, w, 1, n, K, 1, (K, 1, 1))
             with dispatch.force("sparse_linear", KERNEL):
                 _check_linear(partial(_sparse, packed, "2:4"), n)
 

@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 
 from tautorch import _C, dispatch
+from tautorch.ops import caches
 from tautorch.ops import library as lib
 from tautorch.ops.lowrank_linear import lowrank_linear
 from tautorch.testing.cases import MODES, OPS, Case, conv_case, linear_case
 
-from .suite import compare, public_of, reference_of
+from .agreement import compare, public_of, reference_of
 
 CALLS = [(op, mode) for op in OPS for mode in MODES[op]]
 
@@ -208,7 +209,7 @@ def test_plans_go_with_their_weight(op: str) -> None:
         for dtype in (torch.float32, torch.float16, torch.bfloat16):
             right(case.with_x(case.x.to(dtype)).but(activation=activation))
     assert len(entries) == before + 1
-    assert all(len(plans) <= lib.PlanCache.PER_WEIGHT for plans in entries.values())
+    assert all(len(plans) <= caches.PlanCache.PER_WEIGHT for plans in entries.values())
     held = [weakref.ref(t) for t in tensors(case).values()]
     del case
     gc.collect()

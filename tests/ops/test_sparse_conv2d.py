@@ -12,8 +12,9 @@ from tautorch import dispatch, ops
 from tautorch.reference.sparse_conv2d import sparse_conv2d as reference
 from tautorch.testing.cases import Case, conv_case
 
+from .agreement import agree
 from .conftest import kernel_parameters
-from .suite import ConvSuite, agree
+from .suite import ConvSuite
 
 LAST = torch.channels_last
 each_kernel = pytest.mark.parametrize("kernel", kernel_parameters("sparse_conv2d"))

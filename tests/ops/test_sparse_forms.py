@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tautorch import _C, dispatch, prune
-from tautorch.ops import library as lib
+from tautorch.ops import packing
 from tautorch.ops import sparse_entries as entries
 from tautorch.ops.sparse_linear import sparse_linear
 from tautorch.reference.layouts import encode
@@ -25,7 +25,7 @@ def _supported() -> bool:
     packed = entries.pack(
         values, crow, col, "unstructured", (1, 1), kernel=KERNEL, op="test", form=entries.SELL
     )
-    return int(lib.pack_info(packed)["slots"]) > 0
+    return int(packing.pack_info(packed)["slots"]) > 0
 
 
 needs_sell = pytest.mark.skipif(not _supported(), reason="this CPU has no AVX512-VBMI")
@@ -78,7 +78,7 @@ def run(x: Tensor, packed: Tensor, pattern: str, n: int) -> Tensor:
 def test_forms_agree(n: int, k: int, pattern: str, density: float) -> None:
     w, mask = weight(n, k, pattern, density)
     made = packs(w, mask, pattern)
-    info = {name: lib.pack_info(packed) for name, packed in made.items()}
+    info = {name: packing.pack_info(packed) for name, packed in made.items()}
     kept = bool(mask.any())
     assert int(info["lists"]["slots"]) == 0
     assert (int(info["sell"]["blocks"]) == 0) == kept  # nothing kept: empty lists say it
@@ -116,7 +116,7 @@ def test_rows_of_several_blocks(threads: int) -> None:
 def test_tampered_slots_are_refused(name: str) -> None:
     w, mask = weight(40, 200, "unstructured", 0.3)
     packed = packs(w, mask, "unstructured")[name]
-    at = int(lib.pack_info(packed)["sell_offset"])
+    at = int(packing.pack_info(packed)["sell_offset"])
     strips = 3
     for byte in (at + 3, at + 4 * strips + 3, at + 4 * (strips + 1) + 1):  # starts, the last one, an offset
         broken = packed.clone()
@@ -131,7 +131,7 @@ def test_automatic_keeps_what_pays() -> None:
     for density, lists in ((0.3, False), (0.04, True)):
         w, mask = weight(512, 1024, "unstructured", density)
         layout = encode(w, mask, "unstructured", 1)
-        info = lib.pack_info(entries.pack(*layout, "unstructured", (512, 1024), kernel=KERNEL, op="test"))
+        info = packing.pack_info(entries.pack(*layout, "unstructured", (512, 1024), kernel=KERNEL, op="test"))
         assert int(info["slots"]) > 0
         assert (int(info["blocks"]) > 0) == lists
 
@@ -150,7 +150,7 @@ def test_scaled_outputs_of_lists(pattern: str, k: int, activation: str) -> None:
         layout = encode(w, mask, pattern, 1)
         lists = entries.pack(*layout, pattern, (n, k), kernel=KERNEL, op="test", form=entries.LISTS)
         if k > 4096:
-            assert lib.pack_info(lists)["blocks"] > 1
+            assert packing.pack_info(lists)["blocks"] > 1
         scale, bias = torch.rand(n) * 1e-3, torch.randn(n)
         for m, spoiled in ((33, "x"), (64, ""), (97, "x"), (97, ""), (80, ""), (80, "bias")):
             x = torch.randn(m, k)

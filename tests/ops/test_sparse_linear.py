@@ -6,13 +6,13 @@ import pytest
 import torch
 
 from tautorch import _C, dispatch
-from tautorch.ops import library as lib
-from tautorch.ops import sparse_entries
+from tautorch.ops import packing, sparse_entries
 from tautorch.reference.layouts import encode
 from tautorch.testing.cases import linear_case
 from tautorch.testing.values import float_values, sparse_mask
 
-from .suite import LinearSuite, agree
+from .agreement import agree
+from .suite import LinearSuite
 
 
 class TestSparseLinear(LinearSuite):
@@ -72,7 +72,7 @@ def test_tampered_float_blocks_are_refused() -> None:
     n, k = 131, 300
     layout = encode(float_values((n, k)), sparse_mask((n, k), "unstructured", 0.3), "unstructured")
     packed = sparse_entries.pack(*layout, "unstructured", (n, k), kernel="scalar", op="sparse_linear")
-    info = lib.pack_info(packed)
+    info = packing.pack_info(packed)
     codes = {}
 
     def refused(offset: int, value: int) -> None:

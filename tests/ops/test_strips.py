@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tautorch import _C, dispatch, prune
-from tautorch.ops import library as lib
+from tautorch.ops import packing
 from tautorch.ops import sparse_entries as entries
 from tautorch.ops.sparse_linear import sparse_linear
 from tautorch.reference.layouts import encode
@@ -54,7 +54,7 @@ def pack(w: Tensor, mask: Tensor | None, pattern: str, form: int = entries.CELLS
 def pairs(w: Tensor) -> Tensor:
     """A 2:4 pack, whether it pays or not."""
     n, k = w.shape
-    return lib.dense_pack(KERNEL, lib.PAIRS_I8, w.contiguous(), 1, n, k, 1, (k, 1, 1))
+    return packing.dense_pack(KERNEL, packing.PAIRS_I8, w.contiguous(), 1, n, k, 1, (k, 1, 1))
 
 
 def run(x: Tensor, packed: Tensor, pattern: str, n: int, **how: object) -> Tensor:
@@ -80,7 +80,7 @@ def check_products(w: Tensor, packed: Tensor, pattern: str, rows: tuple[int, ...
 def test_cells(n: int, k: int, pattern: str, keep: float) -> None:
     w, mask = weight(n, k, pattern, keep, seed=n + k)
     packed = pack(w, mask, pattern)
-    info = lib.pack_info(packed)
+    info = packing.pack_info(packed)
     assert (int(info["cells"]) > 0) == bool(mask.any())
     if int(info["cells"]) > 0:
         assert info["entries"] == info["slots"] == info["blocks"] == 0
@@ -135,7 +135,7 @@ def test_outputs(pattern: str, out_dtype: torch.dtype, activation: str) -> None:
     n, k = 75, 130
     w, mask = weight(n, k, pattern, 0.4)
     ours = pairs(w) if pattern == "2:4" else pack(w, mask, pattern)
-    other = lib.dense_pack(KERNEL, lib.DENSE_I8, w, 1, n, k, 1, (k, 1, 1))
+    other = packing.dense_pack(KERNEL, packing.DENSE_I8, w, 1, n, k, 1, (k, 1, 1))
     if pattern != "2:4":
         other = pack(w, mask, pattern, entries.LISTS)
     how: dict[str, object] = {"activation": activation, "bias": torch.randn(n), "out_dtype": None}
@@ -168,18 +168,18 @@ def test_what_is_not_in_whole_cells_is_not_in_cells() -> None:
         mask = torch.ones(32, 64) > 0
         mask[hole] = False
         packed = pack(w * mask, mask, "4x1")
-        assert int(lib.pack_info(packed)["cells"]) == 0  # nor where they are asked for
+        assert int(packing.pack_info(packed)["cells"]) == 0  # nor where they are asked for
         check_products(w * mask, packed, "4x1", (1, 20))
 
 
 def test_automatic_choice() -> None:
     for pattern, outputs in (("16x16", 16), ("32x32", 32), ("64x64", 32), ("4x1", 0), ("unstructured", 0)):
         w, mask = weight(256, 512, pattern, 0.3)
-        assert lib.pack_info(pack(w, mask, pattern, 0))["cell_outputs"] == outputs
-    for n, kind in ((64, lib.PAIRS_I8), (16, lib.DENSE_I8)):  # half of a strip would be empty
+        assert packing.pack_info(pack(w, mask, pattern, 0))["cell_outputs"] == outputs
+    for n, kind in ((64, packing.PAIRS_I8), (16, packing.DENSE_I8)):  # half of a strip would be empty
         w, _ = weight(n, 512, "2:4", 0.5)
-        assert lib.pack_info(pack(w, None, "2:4", 0))["kind"] == kind
-        assert lib.pack_info(pack_scalar(w))["kind"] == lib.DENSE_I8
+        assert packing.pack_info(pack(w, None, "2:4", 0))["kind"] == kind
+        assert packing.pack_info(pack_scalar(w))["kind"] == packing.DENSE_I8
     w, _ = weight(64, 512, "2:4", 0.5)
     assert pack(w, None, "2:4", 0).numel() < 0.66 * w.numel()
 
@@ -197,7 +197,7 @@ def refused(packed: Tensor, byte: int, value: int) -> None:
 def test_tampered_cells_are_refused() -> None:
     w, mask = weight(40, 200, "16x16", 1.0)
     packed = pack(w, mask, "16x16")
-    at, strips = int(lib.pack_info(packed)["cell_offset"]), 3
+    at, strips = int(packing.pack_info(packed)["cell_offset"]), 3
     places = at + 4 * (strips + 1)
     refused(packed, at, 1)  # the first start
     refused(packed, at + 4 + 3, 0xFF)  # another
@@ -213,9 +213,9 @@ def test_weights_that_are_not_2_4_are_refused() -> None:
     with pytest.raises(ValueError, match="at most two of each four"):
         pairs(w)
     with pytest.raises(ValueError, match="no dense kind"):
-        _C.dense_pack_bytes(KERNEL, lib.PAIRS_I8, 2, 64, 64, 1)
+        _C.dense_pack_bytes(KERNEL, packing.PAIRS_I8, 2, 64, 64, 1)
     with pytest.raises(ValueError, match="has no 2:4 form"):
-        _C.dense_pack_bytes("scalar", lib.PAIRS_I8, 1, 64, 64, 1)
+        _C.dense_pack_bytes("scalar", packing.PAIRS_I8, 1, 64, 64, 1)
 
 
 def test_other_operators_refuse_pairs() -> None:
@@ -243,4 +243,5 @@ def test_any_size(n: int, k: int, m: int, keep: float, seed: int, pattern: str) 
 def test_pruned_layers_take_these_forms() -> None:
     """What prune's masks keep is in whole blocks."""
     mask = prune.make_mask(torch.rand(96, 160), "32x32", 0.7)
-    assert int(lib.pack_info(pack(mask.to(torch.int8), mask, "32x32", 0))["cells"]) == int(mask.sum()) // 512
+    info = packing.pack_info(pack(mask.to(torch.int8), mask, "32x32", 0))
+    assert int(info["cells"]) == int(mask.sum()) // 512

@@ -53,9 +53,9 @@ class Size:
             for value in self.rank.values() if isinstance(self.rank, Mapping) else (self.rank,):
                 if value is not None:
                     _check_rank(value, method)
-        _check_number("energy", self.energy, 0, 1, closed=True)
-        _check_number("budget", self.budget, 0, 1)
-        _check_number("speedup", self.speedup, 0, math.inf)
+        _check_number("energy", self.energy, 1, closed=True)
+        _check_number("budget", self.budget, 1)
+        _check_number("speedup", self.speedup, math.inf)
         if self.allocation not in get_args(Allocation):
             raise ValueError(f'factorize: allocation must be "layer" or "model", got {self.allocation!r}')
         if self.allocation == "model" and self.budget is None:
@@ -86,13 +86,13 @@ def _check_rank(value: Rank, method: str) -> None:
         raise ValueError(f"factorize: rank must be an int >= 1 (or two for tucker), got {value!r}")
 
 
-def _check_number(name: str, value: float | None, low: float, high: float, closed: bool = False) -> None:
+def _check_number(name: str, value: float | None, high: float, closed: bool = False) -> None:
     if value is None:
         return
-    valid = isinstance(value, (int, float)) and not isinstance(value, bool) and low < value <= high
+    valid = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value <= high
     if not valid or (value == high and not closed):
         raise ValueError(
-            f"factorize: {name} must be a number in ({low}, {high:g}{']' if closed else ')'}, got {value!r}"
+            f"factorize: {name} must be a number in (0, {high:g}{']' if closed else ')'}, got {value!r}"
         )
 
 

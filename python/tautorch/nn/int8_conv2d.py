@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from tautorch import _C, dispatch
 from tautorch.ops import geometry as conv
-from tautorch.ops import library as lib
+from tautorch.ops import tails
 from tautorch.ops.geometry import Pair
 from tautorch.ops.int8_conv2d import OP, pack, plan, problem
 
@@ -64,7 +64,7 @@ class Int8Conv2d(ConvModule):
             device, quant=quant, quants=QUANTS, activation=activation, requantize=requantize,
         )  # fmt: skip
         if quant != "weight_only":
-            lib.check_k(OP, self.geometry.k)
+            tails.check_k(OP, self.geometry.k)
         self._buffers["weight"] = torch.zeros(self.geometry.weight_shape, dtype=torch.int8, device=device)
         self.register_buffer("weight_scale", torch.ones(out_channels, dtype=torch.float32, device=device))
 

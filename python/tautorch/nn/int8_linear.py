@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from tautorch import _C, dispatch
 from tautorch.ops import int8_linear as _op  # noqa: F401  (registers the operator)
-from tautorch.ops import library as lib
+from tautorch.ops import tails
 from tautorch.ops.int8_linear import OP, pack, plan, unpack
 
 from .linear import LinearModule
@@ -63,7 +63,7 @@ class Int8Linear(LinearModule):
             requantize=requantize,
         )
         if quant != "weight_only":
-            lib.check_k(OP, in_features)
+            tails.check_k(OP, in_features)
         self._buffers["weight"] = torch.zeros(out_features, in_features, dtype=torch.int8, device=device)
         self.register_buffer("weight_scale", torch.ones(out_features, dtype=torch.float32, device=device))
 

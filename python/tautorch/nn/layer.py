@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 
 from tautorch._layers import other_forward
-from tautorch.ops import library as lib
+from tautorch.ops import packing, tails
 
 from .eager import plain
 from .packed import PackedModule
@@ -143,7 +143,7 @@ class LayerModule(PackedModule):
         return "weight_scale"
 
     def _plan(self, packed: Tensor, codes: dict[str, int]) -> bytes:
-        """The plan for ``run``, from the codes of ``library.tail``."""
+        """The plan for ``run``, from the codes of ``tails.tail``."""
         raise NotImplementedError
 
     def _call(self, plan: bytes, x_dtype: torch.dtype, dtype: torch.dtype) -> tuple[Any, ...]:
@@ -179,21 +179,21 @@ class LayerModule(PackedModule):
 
     def _kernel_of_pack(self) -> str:
         packed = self._buffers["packed"]
-        return "" if packed is None else str(lib.pack_info(packed)["kernel"])
+        return "" if packed is None else str(packing.pack_info(packed)["kernel"])
 
     def _make_plans(self, packed: Tensor) -> None:
         static = self.quant == "static"
-        mode = lib.NONE if self._float_input() else lib.STATIC if static else lib.DYNAMIC
+        mode = tails.NONE if self._float_input() else tails.STATIC if static else tails.DYNAMIC
         plan = self._plan_of(packed, mode)
         codes = None if self.out_scale is None else torch.int8
         for dtype in _FLOATS:
             self._plans[dtype] = self._call(plan, dtype, codes or dtype)
         if static:
-            given = self._plan_of(packed, lib.GIVEN)
+            given = self._plan_of(packed, tails.GIVEN)
             self._plans[torch.int8] = self._call(given, torch.int8, codes or torch.float32)
 
     def _plan_of(self, packed: Tensor, mode: int) -> bytes:
-        codes, keep = lib.tail(
+        codes, keep = tails.tail(
             weight_scale=self._buffers.get(self._output_scale()),
             bias=self.bias,
             mode=mode,

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from tautorch.ops import library as lib
+from tautorch.ops import packing, tails
 from tautorch.reference.quantizer import quantize_weight
 
 from .factors import weight_dtype_of
@@ -45,7 +45,7 @@ class LowRankModule(LayerModule):
         if rank < 1:
             raise ValueError(f"{op}: rank must be at least 1, got {rank}")
         if int8:
-            lib.check_k(op, max(k, rank))
+            tails.check_k(op, max(k, rank))
         elif self.quant != "dynamic":
             raise ValueError(f'{op}: quant must be "dynamic" for float32 factors, got {self.quant!r}')
         for name, shape in zip(("down", "up"), shapes, strict=True):
@@ -173,7 +173,7 @@ class LowRankModule(LayerModule):
         """The packs of the two factors, views."""
         views: tuple[Tensor, Tensor] | None = self._views
         if views is None:
-            down = int(lib.pack_info(packed)["bytes"])  # up's follows
+            down = int(packing.pack_info(packed)["bytes"])  # up's follows
             views = packed[:down], packed[down:]
         return views
 

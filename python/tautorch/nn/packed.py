@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from tautorch import _C, dispatch
 from tautorch.ops._gpu_product import Launch
-from tautorch.ops.library import Stamp, plain_torch, stamp
+from tautorch.ops.caches import Stamp, stamp
+from tautorch.ops.library import plain_torch
 
 _unchanged = _C.unchanged
 _MOST_ROW_COUNTS = 512  # that a module on CUDA remembers its launches for

@@ -8,8 +8,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from tautorch.ops import library as lib
 from tautorch.ops import sparse_entries as sparse
+from tautorch.ops import tails
 from tautorch.reference.layouts import (
     block_cols,
     block_rows,
@@ -50,7 +50,7 @@ class SparseModule(LayerModule):
         """Set the values' dtype, for inner products of length ``k``."""
         self.weight_dtype = weight_dtype_of(self.op, weight_dtype)
         if self.weight_dtype == torch.int8:
-            lib.check_k(self.op, k)
+            tails.check_k(self.op, k)
         elif self.quant != "dynamic":
             raise ValueError(f'{self.op}: quant must be "dynamic" for float32 values, got {self.quant!r}')
 

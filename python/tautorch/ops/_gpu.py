@@ -11,11 +11,11 @@ from torch import Tensor
 
 from tautorch.reference.quantizer import MAX_K_LOWEST
 
+from . import caches, tails
 from . import geometry as conv
-from . import library as lib
 
-_lowest = lib.PackCache()
-_sums = lib.PackCache()
+_lowest = caches.PackCache()
+_sums = caches.PackCache()
 _captured: dict[int, Tensor] = {}  # by id: graphs go on reading these after their weights were packed anew
 
 
@@ -39,7 +39,7 @@ def check_devices(op: str, x: Tensor, **others: Tensor | None) -> None:
             raise ValueError(f"{op}: {name} must be on {x.device} like x, got {t.device}; move it there")
 
 
-def check_tail_devices(op: str, x: Tensor, tail: lib.Tail) -> None:
+def check_tail_devices(op: str, x: Tensor, tail: tails.Tail) -> None:
     """The same of a call's scales and zero points."""
     check_devices(
         op,
@@ -96,7 +96,7 @@ def row_sums(weight: Tensor) -> Tensor:
     return once(_sums, weight, lambda: weight.detach().flatten(1).sum(1, dtype=torch.int32))
 
 
-def keywords(tail: lib.Tail) -> dict[str, Any]:
+def keywords(tail: tails.Tail) -> dict[str, Any]:
     """A call's tail as the Triton kernels' launchers take it."""
     arguments = tail._asdict()
     del arguments["weight_only"]
@@ -117,7 +117,7 @@ def in_format_of(x: Tensor, y: Tensor) -> Tensor:
 
 
 def once(
-    cache: lib.PackCache,
+    cache: caches.PackCache,
     weight: Tensor,
     make: Callable[[], Tensor],
     key: object = "cuda",

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tautorch import dispatch
 
-from . import library as lib
+from . import packing, tails
 
 _local = threading.local()
 # The device's current stream as an integer; a CPU build of torch has none.
@@ -36,7 +36,7 @@ class Launch(NamedTuple):
 
     def call(self) -> tuple[Any, ...]:
         """For ``_C.run_rows``, which repeats what its dict knows."""
-        codes = lib.DTYPE_CODE
+        codes = tails.DTYPE_CODE
         return (
             self.op, self.k, self.n, codes[self.x_dtype], self.dtype, codes[self.dtype], self.device,
             self.stream, _raw_stream, self.run, {}, dispatch._last_python, torch.uint8,
@@ -78,19 +78,19 @@ def product(
         rows = rows.contiguous()  # the extension copies rows that are apart, not columns or overlapping rows
     # stride_m, stride_k; a dimension of one element has any stride. The last 16 bytes of a
     # single int8 row could end past its memory, so it is not said to be padded.
-    alone = k if m == 1 and x.dtype == torch.int8 else lib.round_up(k, 16)
+    alone = k if m == 1 and x.dtype == torch.int8 else packing.round_up(k, 16)
     strides = (rows.stride(0) if m > 1 else alone, rows.stride(1) if k > 1 else 1)
     # Rows of the output start on 16 bytes; where n does not give that, the kernel writes wider ones.
-    ldy = lib.round_up(n, 16 // dtype.itemsize)
+    ldy = packing.round_up(n, 16 // dtype.itemsize)
     y = torch.empty((m, ldy), dtype=dtype, device=x.device)
     asked = (
         plan,
         kernel,
         rows.data_ptr(),
-        lib.DTYPE_CODE[x.dtype],
+        tails.DTYPE_CODE[x.dtype],
         m,
         *strides,
-        lib.DTYPE_CODE[dtype],
+        tails.DTYPE_CODE[dtype],
         index,
     )
     size = getattr(ext, f"{op}_workspace")(*asked)

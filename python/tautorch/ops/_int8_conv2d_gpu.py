@@ -12,18 +12,17 @@ from tautorch import dispatch
 from tautorch.dispatch import Problem
 from tautorch.reference import int8_conv2d as reference
 
-from . import _gpu
+from . import _gpu, caches, packing, tails
 from . import _int8_conv2d_triton as _triton
 from . import geometry as conv
-from . import library as lib
 from .geometry import Geometry
 
 OP = "int8_conv2d"
-_packs = lib.PackCache()
+_packs = caches.PackCache()
 
 
 def run(
-    x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, geometry: Geometry, tail: lib.Tail
+    x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, geometry: Geometry, tail: tails.Tail
 ) -> Tensor:
     """The operator for arguments that have passed its checks; x is on a CUDA device."""
     _gpu.refuse_pack(OP, "weight", weight)
@@ -60,7 +59,7 @@ def extension(
     weight_scale: Tensor,
     bias: Tensor | None,
     geometry: Geometry,
-    tail: lib.Tail,
+    tail: tails.Tail,
 ) -> Tensor:
     """The extension's ``op`` by "cuda", which chooses by shape, or by one of its kernels.
 
@@ -77,7 +76,7 @@ def extension(
     packed = packed_for(stream)
     pixels = x.permute(0, 2, 3, 1).contiguous()
     # Pixels of the output start on 16 bytes; where n does not give that, the kernel writes wider ones.
-    ldy = lib.round_up(n, 16 // dtype.itemsize)
+    ldy = packing.round_up(n, 16 // dtype.itemsize)
     y = torch.empty((batch, *geometry.out_size(height, width), ldy), dtype=dtype, device=x.device)
     size = getattr(ext, f"{op}_workspace")(batch, height * width * channels)
     workspace = torch.empty(size, dtype=torch.uint8, device=x.device)
@@ -86,13 +85,13 @@ def extension(
         getattr(ext, f"{op}_plan")(packed.data_ptr(), n, geometry.plan_arguments(), codes),
         -1 if kernel == "cuda" else kernels.index(kernel),
         pixels.data_ptr(),
-        lib.DTYPE_CODE[x.dtype],
+        tails.DTYPE_CODE[x.dtype],
         batch,
         height,
         width,
         y.data_ptr(),
         ldy,
-        lib.DTYPE_CODE[dtype],
+        tails.DTYPE_CODE[dtype],
         workspace.data_ptr(),
         index,
         stream,

@@ -5,11 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import _gpu
+from . import _gpu, caches, tails
 from . import geometry as conv
-from . import library as lib
 
-_weights = lib.PackCache()
+_weights = caches.PackCache()
 
 
 def run(
@@ -18,7 +17,7 @@ def run(
     weight_scale: Tensor,
     bias: Tensor | None,
     geometry: conv.Geometry,
-    tail: lib.Tail,
+    tail: tails.Tail,
 ) -> Tensor:
     """The operator for one group; the output in x's memory format."""
     from tautorch.triton_kernels import int8_conv2d as kernels  # imports Triton: optional, and slow

@@ -12,16 +12,16 @@ from tautorch import dispatch, tuning
 from tautorch.dispatch import Problem
 from tautorch.reference import int8_linear as reference
 
-from . import library as lib
+from . import caches, tails
 from ._gpu import check_lowest, row_sums
 from ._gpu import facts as _facts
 from ._gpu import once as _once
 from ._gpu_product import product
-from .library import Tail
+from .tails import Tail
 
 OP = "int8_linear"
-_packs = lib.PackCache()
-_sums = lib.PackCache()
+_packs = caches.PackCache()
+_sums = caches.PackCache()
 
 
 def problem(index: int, rows: int, n: int, k: int, weight_only: bool, dtype: torch.dtype) -> Problem:
@@ -29,7 +29,7 @@ def problem(index: int, rows: int, n: int, k: int, weight_only: bool, dtype: tor
     capability, multiprocessors = _facts(index)
     details: dict[str, object] = {
         "weight_only": weight_only,
-        "x_dtype": lib.DTYPE_CODE[dtype],
+        "x_dtype": tails.DTYPE_CODE[dtype],
         "rows": rows,
         "capability": capability,
         "multiprocessors": multiprocessors,
@@ -92,7 +92,7 @@ def _extension(
     elif tail.weight_only:
         chosen = -1
     else:
-        problem = _facts(index)[0], x.shape[:-1].numel(), n, k, False, lib.DTYPE_CODE[x.dtype]
+        problem = _facts(index)[0], x.shape[:-1].numel(), n, k, False, tails.DTYPE_CODE[x.dtype]
         chosen = _measured(kernels, problem, x, dtype, run)
     return run(chosen)
 

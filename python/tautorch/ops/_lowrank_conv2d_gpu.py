@@ -11,12 +11,11 @@ from tautorch import dispatch
 from tautorch.dispatch import Problem
 from tautorch.reference import lowrank_conv2d as reference
 
-from . import _gpu
+from . import _gpu, caches, tails
 from . import geometry as conv
-from . import library as lib
 
 OP = "lowrank_conv2d"
-_factors = lib.PackCache()
+_factors = caches.PackCache()
 
 
 def run(
@@ -26,7 +25,7 @@ def run(
     bias: Tensor | None,
     scales: tuple[Tensor | None, Tensor | None],
     geometry: conv.Geometry,
-    tail: lib.Tail,
+    tail: tails.Tail,
 ) -> Tensor:
     """The operator for arguments that have passed its checks; x is on a CUDA device.
 

@@ -9,11 +9,11 @@ from tautorch import dispatch
 from tautorch.dispatch import Problem
 from tautorch.reference import lowrank_linear as reference
 
-from . import _gpu
+from . import _gpu, caches, tails
 from . import library as lib
 
 OP = "lowrank_linear"
-_operands = lib.PackCache()
+_operands = caches.PackCache()
 
 
 def run(
@@ -23,7 +23,7 @@ def run(
     bias: Tensor | None,
     scales: tuple[Tensor | None, Tensor | None],
     residual: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, str | None],
-    tail: lib.Tail,
+    tail: tails.Tail,
 ) -> Tensor:
     """The operator for arguments that have passed its checks; x is on a CUDA device.
 

@@ -8,12 +8,12 @@ from torch import Tensor
 from tautorch import dispatch
 from tautorch.reference.layouts import check_layout
 
-from . import _gpu
+from . import _gpu, caches, tails
 from . import library as lib
 from ._gpu_product import product
 
 OP = "sparse_linear"
-_packs = lib.PackCache()
+_packs = caches.PackCache()
 
 
 def run(
@@ -24,7 +24,7 @@ def run(
     weight_scale: Tensor | None,
     bias: Tensor | None,
     out_features: int,
-    tail: lib.Tail,
+    tail: tails.Tail,
 ) -> Tensor:
     """The operator by ``kernel`` of the extension's table; x and the layout are on a CUDA device.
 
@@ -41,7 +41,7 @@ def run(
     kernels, rows = ext.sparse_linear_kernels(), lib.row_count(x)
     shape = (out_features, k)
     if kernel == "cuda":
-        best = ext.sparse_linear_choose(*_gpu.facts(index), rows, *shape, lib.DTYPE_CODE[dtype])
+        best = ext.sparse_linear_choose(*_gpu.facts(index), rows, *shape, tails.DTYPE_CODE[dtype])
         order = ext.sparse_linear_order(best)
     else:
         order = ext.sparse_linear_order(kernel)

@@ -8,13 +8,13 @@ from torch import Tensor
 from tautorch import dispatch
 from tautorch.reference.layouts import block_row_indices, check_layout
 
-from . import _gpu
+from . import _gpu, caches, tails
 from . import library as lib
 from ._gpu_product import product
 
 OP = "sparse_linear"
 ORDER = 3  # SparseOrder::bitmap
-_packs = lib.PackCache()
+_packs = caches.PackCache()
 
 
 def run(
@@ -25,7 +25,7 @@ def run(
     weight_scale: Tensor,
     bias: Tensor | None,
     out_features: int,
-    tail: lib.Tail,
+    tail: tails.Tail,
 ) -> Tensor:
     """The operator by ``kernel`` of the extension's table; x and the layout are on a CUDA device."""
     _gpu.check_tail_devices(OP, x, tail)

@@ -11,8 +11,7 @@ from tautorch import dispatch
 from tautorch.dispatch import Problem
 from tautorch.reference import sparse_conv2d as reference
 
-from . import _gpu
-from . import library as lib
+from . import _gpu, tails
 from ._int8_conv2d_gpu import extension
 from ._sparse_24_gpu import packed_places
 from .geometry import Geometry, laid_out
@@ -27,7 +26,7 @@ def run(
     bias: Tensor | None,
     pattern: str,
     geometry: Geometry,
-    tail: lib.Tail,
+    tail: tails.Tail,
 ) -> Tensor:
     """The operator for arguments that have passed its checks; x is on a CUDA device.
 

@@ -10,14 +10,14 @@ from tautorch.dispatch import Problem
 from tautorch.reference import sparse_linear as reference
 from tautorch.reference.layouts import block_row_indices, check_layout
 
-from . import _gpu
+from . import _gpu, caches, tails
 from . import _sparse_24_gpu as two_of_four
 from . import _sparse_bitmap_gpu as bitmap
 from . import library as lib
 
 OP = "sparse_linear"
-_checked = lib.PackCache()
-_floats = lib.PackCache()
+_checked = caches.PackCache()
+_floats = caches.PackCache()
 
 
 def run(
@@ -27,7 +27,7 @@ def run(
     bias: Tensor | None,
     pattern: str,
     out_features: int,
-    tail: lib.Tail,
+    tail: tails.Tail,
 ) -> Tensor:
     """The operator for arguments that have passed its checks; x is on a CUDA device.
 
@@ -42,7 +42,7 @@ def run(
         pattern=pattern,
         weight_dtype="float32" if weight_scale is None else "int8",
         weight_only=tail.weight_only,
-        x_dtype=lib.DTYPE_CODE[x.dtype],
+        x_dtype=tails.DTYPE_CODE[x.dtype],
     )
     kernel = dispatch.choose(Problem(OP, "cuda", *shape, details))
     if kernel not in ("reference", "triton"):

@@ -13,13 +13,14 @@ from tautorch import _C
 from tautorch.reference.common import pair
 from tautorch.reference.quantizer import MAX_K_LOWEST
 
+from . import gradients, packing, tails
 from . import library as lib
-from .library import Tail
+from .tails import Tail
 
 # What the schemas of the convolutions end with. A packed weight comes with its ``weight_shape``.
 CONV_SCHEMA = (
     "int[]? weight_shape=None, int[2] stride=1, int[2] padding=0, int[2] dilation=1, int groups=1, "
-    + lib.TAIL_SCHEMA
+    + tails.TAIL_SCHEMA
 )
 Pair = int | Sequence[int]
 # Inputs under a row of a filter below which a pixel's whole window is copied before it is multiplied: six
@@ -155,8 +156,8 @@ def check_call(
         if tensor is not None and tensor.device != x.device:
             raise ValueError(f"{op}: {name} must be on {x.device} like x, got {tensor.device}; move it there")
     if not (tail.weight_only or float_weight):
-        lib.check_k(op, max(geometry.k, k))
-    lib.check_tail(
+        tails.check_k(op, max(geometry.k, k))
+    tails.check_tail(
         op,
         x,
         n=geometry.weight_shape[0],
@@ -204,7 +205,7 @@ def conv_call(plan: bytes, geometry: Geometry, x_dtype: torch.dtype, dtype: torc
     """What ``run_conv`` takes: a plan with its sizes and dtypes."""
     _, _, kh, kw = geometry.weight_shape
     (sh, sw), (ph, pw), (dh, dw) = geometry.stride, geometry.padding, geometry.dilation
-    outputs, codes = geometry.weight_shape[0], lib.DTYPE_CODE
+    outputs, codes = geometry.weight_shape[0], tails.DTYPE_CODE
     # Output height and width are (size - extent) // stride + 1.
     extents = dh * (kh - 1) + 1 - 2 * ph, dw * (kw - 1) + 1 - 2 * pw
     return plan, geometry.in_channels, outputs, *extents, sh, sw, codes[x_dtype], dtype, codes[dtype]
@@ -229,7 +230,7 @@ def run_conv(run: Callable[..., None], call: tuple[Any, ...], x: Tensor) -> Tens
 
 def pack(weight: Tensor, groups: int, kind: int, kernel: str) -> Tensor:
     """Dense pack of a canonical ``[O, I/groups, kh, kw]`` weight, int8 or floating as ``kind`` asks."""
-    if kind == lib.DENSE_F32:
+    if kind == packing.DENSE_F32:
         weight = weight.to(torch.float32)
     o, i, kh, kw = weight.shape
     return _pack_matrix(weight.reshape(o, i, kh * kw), groups, kind, kernel)
@@ -239,7 +240,7 @@ def _pack_matrix(weight: Tensor, groups: int, kind: int, kernel: str) -> Tensor:
     """Dense pack of ``[O, k, taps]``."""
     weight = weight.detach().contiguous()
     o, k, taps = weight.shape
-    return lib.dense_pack(kernel, kind, weight, groups, o // groups, k, taps, (k * taps, taps, 1))
+    return packing.dense_pack(kernel, kind, weight, groups, o // groups, k, taps, (k * taps, taps, 1))
 
 
 def pack_forms(weight: Tensor, groups: int, dilation: int, kind: int, kernel: str) -> Tensor:
@@ -251,15 +252,15 @@ def pack_forms(weight: Tensor, groups: int, dilation: int, kind: int, kernel: st
     tap: channels are then padded to a kernel's step once a row, or, where rows are short, once in all.
     """
     o, i, kh, kw = weight.shape
-    if kind == lib.DENSE_I8 and _C.grouped_fits(kernel, groups, o // groups, i, kh * kw):
-        return pack(weight, groups, lib.GROUPED_I8, kernel)
-    merged = _merged(groups, weight, kernel) if kind == lib.DENSE_I8 else 1
+    if kind == packing.DENSE_I8 and _C.grouped_fits(kernel, groups, o // groups, i, kh * kw):
+        return pack(weight, groups, packing.GROUPED_I8, kernel)
+    merged = _merged(groups, weight, kernel) if kind == packing.DENSE_I8 else 1
     if merged > 1:
         weight, groups = _merge(weight, groups, merged), groups // merged
     o, i, kh, kw = weight.shape
     if groups > 1 or dilation > 1 or kw == 1:
         return pack(weight, groups, kind, kernel)
-    if kind == lib.DENSE_I8 and kh > 1 and kw * i < SHORT_ROW:
+    if kind == packing.DENSE_I8 and kh > 1 and kw * i < SHORT_ROW:
         return _pack_matrix(weight.permute(0, 2, 3, 1).reshape(o, kh * kw * i, 1), groups, kind, kernel)
     return _pack_matrix(weight.permute(0, 3, 1, 2).reshape(o, kw * i, kh), groups, kind, kernel)
 
@@ -283,7 +284,7 @@ def _merge(weight: Tensor, groups: int, merged: int) -> Tensor:
 def unpack(packed: Tensor, shape: Sequence[int]) -> Tensor:
     """The canonical weight ``[O, I/groups, kh, kw]`` of a dense pack of any form, int8 or fp32."""
     o, i, kh, kw = shape
-    info = lib.pack_info(packed)
+    info = packing.pack_info(packed)
     groups, n, k, taps = (int(info[key]) for key in ("groups", "n", "k", "taps"))
     rows = taps == kh and taps != kh * kw
     window = taps == 1 and kh > 1
@@ -300,8 +301,8 @@ def unpack(packed: Tensor, shape: Sequence[int]) -> Tensor:
             f"unpack: packed weight must hold {list(shape)}, got {groups} groups of {n} outputs, {k} inputs "
             f"and {taps} taps; pack it again"
         )
-    dtype = torch.float32 if info["kind"] == lib.DENSE_F32 else torch.int8
-    weight = lib.with_memory(torch.empty(o, k, taps, dtype=dtype, device="cpu"))
+    dtype = torch.float32 if info["kind"] == packing.DENSE_F32 else torch.int8
+    weight = packing.with_memory(torch.empty(o, k, taps, dtype=dtype, device="cpu"))
     _C.dense_unpack(packed.data_ptr(), packed.numel(), weight.data_ptr(), k * taps, taps, 1)
     if rows:
         weight = weight.reshape(o, kw, inputs, kh).permute(0, 2, 3, 1)
@@ -320,7 +321,7 @@ def canonical(weight: Tensor, shape: Sequence[int]) -> Tensor:
 
 def packed_for(weight: Tensor, kernel: str) -> bool:
     """Whether a weight is a pack for this kernel."""
-    return weight.dtype == torch.uint8 and lib.pack_info(weight)["kernel"] == kernel
+    return weight.dtype == torch.uint8 and packing.pack_info(weight)["kernel"] == kernel
 
 
 # The float32 weight that a canonical or packed one stands for, for backward graphs.
@@ -361,7 +362,7 @@ def input_gradient(
     result = conv2d_input(  # type: ignore[no-untyped-call]
         batch.shape, weight, g, geometry.stride, geometry.padding, geometry.dilation, geometry.groups
     )
-    return lib.input_gradient(result.reshape(x.shape), x, x_scale, x_zero_point)
+    return gradients.input_gradient(result.reshape(x.shape), x, x_scale, x_zero_point)
 
 
 def bias_gradient(grad: Tensor, bias: Tensor) -> Tensor:

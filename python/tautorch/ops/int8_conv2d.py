@@ -13,13 +13,15 @@ from tautorch.dispatch import Problem
 from tautorch.reference import int8_conv2d as reference
 
 from . import _int8_conv2d_gpu as gpu
+from . import caches, gradients, packing
 from . import geometry as conv
 from . import library as lib
+from .caches import Prepared
 from .geometry import Geometry, Pair
-from .library import Prepared, Tail
+from .tails import Tail
 
 OP = "int8_conv2d"
-_cache = lib.PackCache()
+_cache = caches.PackCache()
 
 
 def problem(geometry: Geometry, weight_only: bool, device: str = "cpu") -> Problem:
@@ -30,10 +32,10 @@ def problem(geometry: Geometry, weight_only: bool, device: str = "cpu") -> Probl
 
 def pack(weight: Tensor, geometry: Geometry, weight_only: bool, kernel: str) -> Tensor:
     """Pack a canonical int8 ``[O, I/groups, kh, kw]`` weight for a CPU kernel: uint8 ``[bytes]``."""
-    kind = lib.DENSE_W8 if weight_only else lib.DENSE_I8
+    kind = packing.DENSE_W8 if weight_only else packing.DENSE_I8
     groups = geometry.groups
     if not weight_only and weight.shape[1] == 1 and weight.shape[0] == groups:
-        return conv.pack(weight, groups, lib.DEPTHWISE_I8, kernel)
+        return conv.pack(weight, groups, packing.DEPTHWISE_I8, kernel)
     return conv.pack_forms(weight, groups, geometry.dilation[1], kind, kernel)
 
 
@@ -46,26 +48,6 @@ def _check(
     x: Tensor,
     weight: Tensor,
     weight_scale: Tensor,
-    bias: Tensor | None,
-    weight_shape: Sequence[int] | None,
-    stride: Pair,
-    padding: Pair,
-    dilation: Pair,
-    groups: int,
-    tail: Tail,
-) -> Geometry:
-    if weight.dtype not in (torch.int8, torch.uint8):
-        raise TypeError(f"{OP}: weight must be int8 [O, I/groups, kh, kw], got {weight.dtype}; quantise it")
-    shape = weight.shape if weight_shape is None or weight.dtype == torch.int8 else weight_shape
-    geometry = conv.geometry_of(OP, shape, stride, padding, dilation, groups)
-    conv.check_call(OP, x, geometry, {"weight": weight}, weight_scale, bias, tail)
-    return geometry
-
-
-def _prepare(
-    x: Tensor,
-    weight: Tensor,
-    weight_scale: Tensor,
     bias: Tensor | None = None,
     weight_shape: Sequence[int] | None = None,
     stride: Pair = 1,
@@ -73,9 +55,20 @@ def _prepare(
     dilation: Pair = 1,
     groups: int = 1,
     *rest: Any,
-) -> Prepared | Tensor:
+) -> tuple[Geometry, Tail]:
     tail = Tail(*rest)
-    geometry = _check(x, weight, weight_scale, bias, weight_shape, stride, padding, dilation, groups, tail)
+    if weight.dtype not in (torch.int8, torch.uint8):
+        raise TypeError(f"{OP}: weight must be int8 [O, I/groups, kh, kw], got {weight.dtype}; quantise it")
+    shape = weight.shape if weight_shape is None or weight.dtype == torch.int8 else weight_shape
+    geometry = conv.geometry_of(OP, shape, stride, padding, dilation, groups)
+    conv.check_call(OP, x, geometry, {"weight": weight}, weight_scale, bias, tail)
+    return geometry, tail
+
+
+def _prepare(
+    x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None = None, *rest: Any
+) -> Prepared | Tensor:
+    geometry, tail = _check(x, weight, weight_scale, bias, *rest)
     kernel = dispatch.choose(problem(geometry, tail.weight_only))
     if kernel == "reference":
         canonical = conv.canonical(weight, geometry.weight_shape)
@@ -88,7 +81,7 @@ def _prepare(
 
     packed = weight
     if not conv.packed_for(weight, kernel):
-        packed = _cache.get(weight, (kernel, tail.weight_only, groups, geometry.dilation), fresh)
+        packed = _cache.get(weight, (kernel, tail.weight_only, geometry.groups, geometry.dilation), fresh)
     codes, keep = tail.codes(x, weight_scale, bias, tail.weight_only)
     call = conv.conv_call(plan(packed, geometry, codes), geometry, x.dtype, tail.dtype(x))
     return tail.prepared(call, codes, [packed, *keep])
@@ -98,37 +91,13 @@ def _run(call: tuple[Any, ...], x: Tensor) -> Tensor | None:
     return conv.run_conv(_C.int8_conv2d_run, call, x)
 
 
-def _cuda(
-    x: Tensor,
-    weight: Tensor,
-    weight_scale: Tensor,
-    bias: Tensor | None = None,
-    weight_shape: Sequence[int] | None = None,
-    stride: Pair = 1,
-    padding: Pair = 0,
-    dilation: Pair = 1,
-    groups: int = 1,
-    *rest: Any,
-) -> Tensor:
-    tail = Tail(*rest)
-    geometry = _check(x, weight, weight_scale, bias, weight_shape, stride, padding, dilation, groups, tail)
+def _cuda(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None = None, *rest: Any) -> Tensor:
+    geometry, tail = _check(x, weight, weight_scale, bias, *rest)
     return gpu.run(x, weight, weight_scale, bias, geometry, tail)
 
 
-def _fake(
-    x: Tensor,
-    weight: Tensor,
-    weight_scale: Tensor,
-    bias: Tensor | None = None,
-    weight_shape: Sequence[int] | None = None,
-    stride: Pair = 1,
-    padding: Pair = 0,
-    dilation: Pair = 1,
-    groups: int = 1,
-    *rest: Any,
-) -> Tensor:
-    tail = Tail(*rest)
-    geometry = _check(x, weight, weight_scale, bias, weight_shape, stride, padding, dilation, groups, tail)
+def _fake(x: Tensor, *arguments: Any) -> Tensor:
+    geometry, tail = _check(x, *arguments)
     return conv.fake_output(x, geometry, tail.dtype(x))
 
 
@@ -150,7 +119,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
             x, weight, weight_scale, bias, *geometry.operands(), x_scale, x_zero_point, ctx.weight_only,
             out_dtype=torch.float32,
         )  # fmt: skip
-        g = lib.activation_grad(grad, pre, ctx.activation)
+        g = gradients.activation_grad(grad, pre, ctx.activation)
     grad_x = grad_bias = None
     if ctx.needs_input_grad[0]:
         dense = torch.ops.tautorch.float_conv2d_weight(weight, weight_scale, geometry.weight_shape)

@@ -12,11 +12,13 @@ from tautorch.dispatch import Problem
 from tautorch.reference import int8_linear as reference
 
 from . import _int8_linear_gpu as gpu
+from . import caches, gradients, packing, tails
 from . import library as lib
-from .library import Prepared, Tail
+from .caches import Prepared
+from .tails import Tail
 
 OP = "int8_linear"
-_cache = lib.PackCache()
+_cache = caches.PackCache()
 
 
 def choose(n: int, k: int, weight_only: bool) -> str:
@@ -39,19 +41,19 @@ def pack(weight: Tensor, weight_only: bool = False, kernel: str | None = None) -
     if kernel is None:
         kernel = choose(n, k, weight_only)
     if weight.dtype == torch.int8:
-        kind = lib.DENSE_W8 if weight_only else lib.DENSE_I8
+        kind = packing.DENSE_W8 if weight_only else packing.DENSE_I8
     else:
-        kind, weight = lib.DENSE_F32, weight.to(torch.float32)
+        kind, weight = packing.DENSE_F32, weight.to(torch.float32)
     weight = weight.detach().contiguous()
-    return lib.dense_pack(kernel, kind, weight, 1, n, k, 1, (k, 1, 0))
+    return packing.dense_pack(kernel, kind, weight, 1, n, k, 1, (k, 1, 0))
 
 
 def unpack(packed: Tensor) -> Tensor:
     """The canonical weight of a pack, int8 or fp32 ``[N, K]``."""
-    info = lib.pack_info(packed)
+    info = packing.pack_info(packed)
     n, k = int(info["n"]), int(info["k"])
-    dtype = torch.float32 if info["kind"] == lib.DENSE_F32 else torch.int8
-    weight = lib.with_memory(torch.empty(n, k, dtype=dtype, device="cpu"))
+    dtype = torch.float32 if info["kind"] == packing.DENSE_F32 else torch.int8
+    weight = packing.with_memory(torch.empty(n, k, dtype=dtype, device="cpu"))
     _C.dense_unpack(packed.data_ptr(), packed.numel(), weight.data_ptr(), k, 1, 0)
     return weight
 
@@ -69,7 +71,7 @@ def _prepare(
     n, k = weight_scale.numel(), x.shape[-1]
     is_packed = weight.dtype == torch.uint8
     if is_packed:
-        info = lib.pack_info(weight)
+        info = packing.pack_info(weight)
         if info["k"] != k:
             raise ValueError(
                 f"{OP}: x must be [..., {info['k']}] as the packed weight takes, got {list(x.shape)}"
@@ -83,7 +85,7 @@ def _prepare(
         canonical = unpack(weight) if is_packed else weight
         return reference.int8_linear(x, canonical, weight_scale, bias, **tail._asdict())
     packed = weight
-    if not is_packed or lib.pack_info(weight)["kernel"] != kernel:
+    if not is_packed or packing.pack_info(weight)["kernel"] != kernel:
 
         def fresh() -> Tensor:
             return pack(unpack(weight) if is_packed else weight, tail.weight_only, kernel)
@@ -113,9 +115,9 @@ def _check(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None,
     if weight.device != x.device:
         raise ValueError(f"{OP}: weight must be on {x.device} like x, got {weight.device}; move it there")
     if not tail.weight_only:
-        lib.check_k(OP, k)
+        tails.check_k(OP, k)
     rows = lib.row_count(x)
-    lib.check_tail(OP, x, n=n, weight_scale=weight_scale, bias=bias, rows=rows, **tail._asdict())
+    tails.check_tail(OP, x, n=n, weight_scale=weight_scale, bias=bias, rows=rows, **tail._asdict())
 
 
 def _cuda(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None = None, *rest: Any) -> Tensor:
@@ -143,11 +145,11 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         pre = torch.ops.tautorch.int8_linear(
             x, weight, weight_scale, bias, x_scale, x_zero_point, ctx.weight_only, out_dtype=torch.float32
         )
-        g = lib.activation_grad(grad, pre, ctx.activation)
+        g = gradients.activation_grad(grad, pre, ctx.activation)
     grad_x = grad_bias = None
     if ctx.needs_input_grad[0]:
         canonical = torch.ops.tautorch.unpack_linear(weight, weight_scale.shape[0], x.shape[-1])
-        grad_x = lib.input_gradient((g * weight_scale) @ canonical, x, x_scale, x_zero_point)
+        grad_x = gradients.input_gradient((g * weight_scale) @ canonical, x, x_scale, x_zero_point)
     if bias is not None and ctx.needs_input_grad[3]:
         grad_bias = g.reshape(-1, g.shape[-1]).sum(0).to(bias.dtype)
     return (grad_x, None, None, grad_bias, *[None] * 7)
@@ -155,7 +157,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 lib.define(
     OP,
-    "(Tensor x, Tensor weight, Tensor weight_scale, Tensor? bias=None, " + lib.TAIL_SCHEMA + ") -> Tensor",
+    "(Tensor x, Tensor weight, Tensor weight_scale, Tensor? bias=None, " + tails.TAIL_SCHEMA + ") -> Tensor",
     _prepare,
     _run,
     _fake,

@@ -15,13 +15,15 @@ from tautorch.reference import lowrank_conv2d as reference
 from tautorch.reference.lowrank_linear import check_factors
 
 from . import _lowrank_conv2d_gpu as gpu
+from . import caches, gradients, packing
 from . import geometry as conv
 from . import library as lib
+from .caches import Prepared
 from .geometry import Geometry, Pair
-from .library import Prepared, Tail
+from .tails import Tail
 
 OP = "lowrank_conv2d"
-_cache = lib.PackCache()
+_cache = caches.PackCache()
 
 
 def problem(geometry: Geometry, rank: int, int8: bool, device: str = "cpu") -> Problem:
@@ -32,7 +34,9 @@ def problem(geometry: Geometry, rank: int, int8: bool, device: str = "cpu") -> P
 
 def pack(factor: Tensor, groups: int, kernel: str) -> Tensor:
     """Pack a canonical factor, ``[g*r, I/g, kh, kw]`` or ``[O, r, 1, 1]``: uint8 ``[bytes]``."""
-    return conv.pack(factor, groups, lib.DENSE_I8 if factor.dtype == torch.int8 else lib.DENSE_F32, kernel)
+    return conv.pack(
+        factor, groups, packing.DENSE_I8 if factor.dtype == torch.int8 else packing.DENSE_F32, kernel
+    )
 
 
 def plan(
@@ -49,18 +53,19 @@ def _check(
     x: Tensor,
     down: Tensor,
     up: Tensor,
-    bias: Tensor | None,
-    down_scale: Tensor | None,
-    up_scale: Tensor | None,
-    down_shape: Sequence[int] | None,
-    up_shape: Sequence[int] | None,
-    stride: Pair,
-    padding: Pair,
-    dilation: Pair,
-    groups: int,
-    tail: Tail,
-) -> tuple[Geometry, int]:
-    """The geometry of the product, and the rank."""
+    bias: Tensor | None = None,
+    down_scale: Tensor | None = None,
+    up_scale: Tensor | None = None,
+    down_shape: Sequence[int] | None = None,
+    up_shape: Sequence[int] | None = None,
+    stride: Pair = 1,
+    padding: Pair = 0,
+    dilation: Pair = 1,
+    groups: int = 1,
+    *rest: Any,
+) -> tuple[Geometry, int, Tail]:
+    """The geometry of the product, the rank and the tail, checked."""
+    tail = _tail(rest)
     packed = down_shape is not None and up_shape is not None
     if not packed:
         check_factors(OP, down, up, down_scale, up_scale)
@@ -85,7 +90,7 @@ def _check(
         raise ValueError(f"{OP}: down_scale and up_scale must be given together, got one of them")
     weights = {"down": down, "up": up, "down_scale": down_scale}
     conv.check_call(OP, x, geometry, weights, up_scale, bias, tail, float_weight=float_weight, k=rank)
-    return geometry, rank
+    return geometry, rank, tail
 
 
 def _shapes(geometry: Geometry, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -100,18 +105,9 @@ def _prepare(
     bias: Tensor | None = None,
     down_scale: Tensor | None = None,
     up_scale: Tensor | None = None,
-    down_shape: Sequence[int] | None = None,
-    up_shape: Sequence[int] | None = None,
-    stride: Pair = 1,
-    padding: Pair = 0,
-    dilation: Pair = 1,
-    groups: int = 1,
     *rest: Any,
 ) -> Prepared | Tensor:
-    tail = _tail(rest)
-    geometry, rank = _check(
-        x, down, up, bias, down_scale, up_scale, down_shape, up_shape, stride, padding, dilation, groups, tail
-    )
+    geometry, rank, tail = _check(x, down, up, bias, down_scale, up_scale, *rest)
     int8 = up_scale is not None
     kernel = dispatch.choose(problem(geometry, rank, int8))
     shapes = _shapes(geometry, rank)
@@ -129,9 +125,9 @@ def _prepare(
         if conv.packed_for(factor, kernel):
             packs.append(factor)
         else:
-            packs.append(_cached(factor, shape, groups, kernel))
+            packs.append(_cached(factor, shape, geometry.groups, kernel))
     for name, packed, shape in zip(("down", "up"), packs, shapes, strict=True):
-        lib.check_pack(OP, name, packed, shape[0], math.prod(shape))
+        packing.check_pack(OP, name, packed, shape[0], math.prod(shape))
     codes, keep = tail.codes(x, up_scale, bias, not int8)
     if down_scale is not None:
         down_scale = down_scale.detach().contiguous()
@@ -165,40 +161,14 @@ def _cuda(
     bias: Tensor | None = None,
     down_scale: Tensor | None = None,
     up_scale: Tensor | None = None,
-    down_shape: Sequence[int] | None = None,
-    up_shape: Sequence[int] | None = None,
-    stride: Pair = 1,
-    padding: Pair = 0,
-    dilation: Pair = 1,
-    groups: int = 1,
     *rest: Any,
 ) -> Tensor:
-    tail = _tail(rest)
-    geometry, _ = _check(
-        x, down, up, bias, down_scale, up_scale, down_shape, up_shape, stride, padding, dilation, groups, tail
-    )
+    geometry, _, tail = _check(x, down, up, bias, down_scale, up_scale, *rest)
     return gpu.run(x, down, up, bias, (down_scale, up_scale), geometry, tail)
 
 
-def _fake(
-    x: Tensor,
-    down: Tensor,
-    up: Tensor,
-    bias: Tensor | None = None,
-    down_scale: Tensor | None = None,
-    up_scale: Tensor | None = None,
-    down_shape: Sequence[int] | None = None,
-    up_shape: Sequence[int] | None = None,
-    stride: Pair = 1,
-    padding: Pair = 0,
-    dilation: Pair = 1,
-    groups: int = 1,
-    *rest: Any,
-) -> Tensor:
-    tail = _tail(rest)
-    geometry, _ = _check(
-        x, down, up, bias, down_scale, up_scale, down_shape, up_shape, stride, padding, dilation, groups, tail
-    )
+def _fake(x: Tensor, *arguments: Any) -> Tensor:
+    geometry, _, tail = _check(x, *arguments)
     return conv.fake_output(x, geometry, tail.dtype(x))
 
 
@@ -222,7 +192,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
             x, down, up, bias, down_scale, up_scale, inner.weight_shape, ctx.up_shape, *geometry, x_scale,
             x_zero_point, out_dtype=torch.float32,
         )  # fmt: skip
-        g = lib.activation_grad(grad, pre, ctx.activation)
+        g = gradients.activation_grad(grad, pre, ctx.activation)
     grad_x = grad_bias = None
     if ctx.needs_input_grad[0]:
         first = torch.ops.tautorch.float_conv2d_weight(down, down_scale, inner.weight_shape)

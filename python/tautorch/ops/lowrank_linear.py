@@ -13,13 +13,15 @@ from tautorch.reference import lowrank_linear as reference
 from tautorch.reference.layouts import block_shape
 
 from . import _lowrank_linear_gpu as gpu
+from . import caches, gradients, packing, tails
 from . import library as lib
 from . import sparse_entries as entries
+from .caches import Prepared
 from .int8_linear import pack, unpack
-from .library import Prepared, Tail
+from .tails import Tail
 
 OP = "lowrank_linear"
-_cache = lib.PackCache()
+_cache = caches.PackCache()
 
 
 def problem(
@@ -99,7 +101,7 @@ class Residual(NamedTuple):
                     f"{OP}: residual_scale must be float32 [{n}], got {self.scale.dtype} "
                     f"{list(self.scale.shape)}"
                 )
-            lib.check_k(OP, k)
+            tails.check_k(OP, k)
         for t in (values, *indices, self.scale):
             if t is not None and t.device != x.device:
                 raise ValueError(f"{OP}: residual must be on {x.device} like x, got {t.device}; move it")
@@ -127,7 +129,7 @@ class Residual(NamedTuple):
             return None
         is_packed = values.dtype == torch.uint8
         if is_packed:
-            info = lib.pack_info(values)
+            info = packing.pack_info(values)
             if (info["n"], info["k"]) != shape:
                 raise ValueError(
                     f"{OP}: packed residual must hold a weight of {list(shape)}, got "
@@ -163,14 +165,16 @@ def _check(
     x: Tensor,
     down: Tensor,
     up: Tensor,
-    bias: Tensor | None,
-    down_scale: Tensor | None,
-    up_scale: Tensor | None,
-    sizes: tuple[int, int],
-    residual: Residual,
-    tail: Tail,
-) -> None:
-    n, rank = sizes
+    bias: Tensor | None = None,
+    down_scale: Tensor | None = None,
+    up_scale: Tensor | None = None,
+    out_features: int | None = None,
+    rank: int | None = None,
+    *rest: Any,
+) -> tuple[tuple[int, int], Residual, Tail]:
+    """``(N, r)``, the residual and the tail of a call, checked."""
+    residual, tail = Residual(*rest[:5]), Tail(*rest[5:])
+    n, rank = _sizes(down, up, out_features, rank)
     if x.dim() < 1:
         raise ValueError(f"{OP}: x must be [..., K], got a scalar")
     if tail.weight_only:
@@ -203,10 +207,10 @@ def _check(
             )
         if down_scale.device != x.device:
             raise ValueError(f"{OP}: down_scale must be on {x.device} like x, got {down_scale.device}")
-        lib.check_k(OP, k)
-        lib.check_k(OP, rank)
+        tails.check_k(OP, k)
+        tails.check_k(OP, rank)
     residual.check(x, n, up_scale is None, tail)
-    lib.check_tail(
+    tails.check_tail(
         OP,
         x,
         n=n,
@@ -216,6 +220,7 @@ def _check(
         float_weight=up_scale is None,
         **tail._asdict(),
     )
+    return (n, rank), residual, tail
 
 
 def _sizes(down: Tensor, up: Tensor, out_features: int | None, rank: int | None) -> tuple[int, int]:
@@ -237,13 +242,9 @@ def _prepare(
     bias: Tensor | None = None,
     down_scale: Tensor | None = None,
     up_scale: Tensor | None = None,
-    out_features: int | None = None,
-    rank: int | None = None,
     *rest: Any,
 ) -> Prepared | Tensor:
-    residual, tail = Residual(*rest[:5]), Tail(*rest[5:])
-    n, r = sizes = _sizes(down, up, out_features, rank)
-    _check(x, down, up, bias, down_scale, up_scale, sizes, residual, tail)
+    (n, r), residual, tail = _check(x, down, up, bias, down_scale, up_scale, *rest)
     k = x.shape[-1]
     floats = up_scale is None
     kernel = dispatch.choose(problem(n, k, r, "float32" if floats else "int8"))
@@ -256,8 +257,8 @@ def _prepare(
             **residual.canonical((n, k)).keywords(),
         )  # fmt: skip
     packs = [_packed(w, kernel) for w in (down, up)]
-    lib.check_pack(OP, "down", packs[0], r, r * k)
-    lib.check_pack(OP, "up", packs[1], n, n * r)
+    packing.check_pack(OP, "down", packs[0], r, r * k)
+    packing.check_pack(OP, "up", packs[1], n, n * r)
     codes, keep = tail.codes(x, up_scale, bias, floats)
     if down_scale is not None:
         down_scale = down_scale.detach().contiguous()
@@ -280,7 +281,7 @@ def _run(call: tuple[Any, ...], x: Tensor) -> Tensor | None:
 def _packed(factor: Tensor, kernel: str) -> Tensor:
     if factor.dtype != torch.uint8:
         return _cache.get(factor, kernel, lambda: pack(factor, kernel=kernel))
-    if lib.pack_info(factor)["kernel"] == kernel:
+    if packing.pack_info(factor)["kernel"] == kernel:
         return factor
     return _cache.get(factor, kernel, lambda: pack(unpack(factor), kernel=kernel))
 
@@ -292,31 +293,15 @@ def _cuda(
     bias: Tensor | None = None,
     down_scale: Tensor | None = None,
     up_scale: Tensor | None = None,
-    out_features: int | None = None,
-    rank: int | None = None,
     *rest: Any,
 ) -> Tensor:
-    residual, tail = Residual(*rest[:5]), Tail(*rest[5:])
-    sizes = _sizes(down, up, out_features, rank)
-    _check(x, down, up, bias, down_scale, up_scale, sizes, residual, tail)
+    _, residual, tail = _check(x, down, up, bias, down_scale, up_scale, *rest)
     return gpu.run(x, down, up, bias, (down_scale, up_scale), residual, tail)
 
 
-def _fake(
-    x: Tensor,
-    down: Tensor,
-    up: Tensor,
-    bias: Tensor | None = None,
-    down_scale: Tensor | None = None,
-    up_scale: Tensor | None = None,
-    out_features: int | None = None,
-    rank: int | None = None,
-    *rest: Any,
-) -> Tensor:
-    residual, tail = Residual(*rest[:5]), Tail(*rest[5:])
-    sizes = _sizes(down, up, out_features, rank)
-    _check(x, down, up, bias, down_scale, up_scale, sizes, residual, tail)
-    return x.new_empty((*x.shape[:-1], sizes[0]), dtype=tail.dtype(x))
+def _fake(x: Tensor, *arguments: Any) -> Tensor:
+    (n, _), _, tail = _check(x, *arguments)
+    return x.new_empty((*x.shape[:-1], n), dtype=tail.dtype(x))
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -337,7 +322,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
             x, down, up, bias, down_scale, up_scale, ctx.n, ctx.rank, *residual, x_scale, x_zero_point,
             out_dtype=torch.float32,
         )  # fmt: skip
-        g = lib.activation_grad(grad, pre, ctx.activation)
+        g = gradients.activation_grad(grad, pre, ctx.activation)
     grad_x = grad_bias = None
     if ctx.needs_input_grad[0]:
         n, rank = _sizes(down, up, ctx.n, ctx.rank)
@@ -348,7 +333,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         to_x = inner @ unpacked(down, rank, k)
         if residual.values is not None:
             to_x = to_x + residual.gradient(g, k)
-        grad_x = lib.input_gradient(to_x, x, x_scale, x_zero_point)
+        grad_x = gradients.input_gradient(to_x, x, x_scale, x_zero_point)
     if bias is not None and ctx.needs_input_grad[3]:
         grad_bias = g.reshape(-1, g.shape[-1]).sum(0).to(bias.dtype)
     return (grad_x, None, None, grad_bias, *[None] * 16)
@@ -360,7 +345,7 @@ lib.define(
     "(Tensor x, Tensor down, Tensor up, Tensor? bias=None, Tensor? down_scale=None, Tensor? up_scale=None, "
     "SymInt? out_features=None, SymInt? rank=None, Tensor? residual=None, "
     "Tensor? residual_crow_indices=None, Tensor? residual_col_indices=None, Tensor? residual_scale=None, "
-    "str? residual_pattern=None, " + lib.TAIL_SCHEMA + ") -> Tensor",
+    "str? residual_pattern=None, " + tails.TAIL_SCHEMA + ") -> Tensor",
     _prepare,
     _run,
     _fake,

@@ -12,23 +12,23 @@ from tautorch import dispatch
 from tautorch.reference import quantize_rows as reference
 from tautorch.reference.common import check_scale, check_zero_point
 
-from . import _gpu
+from . import _gpu, caches, packing, tails
 from . import library as lib
 
 OP = "quantize_rows"
 STAGES = reference.STAGES
-_vectors = lib.PackCache()
+_vectors = caches.PackCache()
 
 
 def _check(
     x: Tensor,
-    after: str,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    gate: Tensor | None,
-    eps: float,
-    x_scale: Tensor | None,
-    x_zero_point: Tensor | None,
+    after: str = "none",
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    gate: Tensor | None = None,
+    eps: float = 1e-5,
+    x_scale: Tensor | None = None,
+    x_zero_point: Tensor | None = None,
 ) -> None:
     if after not in STAGES:
         raise ValueError(f"{OP}: after must be one of {', '.join(STAGES)}, got {after!r}")
@@ -98,19 +98,19 @@ def _cuda(
     if ext is None:
         return reference.quantize_rows(x, after, weight, bias, gate, eps, x_scale, x_zero_point)
     k, m, index = x.shape[-1], x.shape[:-1].numel(), x.get_device()
-    width, ldq = 16 // x.element_size(), lib.round_up(k, 16)
+    width, ldq = 16 // x.element_size(), packing.round_up(k, 16)
     q = torch.empty((m, ldq), dtype=torch.int8, device=x.device)
     scale = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
     if m == 0:
         return q[:, :k].reshape(x.shape), scale
     stream = torch.cuda.current_stream(index).cuda_stream
     static = [0 if t is None else t.data_ptr() for t in (x_scale, x_zero_point)]
-    code = lib.DTYPE_CODE[x.dtype]
+    code = tails.DTYPE_CODE[x.dtype]
     if after == "none" or k % width or k > ext.MAX_HELD:
         # The stage by torch, then the plain quantiser, which takes any length and stride.
         rows = reference.stage(x, after, weight, bias, gate, eps) if after != "none" else x
         rows = rows.reshape(m, k)
-        code = lib.DTYPE_CODE[rows.dtype]
+        code = tails.DTYPE_CODE[rows.dtype]
         strides = rows.stride() if k else (0, 1)
         ext.quantize_rows(
             rows.data_ptr(), code, *strides, m, k, *static, q.data_ptr(), ldq, scale.data_ptr(), index, stream
@@ -145,16 +145,7 @@ def _float_vector(v: Tensor | None) -> Tensor | None:
     return _gpu.once(_vectors, v, lambda: v.detach().to(torch.float32, copy=True).contiguous())
 
 
-def _fake(
-    x: Tensor,
-    after: str = "none",
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    gate: Tensor | None = None,
-    eps: float = 1e-5,
-    x_scale: Tensor | None = None,
-    x_zero_point: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+def _fake(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape, dtype=torch.int8), x.new_empty(x.shape[:-1], dtype=torch.float32)
 
 

@@ -14,14 +14,16 @@ from tautorch.dispatch import Problem
 from tautorch.reference import sparse_conv2d as reference
 
 from . import _sparse_conv2d_gpu as gpu
+from . import caches, gradients, packing, tails
 from . import geometry as conv
 from . import library as lib
 from . import sparse_entries as sparse
+from .caches import Prepared
 from .geometry import Geometry, Pair
-from .library import Prepared, Tail
+from .tails import Tail
 
 OP = "sparse_conv2d"
-_cache = lib.PackCache()
+_cache = caches.PackCache()
 
 
 def problem(
@@ -50,12 +52,13 @@ def _check(
     weight_scale: Tensor | None,
     bias: Tensor | None,
     weight_shape: Sequence[int],
-    stride: Pair,
-    padding: Pair,
-    dilation: Pair,
-    groups: int,
-    tail: Tail,
-) -> Geometry:
+    stride: Pair = 1,
+    padding: Pair = 0,
+    dilation: Pair = 1,
+    groups: int = 1,
+    *rest: Any,
+) -> tuple[Geometry, Tail]:
+    tail = Tail(*rest)
     geometry = conv.geometry_of(OP, weight_shape, stride, padding, dilation, groups)
     if values.dtype != torch.uint8:
         if values.dtype != torch.int8 and not values.dtype.is_floating_point:
@@ -72,7 +75,7 @@ def _check(
     weights = {"values": values, "crow_indices": crow_indices, "col_indices": col_indices}
     float_weight = weight_scale is None
     conv.check_call(OP, x, geometry, weights, weight_scale, bias, tail, float_weight=float_weight)
-    return geometry
+    return geometry, tail
 
 
 def _prepare(
@@ -83,19 +86,10 @@ def _prepare(
     weight_scale: Tensor | None,
     bias: Tensor | None,
     pattern: str,
-    weight_shape: Sequence[int],
-    stride: Pair = 1,
-    padding: Pair = 0,
-    dilation: Pair = 1,
-    groups: int = 1,
     *rest: Any,
 ) -> Prepared | Tensor:
-    tail = Tail(*rest)
-    geometry = _check(
-        x, values, crow_indices, col_indices, weight_scale, bias, weight_shape, stride, padding, dilation,
-        groups, tail,
-    )  # fmt: skip
-    shape = geometry.weight_shape
+    geometry, tail = _check(x, values, crow_indices, col_indices, weight_scale, bias, *rest)
+    shape, groups = geometry.weight_shape, geometry.groups
     kernel = dispatch.choose(problem(geometry, pattern, weight_scale is not None, tail.weight_only))
 
     def layout() -> tuple[Tensor, Tensor | None, Tensor]:
@@ -116,7 +110,7 @@ def _prepare(
 
     packed = values
     if values.dtype == torch.uint8:
-        lib.check_pack(OP, "values", values, shape[0], math.prod(shape), groups)
+        packing.check_pack(OP, "values", values, shape[0], math.prod(shape), groups)
     if tail.weight_only or not conv.packed_for(values, kernel):
         key = (kernel, tail.weight_only, pattern, shape, groups)
         packed = _cache.get(values, key, fresh, (crow_indices, col_indices))
@@ -137,18 +131,9 @@ def _cuda(
     weight_scale: Tensor | None,
     bias: Tensor | None,
     pattern: str,
-    weight_shape: Sequence[int],
-    stride: Pair = 1,
-    padding: Pair = 0,
-    dilation: Pair = 1,
-    groups: int = 1,
     *rest: Any,
 ) -> Tensor:
-    tail = Tail(*rest)
-    geometry = _check(
-        x, values, crow_indices, col_indices, weight_scale, bias, weight_shape, stride, padding, dilation,
-        groups, tail,
-    )  # fmt: skip
+    geometry, tail = _check(x, values, crow_indices, col_indices, weight_scale, bias, *rest)
     return gpu.run(x, (values, crow_indices, col_indices), weight_scale, bias, pattern, geometry, tail)
 
 
@@ -160,18 +145,9 @@ def _fake(
     weight_scale: Tensor | None,
     bias: Tensor | None,
     pattern: str,
-    weight_shape: Sequence[int],
-    stride: Pair = 1,
-    padding: Pair = 0,
-    dilation: Pair = 1,
-    groups: int = 1,
     *rest: Any,
 ) -> Tensor:
-    tail = Tail(*rest)
-    geometry = _check(
-        x, values, crow_indices, col_indices, weight_scale, bias, weight_shape, stride, padding, dilation,
-        groups, tail,
-    )  # fmt: skip
+    geometry, tail = _check(x, values, crow_indices, col_indices, weight_scale, bias, *rest)
     return conv.fake_output(x, geometry, tail.dtype(x))
 
 
@@ -194,7 +170,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
             x, values, crow_indices, col_indices, weight_scale, bias, ctx.pattern, *geometry.operands(),
             x_scale, x_zero_point, ctx.weight_only, out_dtype=torch.float32,
         )  # fmt: skip
-        g = lib.activation_grad(grad, pre, ctx.activation)
+        g = gradients.activation_grad(grad, pre, ctx.activation)
     grad_x = grad_bias = None
     if ctx.needs_input_grad[0]:
         dense = torch.ops.tautorch.sparse_to_dense(
@@ -212,7 +188,7 @@ lib.define(
     OP,
     "(Tensor x, Tensor values, Tensor? crow_indices, Tensor? col_indices, Tensor? weight_scale, "
     "Tensor? bias, str pattern, int[] weight_shape, int[2] stride=1, int[2] padding=0, int[2] dilation=1, "
-    "int groups=1, " + lib.TAIL_SCHEMA + ") -> Tensor",
+    "int groups=1, " + tails.TAIL_SCHEMA + ") -> Tensor",
     _prepare,
     _run,
     _fake,

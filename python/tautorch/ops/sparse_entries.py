@@ -31,6 +31,7 @@ from tautorch.reference.layouts import (
 )
 
 from . import library as lib
+from . import packing
 
 LISTS, SELL, BOTH, CELLS = 1, 2, 3, 4
 """Forms of a sparse int8 pack besides 0, which keeps what runs fastest; see sell.h and cells.h."""
@@ -223,19 +224,19 @@ def pack(
         return _dense_pack(dense, groups, kernel, pattern)
     n, k, taps = _geometry(shape, groups)
     e = to_entries(values, crow_indices, col_indices, pattern, shape, groups)
-    kind = lib.SPARSE_I8 if values.dtype == torch.int8 else lib.SPARSE_F32
+    kind = packing.SPARSE_I8 if values.dtype == torch.int8 else packing.SPARSE_F32
     what = (kernel, kind, e.gs, groups, n, k, taps, e.start.shape[0] - 1)
-    out = lib.pack_buffer(_C.sparse_pack_bytes(*what, e.start.data_ptr(), e.index.data_ptr(), form))
+    out = packing.pack_buffer(_C.sparse_pack_bytes(*what, e.start.data_ptr(), e.index.data_ptr(), form))
     _C.sparse_pack(*what, e.start.data_ptr(), e.index.data_ptr(), e.values.data_ptr(), form, out.data_ptr())
     return out
 
 
 def _dense_pack(dense: Tensor, groups: int, kernel: str, pattern: str) -> Tensor:
     n, k, taps = _geometry(dense.shape, groups)
-    kind = lib.DENSE_I8 if dense.dtype == torch.int8 else lib.DENSE_F32
-    if kind == lib.DENSE_I8 and pattern == "2:4" and dense.dim() == 2 and _C.pairs_pay(kernel, n, k):
-        kind = lib.PAIRS_I8
-    return lib.dense_pack(kernel, kind, dense, groups, n, k, taps, (k * taps, taps, 1))
+    kind = packing.DENSE_I8 if dense.dtype == torch.int8 else packing.DENSE_F32
+    if kind == packing.DENSE_I8 and pattern == "2:4" and dense.dim() == 2 and _C.pairs_pay(kernel, n, k):
+        kind = packing.PAIRS_I8
+    return packing.dense_pack(kernel, kind, dense, groups, n, k, taps, (k * taps, taps, 1))
 
 
 def dense_keeps_indices(
@@ -289,12 +290,12 @@ def values_at(
 
 def read_entries(packed: Tensor) -> Entries:
     """Entries of a sparse pack."""
-    info = lib.pack_info(packed)
+    info = packing.pack_info(packed)
     gs = int(info["gs"])
     sparse_groups = int(info["groups"]) * -(-int(info["n"]) // gs)
     total = _C.sparse_unpack(packed.data_ptr(), packed.numel(), 0, 0, 0)
-    dtype = torch.float32 if info["kind"] == lib.SPARSE_F32 else torch.int8
-    start = lib.with_memory(torch.empty(sparse_groups + 1, dtype=torch.int32, device="cpu"))
+    dtype = torch.float32 if info["kind"] == packing.SPARSE_F32 else torch.int8
+    start = packing.with_memory(torch.empty(sparse_groups + 1, dtype=torch.int32, device="cpu"))
     index = torch.empty(total, dtype=torch.int16, device="cpu")
     values = torch.empty(total, gs, dtype=dtype, device="cpu")
     where = (start.data_ptr(), index.data_ptr(), values.data_ptr())
@@ -313,13 +314,13 @@ def unpack(
 
 def unpack_dense(packed: Tensor, shape: Sequence[int]) -> Tensor:
     """The weight of ``shape`` that a pack holds, int8 or fp32, 0 where nothing is stored."""
-    info = lib.pack_info(packed)
+    info = packing.pack_info(packed)
     n, k, taps = int(info["n"]), int(info["k"]), int(info["taps"])
     groups = int(info["groups"])
-    if info["kind"] not in (lib.SPARSE_I8, lib.SPARSE_F32):
-        lib.check_pack("unpack", "weight", packed, shape[0], math.prod(shape))
-        dtype = torch.float32 if info["kind"] == lib.DENSE_F32 else torch.int8
-        dense = lib.with_memory(torch.empty(tuple(shape), dtype=dtype, device="cpu"))
+    if info["kind"] not in (packing.SPARSE_I8, packing.SPARSE_F32):
+        packing.check_pack("unpack", "weight", packed, shape[0], math.prod(shape))
+        dtype = torch.float32 if info["kind"] == packing.DENSE_F32 else torch.int8
+        dense = packing.with_memory(torch.empty(tuple(shape), dtype=dtype, device="cpu"))
         _C.dense_unpack(packed.data_ptr(), packed.numel(), dense.data_ptr(), k * taps, taps, 1)
         return dense
     e = read_entries(packed)

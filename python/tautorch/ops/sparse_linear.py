@@ -13,12 +13,14 @@ from tautorch.reference import sparse_linear as reference
 from tautorch.reference.layouts import block_shape
 
 from . import _sparse_linear_gpu as gpu
+from . import caches, gradients, packing, tails
 from . import library as lib
 from . import sparse_entries as entries
-from .library import Prepared, Tail
+from .caches import Prepared
+from .tails import Tail
 
 OP = "sparse_linear"
-_cache = lib.PackCache()
+_cache = caches.PackCache()
 
 
 def problem(n: int, k: int, pattern: str, weight_dtype: str, device: str = "cpu") -> Problem:
@@ -61,8 +63,8 @@ def _check(
         if t is not None and t.device != x.device:
             raise ValueError(f"{OP}: {name} must be on {x.device} like x, got {t.device}; move it there")
     if weight_scale is not None and not tail.weight_only:
-        lib.check_k(OP, x.shape[-1])
-    lib.check_tail(
+        tails.check_k(OP, x.shape[-1])
+    tails.check_tail(
         OP,
         x,
         n=out_features,
@@ -90,7 +92,7 @@ def _prepare(
     shape = (out_features, x.shape[-1])
     float_input = tail.weight_only or weight_scale is None
     if values.dtype == torch.uint8:
-        info = lib.pack_info(values)
+        info = packing.pack_info(values)
         if (info["n"], info["k"]) != shape:
             raise ValueError(
                 f"{OP}: x must be [..., {info['k']}] for these packed values, got {list(x.shape)}"
@@ -113,7 +115,7 @@ def _prepare(
             values, crow_indices, col_indices, pattern, shape, kernel=kernel, op=OP, as_float=float_input
         )
 
-    if is_packed and lib.pack_info(values)["kernel"] == kernel:
+    if is_packed and packing.pack_info(values)["kernel"] == kernel:
         packed = values
     else:
         key = (kernel, float_input, pattern, shape)
@@ -175,13 +177,13 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
             x, values, crow, col, weight_scale, bias, ctx.pattern, ctx.n, x_scale, x_zero_point,
             ctx.weight_only, out_dtype=torch.float32,
         )  # fmt: skip
-        g = lib.activation_grad(grad, pre, ctx.activation)
+        g = gradients.activation_grad(grad, pre, ctx.activation)
     grad_x = grad_bias = None
     if ctx.needs_input_grad[0]:
         shape = (ctx.n, x.shape[-1])
         dense = torch.ops.tautorch.sparse_to_dense(values, crow, col, ctx.pattern, shape, 1)
         scaled = g if weight_scale is None else g * weight_scale
-        grad_x = lib.input_gradient(scaled @ dense, x, x_scale, x_zero_point)
+        grad_x = gradients.input_gradient(scaled @ dense, x, x_scale, x_zero_point)
     if bias is not None and ctx.needs_input_grad[5]:
         grad_bias = g.reshape(-1, g.shape[-1]).sum(0).to(bias.dtype)
     return (grad_x, None, None, None, None, grad_bias, *[None] * 9)
@@ -190,7 +192,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 lib.define(
     OP,
     "(Tensor x, Tensor values, Tensor? crow_indices, Tensor? col_indices, Tensor? weight_scale, "
-    "Tensor? bias, str pattern, SymInt out_features, " + lib.TAIL_SCHEMA + ") -> Tensor",
+    "Tensor? bias, str pattern, SymInt out_features, " + tails.TAIL_SCHEMA + ") -> Tensor",
     _prepare,
     _run,
     _fake,

@@ -199,9 +199,9 @@ def _like(out: Tensor, channels: Tensor) -> Tensor:
     return label.copy_(channels.expand(out.shape))
 
 
-def _uniform(label: Tensor, dim: int = -1) -> Tensor | None:
-    """The labels along `dim` if they are the same at all other places (a vector), else None."""
-    rows = label.movedim(dim, -1).reshape(-1, label.shape[dim])
+def _uniform(label: Tensor) -> Tensor | None:
+    """The labels along the last dimension if they are the same at all other places (a vector), else None."""
+    rows = label.reshape(-1, label.shape[-1])
     return rows[0] if rows.shape[0] and bool((rows == rows[0]).all()) else None
 
 

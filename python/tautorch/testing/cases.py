@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..reference.layouts import encode
-from ..reference.quantizer import quantize_rows, quantize_weight
+from ..reference.quantizer import quantize_weight
 from .values import float_values, int8_values, sparse_mask
 
 OPS: tuple[str, ...] = (
@@ -201,9 +201,3 @@ def _weights(
     dense = float_values(shape, seed=seed + 4) * 0.1 if mode == "float" else weight
     layout = encode(dense, mask, pattern, groups)
     return (*layout, None if mode == "float" else scale), {}
-
-
-def quantized_x(case: Case) -> Case:
-    """The dynamic linear case with the reference's own q and scales as int8 input: the same accumulators."""
-    q, scale = quantize_rows(case.x)
-    return case.with_x(q).but(x_scale=scale.reshape(-1))
