@@ -109,6 +109,12 @@ def test_bench_that_fails_leaves_no_file(tmp_path: Path, monkeypatch: pytest.Mon
     assert result.exit_code == 1 and list(tmp_path.iterdir()) == []
 
 
+def test_demo_refuses_a_seed_that_no_generator_takes(tmp_path: Path) -> None:
+    for seed in ("-1", str(2**32)):
+        result = RUNNER.invoke(cli.app, ["demo", "--seed", seed, "--out", str(tmp_path)])
+        assert result.exit_code == 2 and "--seed" in result.output
+
+
 @pytest.mark.parametrize("inside", ["", "deeper"])
 def test_demo_says_before_it_trains_that_it_cannot_write(
     inside: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -273,6 +273,7 @@ class Extra(nn.Linear):
         (nn.Linear(2, 2), [1], TypeError, "info must be a dict"),
         (nn.Linear(2, 2), {"a": object()}, ValueError, "must be JSON"),
         (nn.Linear(2, 2), {"a": float("nan")}, ValueError, "must be JSON"),
+        (nn.Linear(2, 2), {1: "a", "1": "b"}, ValueError, "must be JSON.*a name occurs twice"),
         (Extra(2, 2), None, TypeError, "'_extra_state' must be a tensor, got dict"),
         (nn.Linear(2, 2, device="meta"), None, ValueError, "'weight' must be a dense tensor.*meta"),
         (nn.Linear(2, 2, dtype=torch.complex64), None, ValueError, "complex64"),
@@ -284,6 +285,18 @@ def test_what_cannot_be_saved(path: Path, model: Any, info: Any, error: type[Exc
         save(model, path, info=info)
     assert path.read_bytes() == b"what was there"
     assert [p.name for p in path.parent.iterdir()] == [path.name]
+
+
+@pytest.mark.parametrize("encode", [None, "entropy"])
+def test_a_document_that_could_not_be_read_back_is_not_written(
+    path: Path, monkeypatch: pytest.MonkeyPatch, encode: Any
+) -> None:
+    monkeypatch.setattr(storage_file, "MAX_HEADER", 5000)
+    save(nn.Linear(2, 2), path, encode=encode)
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match="save: info and structure must be under 5000 bytes of JSON"):
+        save(nn.Linear(2, 2), path, info={"a": "b" * 5000}, encode=encode)
+    assert path.read_bytes() == before
 
 
 @pytest.mark.parametrize("moment", ["save_file", "os.fsync", "os.replace"])
@@ -303,6 +316,10 @@ def test_a_failed_save_leaves_the_old_file(path: Path, monkeypatch: pytest.Monke
 
 
 def test_bad_places(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(OSError, match="must be a file, got the device or pipe"):
+        save(nn.Linear(2, 2), tmp_path / "pipe")
+    assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
     with pytest.raises(IsADirectoryError, match="must be a file"):
         save(nn.Linear(2, 2), tmp_path)
     with pytest.raises(FileNotFoundError, match="make it first"):

@@ -36,7 +36,9 @@ def demo(
     out: Annotated[
         Path, typer.Option(help="Folder for the model, the JSON and the page; made where it does not exist.")
     ] = Path("demo-out"),
-    seed: Annotated[int, typer.Option(help="Of the split, the weights and the order of the images.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=2**32 - 1, help="Of the split, the weights and the order of the images.")
+    ] = 0,
 ) -> None:
     """Take handwritten digits the whole way, from a teacher to a compiled student, and report.
 

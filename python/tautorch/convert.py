@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -24,6 +24,8 @@ from tautorch.convert_candidate import Candidate, Factory, OutputError, shape_ti
 from tautorch.convert_report import ConvertReport, ShapeTime
 from tautorch.ownership import ReadWatch, held_elsewhere
 from tautorch.timing import decisive
+
+COMPILED = "it is compiled; convert before torch.compile, or pass model._orig_mod"
 
 
 def convert(
@@ -115,19 +117,13 @@ def _checked_layers(
             "convert: gate=True must have example_inputs to time on, got None; pass a real batch"
         )
     modules = dict(model.named_modules(remove_duplicate=False))
-    compiled = [
-        name
-        for name, module in modules.items()
-        if "_orig_mod" in module._modules or module._compiled_call_impl is not None
-    ]
+    compiled = () if example_inputs is None else in_compiled_code(model, plan)
     problems: list[str] = []
     for name in plan:
         if name == "":
             problems.append("'': the model itself cannot be replaced in place; wrap it in nn.Sequential")
-        elif example_inputs is not None and any(f"{name}.".startswith(c and f"{c}.") for c in compiled):
-            # what a layer gets does not show in compiled code
-            remedy = "convert before torch.compile, or pass model._orig_mod"
-            problems.append(f"{name!r}: it is compiled; {remedy}")
+        elif name in compiled:
+            problems.append(f"{name!r}: {COMPILED}")
         elif name not in modules:
             close = difflib.get_close_matches(name, modules, n=3)
             problems.append(
@@ -142,6 +138,16 @@ def _checked_layers(
             problems.append(f"{name!r}: {reason}")
     _raise_if(problems)
     return {name: modules[name] for name in plan}
+
+
+def in_compiled_code(model: nn.Module, names: Iterable[str]) -> set[str]:
+    """Those names that lie in what `torch.compile` has taken over, where what a layer gets does not show."""
+    compiled = [
+        name
+        for name, module in model.named_modules(remove_duplicate=False)
+        if "_orig_mod" in module._modules or module._compiled_call_impl is not None
+    ]
+    return {name for name in names if any(f"{name}.".startswith(c and f"{c}.") for c in compiled)}
 
 
 def _check_numbers(min_speedup: float, seconds: float) -> None:

@@ -83,13 +83,19 @@ def write(path: str | PathLike[str], tensors: dict[str, torch.Tensor], document:
 
 
 def as_text(document: dict[str, Any]) -> str:
-    """The document as JSON; ValueError if it is none."""
+    """The document as JSON that `as_document` reads; ValueError if there is none."""
     try:
-        return json.dumps(document, allow_nan=False, separators=(",", ":"))
+        text = json.dumps(document, allow_nan=False, separators=(",", ":"))
+        json.loads(text, object_pairs_hook=_unique)  # keys such as 1 and "1" are one name in JSON
     except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(
             f"save: info and layer configurations must be JSON (finite numbers, text, lists, dicts): {error}"
         ) from error
+    if len(text) >= MAX_HEADER:
+        raise ValueError(
+            f"save: info and structure must be under {MAX_HEADER} bytes of JSON, got {len(text)}"
+        )
+    return text
 
 
 @contextmanager
@@ -98,6 +104,10 @@ def replacing(path: str | PathLike[str]) -> Iterator[Path]:
     target = Path(os.path.realpath(path))
     if target.is_dir():
         raise IsADirectoryError(f"save: path must be a file, got the directory {str(path)!r}")
+    if target.exists() and not target.is_file():
+        raise OSError(
+            f"save: path must be a file, got the device or pipe {str(path)!r}, which would be replaced"
+        )
     if not target.parent.is_dir():
         raise FileNotFoundError(f"save: the directory {str(target.parent)!r} does not exist; make it first")
     temporary = target.with_name(f".{target.name}.{secrets.token_hex(6)}.tmp")
@@ -180,18 +190,19 @@ def _header(path: str | PathLike[str]) -> tuple[dict[str, Any], int]:
     return header, size - 8 - length
 
 
-def _parse(path: str | PathLike[str], text: str, what: str) -> Any:
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) != len(pairs):
-            raise ValueError("a name occurs twice")
-        return found
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a name occurs twice")
+    return found
 
+
+def _parse(path: str | PathLike[str], text: str, what: str) -> Any:
     def no_constant(name: str) -> NoReturn:
         raise ValueError(f"{name} is no JSON")
 
     try:
-        return json.loads(text, object_pairs_hook=unique, parse_constant=no_constant)
+        return json.loads(text, object_pairs_hook=_unique, parse_constant=no_constant)
     except (ValueError, RecursionError) as error:
         bad(path, f"is malformed: its {what} is not valid JSON ({error})")
 

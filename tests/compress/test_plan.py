@@ -217,6 +217,21 @@ def test_a_convolution_that_no_kernel_pads_stays() -> None:
     assert second.replaced and isinstance(model[1], Int8Conv2d)
 
 
+def test_an_empty_layer_stays() -> None:
+    model, x = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 0)).eval(), torch.randn(4, 8)
+    full, empty = compile_layers(model, [x], [x], gate=False)
+    assert full.replaced and not empty.replaced and empty.reason == "kept: its weight is empty"
+
+
+def test_layers_in_compiled_code_stay() -> None:
+    """What they get does not show there, so that nothing can be said of how they are read."""
+    model = nn.Sequential(torch.compile(nn.Linear(8, 8), backend="eager"), nn.Linear(8, 8)).eval()
+    x = torch.randn(4, 8)
+    compiled, plain = compile_layers(model, [x], [x], gate=False)
+    assert not compiled.replaced and compiled.reason.startswith("kept: it is compiled; convert before")
+    assert plain.replaced
+
+
 class Doubts(nn.Module):
     """A layer in float64, one of too many inputs, and one that sees what a mask leaves."""
 
@@ -347,6 +362,31 @@ def test_layers_are_chosen_and_activations_left() -> None:
     assert kinds[0] is kinds[2] is nn.Conv2d
     assert kinds[5:] == [Int8Linear, nn.ReLU, Int8Linear, nn.GELU, Int8Linear]
     assert model[5].activation == "none"
+
+
+class Peeked(nn.Module):
+    """The method beside forward reads what the activation would be folded into."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.act, self.two = nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.two(self.act(self.one(x)))
+
+    def embed(self, x: Tensor) -> Tensor:
+        return self.one(x)
+
+
+def test_the_report_notes_what_was_not_folded() -> None:
+    report, x = Report("peeked"), torch.randn(4, 8)
+    model = Peeked().eval()
+    compile_layers(model, [x], x, gate=False, report=report)
+    assert type(model.act) is nn.ReLU
+    assert len(report.notes) == 1 and report.notes[0].startswith("fuse: act: relu not folded: ")
+    report = Report("folded")
+    compile_layers(nn.Sequential(nn.Linear(8, 16), nn.ReLU()).eval(), [x], x, gate=False, report=report)
+    assert report.notes == []
 
 
 def test_a_kept_pair_can_be_saved_and_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,7 +21,7 @@ from tautorch._batches import (
     model_device,
 )
 from tautorch.compress.report import Layer, Report
-from tautorch.convert import convert
+from tautorch.convert import COMPILED, convert, in_compiled_code
 from tautorch.convert_candidate import Candidate, OutputError
 from tautorch.convert_report import ConvertReport, LayerRecord, ShapeTime
 from tautorch.factorize import FactorizedConv2d, FactorizedLinear
@@ -82,7 +82,8 @@ def compile_layers(
         original: the model before pruning and factorising, for the parameters and bytes of its layers.
         max_error: a layer whose compiled one's output is further off (relative L2 norm: 0.05 is 5 %) stays.
         seconds: about how long one comparison takes.
-        report: gets the layers, and the error of the whole model's output on the example inputs.
+        report: gets the layers, the error of the whole model's output on the example inputs, and a note of
+            each activation or batch norm that `fuse` left where it was, with the reason.
         progress: called with the name of every layer that is decided.
 
     Returns:
@@ -100,6 +101,7 @@ def compile_layers(
     refused = {
         name: why for name, layer in before.items() if (why := refusal(model, name) or _not_compiled(layer))
     }
+    refused |= dict.fromkeys(in_compiled_code(model, before), COMPILED)
     with ReadWatch({name: layer for name, layer in before.items() if name not in refused}) as watch:
         expected = _outputs(model, batches)
     for name, by in watch.readers.items():
@@ -125,9 +127,10 @@ def compile_layers(
                 offers[record.name] = [] if record.replaced else offers[record.name][1:]
                 if progress is not None and not offers[record.name]:
                     progress(record.name)
+        folds: list[str] = []
         if fuse:
             replaced = [name for name in free if records[name].replaced]
-            fold(model, batches[-1], layers=None if layers is None else replaced)
+            fold(model, batches[-1], layers=None if layers is None else replaced, report=folds)
         _make_plain(model, free)
         error = _error(expected, _outputs(model, batches))
         sizes = {name: _original(original, name, layer) for name, layer in before.items()}
@@ -137,6 +140,10 @@ def compile_layers(
         ]
     if report is not None:
         report.layers, report.model_error = found, error
+        left = (
+            f"fuse: {line}" for line in folds if " folded into " not in line
+        )  # the layers say what was folded
+        report.notes += [line for line in left if line not in report.notes]
     return found
 
 
@@ -247,6 +254,8 @@ def _first(layer: nn.Module) -> Any:
 def _not_compiled(layer: nn.Module) -> str | None:
     """Why no compiled layer can take this one's place, None if one can."""
     first = _first(layer)
+    if first.weight.numel() == 0:
+        return "its weight is empty"
     if first.weight.dtype == torch.float64:
         return "its weight is torch.float64; compiled layers take float32, bfloat16 and float16"
     try:
