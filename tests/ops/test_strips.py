@@ -132,7 +132,7 @@ def test_threads_by_rows_and_by_outputs(pattern: str, threads: int) -> None:
 @pytest.mark.parametrize("pattern", ["16x16", "32x32", "2:4"])
 def test_outputs(pattern: str, out_dtype: torch.dtype, activation: str) -> None:
     """As the form that these weights had before: lists, or dense."""
-    n, k = 75, 130
+    n, k = 331, 130  # more strips than a tile of rows takes at once
     w, mask = weight(n, k, pattern, 0.4)
     ours = pairs(w) if pattern == "2:4" else pack(w, mask, pattern)
     other = packing.dense_pack(KERNEL, packing.DENSE_I8, w, 1, n, k, 1, (k, 1, 1))

@@ -8,18 +8,6 @@
 namespace tautorch {
 namespace {
 
-inline vf fma(vf a, vf b, vf c) {
-#if TT_LANES == 16
-    return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
-#elif TT_LANES == 8
-    return (vf)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
-#elif defined(__aarch64__)
-    return (vf)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
-#else
-    return a * b + c;
-#endif
-}
-
 // GCC 12 turns a conversion of the vector extension from bytes to floats into scalar code.
 inline vf load_i8(const void *p) {
 #if TT_LANES == 16

@@ -39,15 +39,34 @@ inline vf splat(float x) { return x - vf{}; } // x - 0 is x, for NaN and -0 too
 inline vi splat(int32_t x) { return x - vi{}; }
 inline vu as_bits(vf v) { return (vu)v; }
 inline vf as_float(vu v) { return (vf)v; }
-// NaN stays NaN.
+// NaN stays NaN: min and max give back their second operand then.
 inline vf clamp(vf v, vf lo, vf hi) {
-#if defined(__aarch64__)
+#if TT_LANES == 16
+    return (vf)_mm512_min_ps((__m512)hi, _mm512_max_ps((__m512)lo, (__m512)v));
+#elif TT_LANES == 8
+    return (vf)_mm256_min_ps((__m256)hi, _mm256_max_ps((__m256)lo, (__m256)v));
+#elif defined(__aarch64__)
     return (vf)vminq_f32(vmaxq_f32((float32x4_t)v, (float32x4_t)lo), (float32x4_t)hi);
 #else
     v = v < lo ? lo : v;
     return v > hi ? hi : v;
 #endif
 }
+// a * b + c, rounded once where there is an instruction for it.
+inline vf fma(vf a, vf b, vf c) {
+#if TT_LANES == 16
+    return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif TT_LANES == 8
+    return (vf)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#elif defined(__aarch64__)
+    return (vf)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+#else
+    return a * b + c;
+#endif
+}
+inline vf fma(vf a, float b, vf c) { return fma(a, splat(b), c); }
+inline vf fma(vf a, vf b, float c) { return fma(a, b, splat(c)); }
+inline vf fma(vf a, float b, float c) { return fma(a, splat(b), splat(c)); }
 inline vf abs(vf v) { return as_float(as_bits(v) & 0x7fffffffu); }
 
 // Nearest integer, ties to even, of |v| < 2^22: adding 1.5 * 2^23 leaves the integer in the low bits.
@@ -204,22 +223,23 @@ template <DType T> inline void store_from_f32(void *p, vf v) {
 
 // e^x to about 1 ulp for finite results, Inf beyond them, never under 2^-126; NaN stays NaN.
 inline vf exp(vf x) {
-    x = x > 89.0f ? splat(89.0f) : x; // e^89 is past the largest float
-    x = x < -87.33f ? splat(-87.33f) : x;
-    const vf t = x * 1.44269504f + kMagic;
-    const vi n = (vi)t - kMagicBits;
-    const vf nf = t - kMagic;
-    const vf r = (x - nf * 0.693359375f) - nf * -2.12194440e-4f;
-    vf p = r * 1.9875691500e-4f + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * r * r + r + 1.0f;
+    x = clamp(x, splat(-87.33f), splat(89.0f)); // e^89 is past the largest float
+    const vf t = fma(x, 1.44269504f, kMagic), n = t - kMagic;
+    const vf r = fma(n, 2.12194440e-4f, fma(n, -0.693359375f, x));
+    vf p = fma(r, 1.9875691500e-4f, 1.3981999507e-3f);
+    p = fma(p, r, 8.3334519073e-3f);
+    p = fma(p, r, 4.1665795894e-2f);
+    p = fma(p, r, 1.6666665459e-1f);
+    p = fma(p, r, 5.0000001201e-1f);
+    p = fma(fma(p, r, 1.0f), r, 1.0f);
+#if TT_LANES == 16
+    return (vf)_mm512_scalef_ps((__m512)p, (__m512)n);
+#else
     // Two factors, so that neither 2^128 nor a subnormal is needed on the way.
-    const vi half = n >> 1;
-    const vf a = (vf)((half + 127) << 23), b = (vf)((n - half + 127) << 23);
+    const vi whole = (vi)t - kMagicBits, half = whole >> 1;
+    const vf a = (vf)((half + 127) << 23), b = (vf)((whole - half + 127) << 23);
     return p * a * b;
+#endif
 }
 
 template <Activation A> inline vf activate(vf x) {
@@ -232,16 +252,16 @@ template <Activation A> inline vf activate(vf x) {
         const vf u = 1.5957691216f * (x + 0.044715f * x * x * x);
         return x / (1.0f + exp(-u));
     } else if constexpr (A == Activation::gelu) {
-        // Abramowitz & Stegun 7.1.26: |error of erf| <= 1.5e-7, written for erfc(|z|) so that the small
-        // tail of negative x does not cancel.
+        // Abramowitz & Stegun 7.1.26: |error of erf| <= 1.5e-7, written for erfc(|z|) / 2, so that the
+        // small tail of negative x does not cancel.
         const vf z = abs(x) * 0.70710678118f;
-        const vf t = 1.0f / (1.0f + 0.3275911f * z);
-        vf p = t * 1.061405429f - 1.453152027f;
-        p = p * t + 1.421413741f;
-        p = p * t - 0.284496736f;
-        p = p * t + 0.254829592f;
-        const vf erfc = p * t * exp(-z * z);
-        return x * (x < 0.0f ? 0.5f * erfc : 1.0f - 0.5f * erfc);
+        const vf t = 1.0f / fma(z, 0.3275911f, 1.0f);
+        vf p = fma(t, 0.5307027145f, -0.7265760135f);
+        p = fma(p, t, 0.7107068705f);
+        p = fma(p, t, -0.142248368f);
+        p = fma(p, t, 0.127414796f);
+        const vf tail = p * t * exp(-z * z);
+        return x * (x < 0.0f ? tail : 1.0f - tail);
     } else {
         return x;
     }

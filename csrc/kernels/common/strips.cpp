@@ -90,40 +90,47 @@ struct Strips {
 // Strips that a tile of rows takes before the next one does: enough that rows leave in long runs, few enough
 // that their weights stay near. One strip down all tiles writes a line or two of each row, rows often a
 // multiple of 4 KB apart: 64 rows and more then missed the caches at every line, 2.8 times as slow at worst.
+constexpr int64_t kMostStrips = 8;
 int64_t strips_together(const Strips &strips) {
-    constexpr int64_t kMost = 8, kBytes = 192 * 1024;
-    return std::clamp<int64_t>(kBytes * strips.h.groups * strips.count / strips.h.total, 1, kMost);
+    constexpr int64_t kBytes = 192 * 1024;
+    return std::clamp<int64_t>(kBytes * strips.h.groups * strips.count / strips.h.total, 1, kMostStrips);
 }
 
 // Rows m0 ... of one convolution group, `rows` of them, by strips [s0, s1).
 void run_block(const Isa &isa, const Strips &strips, int64_t group, const uint8_t *panel, Tiles tiles,
                int64_t inputs, int64_t s0, int64_t s1, const Output &out, int64_t m0, const float *scale) {
     const Epilogue &e = out.epilogue;
-    const bool straight = isa.strip->to_output && !out.along_m &&
-                          (e.activation == Activation::none || e.activation == Activation::relu);
-    alignas(64) int32_t sums[16 * 32];
+    const int64_t size = size_of(e.out_dtype), together = strips_together(strips);
+    const bool rows_leave = isa.strip->to_output && !out.along_m;
+    const bool straight =
+        rows_leave && (e.activation == Activation::none || e.activation == Activation::relu);
+    alignas(64) int32_t sums[16 * 32 * kMostStrips];
     Epilogue plain;
     plain.out_dtype = DType::i32;
     StripI8 s = {};
     s.epilogue = straight ? &e : &plain;
-    s.row_bytes = straight ? out.row_stride * size_of(e.out_dtype) : 4 * strips.outputs;
-    const int64_t together = strips_together(strips);
+    s.row_bytes = straight ? out.row_stride * size : 4 * strips.outputs * (rows_leave ? together : 1);
     for (int64_t i = 0, all = div_up(s1 - s0, together) * tiles.parts; i < all; ++i) {
-        const int64_t from = s0 + i / tiles.parts * together;
+        const int64_t from = s0 + i / tiles.parts * together, end = std::min(s1, from + together);
         const int t = static_cast<int>(i % tiles.parts), r0 = tiles.begin(t);
-        for (int64_t strip = from; strip < std::min(s1, from + together); ++strip) {
+        const int64_t n0 = group * strips.h.n + from * strips.outputs;
+        char *to = static_cast<char *>(out.data) + ((m0 + r0) * out.row_stride + n0) * size;
+        s.rows = tiles.size(t);
+        s.x = panel + r0 * inputs;
+        s.row_scale = scale ? scale + r0 : nullptr;
+        for (int64_t strip = from; strip < end; ++strip) {
+            const int64_t n = (strip - from) * strips.outputs;
             strips.set(s, strip);
-            s.n0 = group * strips.h.n + strip * strips.outputs;
-            s.rows = tiles.size(t);
-            s.x = panel + r0 * inputs;
-            s.row_scale = scale ? scale + r0 : nullptr;
-            s.out = straight ? static_cast<char *>(out.data) + (m0 + r0) * s.row_bytes +
-                                   s.n0 * size_of(e.out_dtype)
-                             : reinterpret_cast<char *>(sums);
+            s.n0 = n0 + n;
+            s.out = straight ? to + n * size : reinterpret_cast<char *>(sums + (rows_leave ? n : 0));
             isa.strip->run(s);
-            if (!straight)
+            if (!rows_leave)
                 store_tile(isa, out, sums, strips.outputs, false, m0 + r0, s.rows, s.n0, s.cols, s.row_scale);
         }
+        if (rows_leave && !straight)
+            isa.epilogue(e, sums, together * strips.outputs, s.rows,
+                         static_cast<int>(std::min(end * strips.outputs, strips.h.n) - from * strips.outputs),
+                         false, n0, s.row_scale, to, out.row_stride);
     }
 }
 
