@@ -75,13 +75,14 @@ def test_unstructured_int8(table: Table, sparsity: float, m: int) -> None:
 
 @pytest.mark.parametrize("m", [64, 128, 512])
 @pytest.mark.parametrize("pattern", ["16x16", "32x32", "64x64"])
-def test_blocks_int8(table: Table, pattern: str, m: int) -> None:
-    linear, ours = sparse_layer(4096, 4096, pattern, 0.9)
-    _, dense = dense_layer(4096, 4096)
-    x = torch.randn(m, 4096)
+@pytest.mark.parametrize(("k", "n"), [(4096, 4096), (1024, 4096), (4096, 1024), (768, 3072)])
+def test_blocks_int8(table: Table, k: int, n: int, pattern: str, m: int) -> None:
+    linear, ours = sparse_layer(k, n, pattern, 0.9)
+    _, dense = dense_layer(k, n)
+    x = torch.randn(m, k)
     check(ours, linear, x)
     table.compare(
-        "sparse_linear", f"{pattern} 90% int8 {m}x4096x4096", lambda: ours(x),
+        "sparse_linear", f"{pattern} 90% int8 {m}x{k}x{n}", lambda: ours(x),
         {"Int8Linear": lambda: dense(x)}, target=("Int8Linear", 7.0), kernel=ours.kernel(),
     )  # fmt: skip
 
