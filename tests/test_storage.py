@@ -115,6 +115,16 @@ def test_a_model_wrapped_further_in_is_saved_with_its_wrapper(path: Path) -> Non
     assert_round_trip(model, nn.Sequential(compiled(nn.Linear(3, 4)), nn.ReLU()), torch.randn(2, 3), path)
 
 
+@pytest.mark.parametrize("encode", [None, "entropy"])
+def test_a_name_as_long_as_the_file_system_takes(encode: Any, path: Path) -> None:
+    if encode is not None:
+        pytest.importorskip("constriction", reason="constriction is not installed")
+    longest = path.with_name("m" * os.pathconf(path.parent, "PC_NAME_MAX"))
+    save(nn.Linear(3, 4), longest, encode=encode)
+    load(longest, lambda: nn.Linear(3, 4))
+    assert list(path.parent.iterdir()) == [longest]
+
+
 def test_a_module_is_filled_in_place(path: Path) -> None:
     model, skeleton = net(), Net()
     save(model, path)
