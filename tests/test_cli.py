@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from typer.testing import CliRunner
 
 from tautorch import bench, cli, dispatch
@@ -33,6 +34,15 @@ def test_kernels_says_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatch, "_table", [row])
     result = RUNNER.invoke(cli.app, ["kernels", "int8_linear"])
     assert "no: this CPU is no Arm" in result.output
+
+
+def test_kernels_on_a_narrow_terminal_cuts_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    row = dispatch.Kernel("int8_linear", "avx512vnni", "cpu", lambda problem: "this CPU has no AVX512-VNNI")
+    monkeypatch.setattr(dispatch, "_table", [row])
+    monkeypatch.setattr(cli, "_console", lambda: Console(width=40))
+    output = RUNNER.invoke(cli.app, ["kernels"]).output
+    folded = "".join(line[33:] for line in output.splitlines()[1:])
+    assert folded.replace(" ", "") == "no:thisCPUhasnoAVX512-VNNI", output
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

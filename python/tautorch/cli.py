@@ -80,7 +80,7 @@ def kernels(
         raise typer.BadParameter(str(error)) from error
     table = Table(box=None, pad_edge=False)
     for column in ("operator", "kernel", "device", "here"):
-        table.add_column(column, no_wrap=column != "here")
+        table.add_column(column, no_wrap=column != "here", overflow="fold")
     for row in rows:
         reason = row.supports(dispatch.Problem(row.op, row.device))
         mark = Text("yes", style="green") if reason is None else Text(f"no: {reason}", style="dim")
