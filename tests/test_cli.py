@@ -13,6 +13,7 @@ import torch
 from rich.console import Console
 from typer.testing import CliRunner
 
+import tautorch
 from tautorch import bench, cli, dispatch
 from tautorch.compress import Check, Report
 from tautorch.demo import pipeline
@@ -52,6 +53,13 @@ def test_kernels_without_a_gpu_says_so_first() -> None:
     assert on_cuda and all(
         line.split(maxsplit=3)[3].strip() == "no: no CUDA device is visible" for line in on_cuda
     )
+
+
+def test_version() -> None:
+    result = RUNNER.invoke(cli.app, ["--version"])
+    assert result.exit_code == 0 and result.output == f"tautorch {tautorch.__version__}\n"
+    help_text = RUNNER.invoke(cli.app, ["--help"]).output
+    assert "Compress a trained PyTorch model" in help_text and "--version" in help_text
 
 
 def test_unknown_operator() -> None:
