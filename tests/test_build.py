@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -56,6 +57,21 @@ def isa_of(path: Path) -> str:
 
 def run(*command: str, **kwargs: object) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True, **kwargs).stdout  # type: ignore[call-overload]
+
+
+def test_the_readmes_links_lead_somewhere_in_a_source_distribution(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backend = pytest.importorskip("scikit_build_core.build", reason="scikit-build-core is not installed")
+    monkeypatch.chdir(ROOT)
+    with tarfile.open(tmp_path / backend.build_sdist(str(tmp_path))) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    links = re.findall(r"\]\(([^)#:]+)\)", (ROOT / "README.md").read_text())
+    assert "docs/performance.md" in links
+    missing = [
+        link for link in links if not any(name == link or name.startswith(f"{link}/") for name in names)
+    ]
+    assert missing == []
 
 
 @pytest.fixture(scope="module")

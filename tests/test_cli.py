@@ -10,8 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from typer.testing import CliRunner
 
+import tautorch
 from tautorch import bench, cli, dispatch
 from tautorch.compress import Check, Report
 from tautorch.demo import pipeline
@@ -35,6 +37,15 @@ def test_kernels_says_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "no: this CPU is no Arm" in result.output
 
 
+def test_kernels_on_a_narrow_terminal_cuts_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    row = dispatch.Kernel("int8_linear", "avx512vnni", "cpu", lambda problem: "this CPU has no AVX512-VNNI")
+    monkeypatch.setattr(dispatch, "_table", [row])
+    monkeypatch.setattr(cli, "_console", lambda: Console(width=40))
+    output = RUNNER.invoke(cli.app, ["kernels"]).output
+    folded = "".join(line[33:] for line in output.splitlines()[1:])
+    assert folded.replace(" ", "") == "no:thisCPUhasnoAVX512-VNNI", output
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_kernels_without_a_gpu_says_so_first() -> None:
     lines = RUNNER.invoke(cli.app, ["kernels"]).output.splitlines()[1:]
@@ -42,6 +53,13 @@ def test_kernels_without_a_gpu_says_so_first() -> None:
     assert on_cuda and all(
         line.split(maxsplit=3)[3].strip() == "no: no CUDA device is visible" for line in on_cuda
     )
+
+
+def test_version() -> None:
+    result = RUNNER.invoke(cli.app, ["--version"])
+    assert result.exit_code == 0 and result.output == f"tautorch {tautorch.__version__}\n"
+    help_text = RUNNER.invoke(cli.app, ["--help"]).output
+    assert "Compress a trained PyTorch model" in help_text and "--version" in help_text
 
 
 def test_unknown_operator() -> None:

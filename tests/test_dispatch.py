@@ -136,7 +136,10 @@ def test_the_environment_forces() -> None:
     assert done.stdout.split() == ["scalar", "reference"], done.stderr
     done = run_python(code, TAUTORCH_FORCE="int8_linear:warp9")
     assert done.returncode != 0
-    assert "force: int8_linear has kernels" in done.stderr
+    assert "TAUTORCH_FORCE must be like int8_linear:scalar, with commas" in done.stderr
+    assert "got 'int8_linear:warp9': force: int8_linear has kernels" in done.stderr
+    done = run_python(code, TAUTORCH_FORCE="bogus")
+    assert "TAUTORCH_FORCE must be like" in done.stderr and "got 'bogus'" in done.stderr
 
 
 # ---- threads ----

@@ -16,12 +16,12 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from tautorch import storage_file
+from tautorch import storage_file, storage_structure
 from tautorch.convert import convert
 from tautorch.factorize.layers import FactorizedConv2d, FactorizedLinear
 from tautorch.fuse import fuse
 from tautorch.nn import Int8Linear
-from tautorch.storage import CheckpointError, describe, load, save
+from tautorch.storage import CheckpointError, describe, load, save, size_report
 
 
 class Net(nn.Module):
@@ -71,6 +71,58 @@ def path(tmp_path: Path) -> Path:
 
 def test_unchanged_model(path: Path) -> None:
     assert_round_trip(net(), Net, images(), path)
+
+
+def compiled(model: nn.Module) -> nn.Module:
+    return torch.compile(model, backend="eager")  # type: ignore[return-value]
+
+
+WRAPPERS = [compiled, nn.DataParallel, lambda model: compiled(nn.DataParallel(model))]
+
+
+@pytest.mark.parametrize("wrap", WRAPPERS)
+def test_of_a_wrapper_the_model_inside_is_saved_and_filled(wrap: Any, path: Path) -> None:
+    model, x = net(), images()
+    convert(model, {"head": Int8Linear.from_float})
+    plain = path.with_name("plain.safetensors")
+    save(model, plain)
+    save(wrap(model), path)
+    assert describe(path) == describe(plain)
+    assert size_report(wrap(model)).file == size_report(model).file
+    assert torch.equal(load(path, Net).eval()(x), model(x))
+    skeleton = Net()
+    wrapped = wrap(skeleton)
+    assert load(path, wrapped) is wrapped
+    assert isinstance(skeleton.head, Int8Linear)
+    assert torch.equal(wrapped.eval()(x), model(x))
+
+
+@pytest.mark.parametrize("wrap", WRAPPERS)
+def test_a_file_of_an_earlier_version_holds_the_wrapper(
+    wrap: Any, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, x = net(), images()
+    convert(model, {"head": Int8Linear.from_float})
+    with monkeypatch.context() as patch:
+        patch.setattr(storage_structure, "unwrapped", lambda model: model)
+        save(wrap(model), path)
+    loaded = load(path, wrap(Net()))
+    assert torch.equal(loaded.eval()(x), model(x))
+
+
+def test_a_model_wrapped_further_in_is_saved_with_its_wrapper(path: Path) -> None:
+    model = nn.Sequential(compiled(nn.Linear(3, 4)), nn.ReLU()).eval()
+    assert_round_trip(model, nn.Sequential(compiled(nn.Linear(3, 4)), nn.ReLU()), torch.randn(2, 3), path)
+
+
+@pytest.mark.parametrize("encode", [None, "entropy"])
+def test_a_name_as_long_as_the_file_system_takes(encode: Any, path: Path) -> None:
+    if encode is not None:
+        pytest.importorskip("constriction", reason="constriction is not installed")
+    longest = path.with_name("m" * os.pathconf(path.parent, "PC_NAME_MAX"))
+    save(nn.Linear(3, 4), longest, encode=encode)
+    load(longest, lambda: nn.Linear(3, 4))
+    assert list(path.parent.iterdir()) == [longest]
 
 
 def test_a_module_is_filled_in_place(path: Path) -> None:

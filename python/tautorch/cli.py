@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tautorch import dispatch
+from tautorch._version import __version__
 
 app = typer.Typer(
     help="Compress a trained PyTorch model and run it on compiled kernels.",
@@ -22,6 +23,22 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
 )
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"tautorch {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", help="Show the version and exit.", callback=_show_version, is_eager=True),
+    ] = False,
+) -> None:
+    """What stands before a command."""
 
 
 @app.command()
@@ -80,7 +97,7 @@ def kernels(
         raise typer.BadParameter(str(error)) from error
     table = Table(box=None, pad_edge=False)
     for column in ("operator", "kernel", "device", "here"):
-        table.add_column(column, no_wrap=column != "here")
+        table.add_column(column, no_wrap=column != "here", overflow="fold")
     for row in rows:
         reason = row.supports(dispatch.Problem(row.op, row.device))
         mark = Text("yes", style="green") if reason is None else Text(f"no: {reason}", style="dim")

@@ -443,7 +443,13 @@ if cuda is not None:
 def _force_from_environment() -> None:
     for item in filter(None, os.environ.get("TAUTORCH_FORCE", "").split(",")):
         op, _, name = item.partition(":")
-        force(op.strip(), name.strip())
+        try:
+            force(op.strip(), name.strip())
+        except ValueError as error:
+            raise ValueError(
+                f"TAUTORCH_FORCE must be like int8_linear:scalar, with commas between several, got {item!r}: "
+                f"{error}"
+            ) from None
 
 
 _force_from_environment()

@@ -47,6 +47,9 @@ def save(
         2016, arXiv:1510.00149; needs `pip install "tautorch[coding]"`). Prune and cluster the weights first:
         plain float weights shrink by 10 to 20 % only. `size_report` tells what each stage gives.
 
+    Of `torch.compile(model)`, `nn.DataParallel(model)` and `DistributedDataParallel(model)` the model inside
+    is saved. A wrapper further in is part of the architecture, which `load` then needs wrapped alike.
+
     A model in training by `quantize.prepare_qat`, `quantize.cluster` or `prune.L0Gates` loads only into a
     skeleton that went through the same call: finalize it first.
 
@@ -83,6 +86,7 @@ def _content(
         raise TypeError(f"save: model must be an nn.Module, got {type(model).__name__}")
     if info is not None and not isinstance(info, Mapping):
         raise TypeError(f"save: info must be a dict of JSON values, got {type(info).__name__}")
+    model = storage_structure.unwrapped(model)
     try:
         structure = storage_structure.describe(model)
     except StructureError as error:
@@ -152,7 +156,9 @@ def load(path: str | PathLike[str], skeleton: nn.Module | Callable[[], nn.Module
     """Rebuilds a saved model from its architecture's code and returns it.
 
     skeleton: the float model's class or function (called without arguments), or a module, which is changed in
-        place and returned. Layers that were replaced, pruned or factorised are put into it.
+        place and returned. Layers that were replaced, pruned or factorised are put into it. Of one wrapped by
+        `torch.compile`, `nn.DataParallel` or `DistributedDataParallel` the module inside is filled; before
+        training in the last, load first and wrap then: it averages no gradients of layers put in later.
 
     The result keeps the skeleton's training flag (call `.eval()` to run it) and device. Raises
     `CheckpointError` (a ValueError) for a file that is truncated, corrupted, tampered with or of another
@@ -162,7 +168,9 @@ def load(path: str | PathLike[str], skeleton: nn.Module | Callable[[], nn.Module
     container = storage_coded if storage_coded.is_coded(path) else storage_file
     document, entries = container.read(path)
     _check_document(path, document, entries)
-    model = _skeleton(skeleton)
+    whole = _skeleton(skeleton)
+    # The file of an earlier version may hold the wrapper, under whose names its tensors are.
+    model = storage_structure.unwrapped(whole, document["modules"])
     if container is storage_coded:
         storage_coded.check_size(path, entries, model)
     values = container.tensors(path, entries, document)
@@ -184,7 +192,7 @@ def load(path: str | PathLike[str], skeleton: nn.Module | Callable[[], nn.Module
             bad(
                 path, f"does not fit: it {error}" if isinstance(error, StructureError) else f"is bad: {error}"
             )
-    return model
+    return whole
 
 
 def describe(path: str | PathLike[str]) -> dict[str, Any]:

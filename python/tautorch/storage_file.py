@@ -110,7 +110,8 @@ def replacing(path: str | PathLike[str]) -> Iterator[Path]:
         )
     if not target.parent.is_dir():
         raise FileNotFoundError(f"save: the directory {str(target.parent)!r} does not exist; make it first")
-    temporary = target.with_name(f".{target.name}.{secrets.token_hex(6)}.tmp")
+    # Its name is short: one as long as the file system takes leaves no room for more.
+    temporary = target.with_name(f".tautorch-{secrets.token_hex(6)}.tmp")
     try:
         with open(temporary, "xb") as file:
             mode = os.fstat(file.fileno()).st_mode  # what the umask gives; safetensors makes its file private

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from tautorch.factorize.layers import FactorizedConv2d, FactorizedLinear, TuckerConv2d
 from tautorch.nn import MODULES
@@ -88,6 +89,24 @@ class StructureError(ValueError):
     """A structure that cannot be written, or does not fit the architecture."""
 
 
+def unwrapped(model: nn.Module, structure: dict[str, Any] | None = None) -> nn.Module:
+    """The module inside `torch.compile`, DataParallel and DDP, or that wrapper which `structure` is of."""
+    said = (structure or {}).get("")
+    kind = said.get("type") if isinstance(said, dict) else None
+    while kind != _type_name(model):
+        if isinstance(model, (nn.DataParallel, DistributedDataParallel)):
+            model = model.module
+        elif "_orig_mod" in model._modules:
+            model = cast(nn.Module, model._orig_mod)
+        else:
+            break
+    return model
+
+
+def _type_name(module: nn.Module) -> str:
+    return f"{type(module).__module__}.{type(module).__qualname__}"
+
+
 def registered(module: nn.Module) -> str | None:
     """The registered name of a module's class, None for one that must come from the architecture's code."""
     odd_norm = getattr(module, "affine", False) and getattr(module, "bias", True) is None  # new in torch 2.13
@@ -123,10 +142,7 @@ def describe(model: nn.Module) -> dict[str, dict[str, Any]]:
             continue
         first[id(module)] = path
         name = registered(module)
-        kind: dict[str, Any] = {
-            "class": "code",
-            "type": f"{type(module).__module__}.{type(module).__qualname__}",
-        }
+        kind: dict[str, Any] = {"class": "code", "type": _type_name(module)}
         if name is not None:
             try:
                 kind = {"class": name, "config": config_of(module)}

@@ -18,7 +18,7 @@ from tautorch import storage
 from tautorch.compress import Report, plan
 from tautorch.compress.plan import compilable, compile_layers, describe_layer
 from tautorch.convert_report import ConvertReport
-from tautorch.factorize import factorize
+from tautorch.factorize import FactorizedLinear, factorize
 from tautorch.nn import Int8Conv2d, Int8Linear, LowRankLinear, PackedModule, SparseConv2d, SparseLinear
 from tautorch.prune import prune
 from tautorch.quantize import FakeQuantInput, finalize, prepare_qat
@@ -440,6 +440,19 @@ def test_layers_that_were_not_chosen_keep_their_batch_norms() -> None:
     x, norm = torch.randn(4, 3, 4, 4), model[1]
     compile_layers(model, [x], [x], gate=False, layers=["3"])
     assert model[1] is norm and isinstance(model[3], Int8Linear)
+
+
+@pytest.mark.parametrize("pair", [False, True])
+def test_a_model_that_is_itself_a_layer_stays_and_the_report_says_why(pair: bool) -> None:
+    model: nn.Module = nn.Linear(8, 8)
+    if pair:
+        model = FactorizedLinear(nn.Linear(8, 2, bias=False), nn.Linear(2, 8))
+    model, x = model.eval(), torch.randn(4, 8)
+    (layer,) = compile_layers(model, [x], [x], gate=False)
+    assert not layer.replaced and layer.name == ""
+    assert layer.reason.startswith("kept: the model itself cannot be replaced in place; wrap it in")
+    wrapped = nn.Sequential(model).eval()
+    assert compile_layers(wrapped, [x], [x], gate=False)[0].replaced
 
 
 def test_an_error_beside_a_scripted_part_comes_through() -> None:

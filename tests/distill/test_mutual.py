@@ -138,6 +138,21 @@ def test_a_killed_run_of_peers_resumes_exactly(tmp_path: Path) -> None:
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
 
 
+def test_a_student_that_works_in_place_changes_no_others_input() -> None:
+    first, second = nn.Sequential(nn.ReLU(inplace=True), nn.Linear(4, 3)), nn.Linear(4, 3)
+    peers, x = Peers([first, second]), torch.randn(5, 4)
+    before = x.clone()
+    outputs = peers(x)
+    assert torch.equal(x, before)
+    assert torch.equal(outputs[0], first(before.clone())) and torch.equal(outputs[1], second(before))
+    wanted = x.clone().requires_grad_()
+    peers(wanted)[1].sum().backward()
+    assert wanted.grad is not None and bool(wanted.grad.any())
+    graph = torch.compile(peers, backend="eager", fullgraph=True)
+    assert all(map(torch.equal, graph(x), outputs))
+    assert torch.equal(x, before)
+
+
 def test_output_takes_a_part() -> None:
     peers = Peers([nn.Linear(2, 3), nn.Linear(2, 3)], output=lambda out: out[:, :2])
     assert [tuple(z.shape) for z in peers(torch.zeros(4, 2))] == [(4, 2), (4, 2)]

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
 from tautorch.prune import L0Gates, hold_masks, prune, sparsity_report
 from tautorch.quantize import cluster, finalize, gptq
@@ -122,6 +123,18 @@ def test_training_closes_the_gates_of_useless_inputs() -> None:
         optimizer.step()
     masks = gates.finalize()
     assert masks["0"].tolist() == [[True, True] + [False] * 6]
+
+
+def test_a_weight_read_twice_is_drawn_twice_but_once_when_cached() -> None:
+    layer = nn.Linear(16, 16)
+    gates = L0Gates(nn.Sequential(layer), keep=0.5)
+    assert not torch.equal(layer.weight, layer.weight)
+    with parametrize.cached():
+        x = torch.randn(3, 16)
+        assert torch.equal(layer(x), layer(x))
+    layer.eval()
+    assert torch.equal(layer.weight, layer.weight)
+    gates.remove()
 
 
 def test_removed_gates_leave_the_weights() -> None:

@@ -101,6 +101,8 @@ def compile_layers(
     refused = {
         name: why for name, layer in before.items() if (why := refusal(model, name) or _not_compiled(layer))
     }
+    if "" in before:
+        refused[""] = "the model itself cannot be replaced in place; wrap it in nn.Sequential"
     refused |= dict.fromkeys(in_compiled_code(model, before), COMPILED)
     with ReadWatch({name: layer for name, layer in before.items() if name not in refused}) as watch:
         expected = _outputs(model, batches)
@@ -240,7 +242,7 @@ def compilable(model: nn.Module) -> list[str]:
     pairs = (FactorizedLinear, FactorizedConv2d)
     found: list[str] = []
     for name, module in model.named_modules():
-        inside = any(name.startswith(f"{outer}.") for outer in found)
+        inside = any(not outer or name.startswith(f"{outer}.") for outer in found)
         if not inside and isinstance(module, (nn.Linear, nn.Conv2d, *pairs)):
             found.append(name)
     return found

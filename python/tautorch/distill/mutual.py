@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from tautorch.distill.arguments import hard_loss, label_rows, logit_rows, one_logits, positive, unit_interval
 from tautorch.distill.losses import kl_rows
@@ -14,6 +15,8 @@ from tautorch.distill.losses import kl_rows
 
 class Peers(nn.Module):
     """K students in one module: the same inputs to each, a tuple of K outputs back.
+
+    Each gets copies of the inputs, which it may change in place.
 
     Train it with `Distiller(None, peers, Mutual(), optimizer)`: one optimizer over all of them, and their
     checkpoints, exact resume and DDP are the Distiller's. `peers[k]` is the k-th student, `len(peers)` is K.
@@ -40,7 +43,7 @@ class Peers(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
         """Each student's output."""
-        outputs = (student(*args, **kwargs) for student in self.students)
+        outputs = (_on_copies(student, args, kwargs) for student in self.students)
         return tuple(outputs if self.output is None else map(self.output, outputs))
 
     def __len__(self) -> int:
@@ -51,6 +54,11 @@ class Peers(nn.Module):
 
     def __iter__(self) -> Iterator[nn.Module]:
         return iter(self.students)
+
+
+def _on_copies(student: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    args, kwargs = pytree.tree_map_only(Tensor, torch.clone, (args, kwargs))
+    return student(*args, **kwargs)
 
 
 class Mutual(nn.Module):

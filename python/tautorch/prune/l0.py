@@ -107,6 +107,9 @@ class L0Gates:
     or `remove`. They need a far higher learning rate than weights: they move by units, weights by hundredths.
     Ranks that are seeded differently each draw gates of their own in training, as dropout does; the gates'
     parameters, and so the penalty and what is kept at last, are the same on all of them.
+    In training each read of a gated weight draws anew, as dropout does at each call: a layer that is used
+    twice in a forward has two draws. `with torch.nn.utils.parametrize.cached():` around the forward makes
+    them one (but not of "channels", whose gates are on the outputs).
     Weights that were pruned before stay zero, and are not counted among those below: load a checkpoint into
     gates of a model that was pruned alike.
 
