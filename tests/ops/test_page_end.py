@@ -98,7 +98,7 @@ def _check_linear(run: Callable[[Tensor, Tensor, Tensor, torch.dtype], Tensor], 
     for m in (1, 5, 13, 40, 70):
         x = torch.randint(-128, 128, (m, K), dtype=torch.int8)
         x_end = at_page_end(x)
-        for dtype in (torch.float32, torch.int8):
+        for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.int8):
             want = run(x, scale, bias, dtype)
             with patch.object(lib, "run_linear", _run_to_page_end):
                 got = run(x_end, *ends, dtype)

@@ -90,23 +90,22 @@ void panel64(const uint8_t *x, const uint32_t *start, const uint16_t *idx, const
     }
 }
 
-// What the sums of a tile's outputs start from, and what they are scaled with; 0 past the last output.
+// What the sums of a tile's outputs start from, and what they are scaled with; numbers past the last output.
+// NaN among them is the quiet one, as in the scales of rows.
 struct TileScales {
     alignas(64) int32_t from[kTileOutputs];
     alignas(64) float w[kTileOutputs], b[kTileOutputs];
 
     explicit TileScales(const SparseScales &s) {
         for (int64_t n = 0; n < s.count; n += 16) {
-            const __mmask16 there =
-                s.count - n >= 16 ? 0xffff : static_cast<__mmask16>((1 << (s.count - n)) - 1);
+            const int64_t left = s.count - n;
             // Modulo 2^32: the product may pass it, the corrected sum does not.
-            _mm512_store_si512(from + n,
-                               s.colsum ? _mm512_mullo_epi32(_mm512_maskz_loadu_epi32(there, s.colsum + n),
-                                                             _mm512_set1_epi32(s.correction))
-                                        : _mm512_setzero_si512());
-            _mm512_store_ps(w + n, s.outputs ? _mm512_maskz_loadu_ps(there, s.outputs + n)
-                                             : _mm512_maskz_mov_ps(there, _mm512_set1_ps(1.0f)));
-            _mm512_store_ps(b + n, s.bias ? _mm512_maskz_loadu_ps(there, s.bias + n) : _mm512_setzero_ps());
+            _mm512_store_si512(
+                from + n, s.colsum ? _mm512_mullo_epi32(_mm512_maskz_loadu_epi32(first(left), s.colsum + n),
+                                                        _mm512_set1_epi32(s.correction))
+                                   : _mm512_setzero_si512());
+            _mm512_store_ps(w + n, load_or(s.outputs, n, left, 1.0f));
+            _mm512_store_ps(b + n, load_or(s.bias, n, left, 0.0f));
         }
     }
 };
@@ -305,7 +304,7 @@ __attribute__((always_inline)) inline void store_rows(const __m512 (&y)[4], int 
 #pragma GCC unroll 4
         for (int l = 0; l < 4; ++l)
             half[l] = _mm512_cvtps_ph(y[l], _MM_FROUND_TO_NEAREST_INT);
-    if constexpr (T == DType::bf16) // NaN is the quiet one: y comes out of an addition
+    if constexpr (T == DType::bf16) // NaN is the quiet one: see TileScales
 #pragma GCC unroll 2
         for (int l = 0; l < 4; l += 2) {
             const __m512i both = bf16_of(y[l], y[l + 1]);
