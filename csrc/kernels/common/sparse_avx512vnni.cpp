@@ -300,17 +300,19 @@ template <DType T>
 __attribute__((always_inline)) inline void store_rows(const __m512 (&y)[4], int i, int rows, __mmask16 there,
                                                       char *to, int64_t step) {
     __m256i half[4];
-    if constexpr (T == DType::f16)
+    if constexpr (T == DType::f16) {
 #pragma GCC unroll 4
         for (int l = 0; l < 4; ++l)
             half[l] = _mm512_cvtps_ph(y[l], _MM_FROUND_TO_NEAREST_INT);
-    if constexpr (T == DType::bf16) // NaN is the quiet one: see TileScales
+    }
+    if constexpr (T == DType::bf16) { // NaN is the quiet one: see TileScales
 #pragma GCC unroll 2
         for (int l = 0; l < 4; l += 2) {
             const __m512i both = bf16_of(y[l], y[l + 1]);
             half[l] = _mm512_castsi512_si256(both);
             half[l + 1] = _mm512_extracti64x4_epi64(both, 1);
         }
+    }
 #pragma GCC unroll 4
     for (int l = 0; l < 4; ++l) {
         if (4 * l + i >= rows)
