@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import sys
 import zlib
 from collections.abc import Generator
 from typing import Any
@@ -39,6 +40,13 @@ def _seeded(request: pytest.FixtureRequest) -> None:
     random.seed(seed)
     np.random.seed(seed)  # noqa: NPY002 - for code under test that draws from numpy's global state
     torch.manual_seed(seed)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_compiled() -> None:
+    """torch counts recompilations of a function for the whole process, and refuses after eight."""
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
 
 
 @pytest.fixture

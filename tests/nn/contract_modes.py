@@ -78,7 +78,6 @@ class ModesContract(Subject):
         module, x = self.module(variant), self.x(variant)
         if packed:
             module(x)
-        torch._dynamo.reset()
         compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
         y = compiled(x)
         self.agrees(module, x, y.detach())
@@ -95,7 +94,6 @@ class ModesContract(Subject):
     def test_inductor(self) -> None:
         variant = next(iter(self.variants))
         module, x = self.module(variant), self.x(variant)
-        torch._dynamo.reset()
         y = torch.compile(nn.Sequential(module, nn.ReLU()), fullgraph=True)(x)
         assert torch.equal(y, torch.relu(module(x)))
 
