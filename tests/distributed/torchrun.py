@@ -1,9 +1,10 @@
-"""Running a function of a test on two ranks, as `torchrun --nproc-per-node=2` starts them (gloo, CPU)."""
+"""Running a function of a test, or a script, on two ranks, as torchrun starts them (gloo, CPU)."""
 
 from __future__ import annotations
 
 import importlib
 import os
+import runpy
 import subprocess
 import sys
 from collections.abc import Callable
@@ -55,14 +56,29 @@ def on_two_ranks(
     return [torch.load(folder / f"result{rank}.pt", weights_only=False) for rank in range(2)]
 
 
-def main() -> None:
-    name, folder = sys.argv[1:]
+def call(name: str, folder: Path) -> None:
     module, function = name.split(":")
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    result = getattr(importlib.import_module(module), function)(Path(folder))
-    torch.save(result, Path(folder) / f"result{dist.get_rank()}.pt")
+    result = getattr(importlib.import_module(module), function)(folder)
+    torch.save(result, folder / f"result{dist.get_rank()}.pt")
     dist.destroy_process_group()
+
+
+def main() -> None:
+    """A function (module:name, folder) or a script with its arguments."""
+    name, *arguments = sys.argv[1:]
+    if name.endswith(".py"):
+        sys.argv = [name, *arguments]
+        runpy.run_path(name, run_name="__main__")
+    else:
+        call(name, Path(*arguments))
+    # Without the interpreter's end: a thread of gloo may still let go of a tensor then, asks for the lock of
+    # an interpreter that is gone, and aborts (pytorch/pytorch#179291; seen once here, and in seven runs of
+    # eight with those threads starved).
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ def test_one_gpu(tmp_path: Path) -> None:
 def test_many_gpus(tmp_path: Path, option: list[str]) -> None:
     script = str(EXAMPLES / "distil_on_many_gpus.py")
     done = subprocess.run(
-        command([script, str(tmp_path), *option]),
+        command(["-m", "tests.distributed.torchrun", script, str(tmp_path), *option]),
         env=environment(),
         capture_output=True,
         text=True,
