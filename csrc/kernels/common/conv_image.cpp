@@ -1,6 +1,7 @@
 #include "kernels/common/conv_image.h"
 
 #include "core/parallel.h"
+#include "kernels/common/planes.h"
 
 #include <algorithm>
 #include <cstring>
@@ -8,7 +9,6 @@
 namespace tautorch {
 namespace {
 
-constexpr int64_t kStrip = 64;             // pixels that are transposed at once
 constexpr int64_t kMostAhead = 256 * 1024; // bytes of x, which a band of floats has more of
 
 void fill_operands(OperandKind kind, int32_t value, int64_t n, char *out) {
@@ -22,56 +22,7 @@ void fill_operands(OperandKind kind, int32_t value, int64_t n, char *out) {
 
 // n elements at x of sample b -> operands.
 void convert(const ConvImage &c, int64_t b, const char *x, int64_t n, char *out) {
-    if (c.kind == OperandKind::f32) {
-        c.isa->to_f32(x, c.dtype, n, reinterpret_cast<float *>(out));
-        return;
-    }
-    const SampleQuant &q = c.how[b];
-    if (q.blank) {
-        fill_operands(c.kind, q.zp + operand_shift(c.kind), n, out);
-        return;
-    }
-    if (!c.isa->quantize(x, c.dtype, n, q.inv, q.zp, q.lo, q.hi, act_of(c.kind), out) && c.bad)
-        __atomic_store_n(c.bad + b, uint8_t{1}, __ATOMIC_RELAXED);
-}
-
-// [channels][kStrip] operands -> out, pixel after pixel. Nothing past the last one's end is written.
-void turn(const ConvImage &c, const char *in, int64_t pixels, char *out) {
-    const int64_t channels = c.g.channels, size = operand_bytes(c.kind);
-    const int64_t step = size == 1 ? 16 : 4;
-    if (c.kind == OperandKind::s16 || (channels < step && size != 1)) {
-        for (int64_t p = 0; p < pixels; ++p)
-            for (int64_t i = 0; i < channels; ++i)
-                std::memcpy(out + p * c.pixel + i * size, in + (i * kStrip + p) * size,
-                            static_cast<size_t>(size));
-        return;
-    }
-    const void *rows[16];
-    if (channels <
-        step) { // 16 channels, most of them anything; each pixel's store hides the last one's excess
-        alignas(64) uint8_t wide[kStrip * 16];
-        for (int64_t i = 0; i < step; ++i)
-            rows[i] = in + std::min(i, channels - 1) * kStrip;
-        c.isa->transpose_u8(reinterpret_cast<const uint8_t *const *>(rows), 16, round_up(pixels, 16), wide,
-                            16);
-        int64_t p = 0;
-        for (; p * channels + 16 <= pixels * channels; ++p) // such pixels have no gaps
-            std::memcpy(out + p * channels, wide + p * 16, 16);
-        for (; p < pixels; ++p)
-            std::memcpy(out + p * channels, wide + p * 16, static_cast<size_t>(channels));
-        return;
-    }
-    for (int64_t i = 0; i < channels; i += step) {
-        const int64_t at = std::min(i, channels - step); // the last ones overlap
-        for (int64_t j = 0; j < step; ++j)
-            rows[j] = in + (at + j) * kStrip * size;
-        if (size == 1)
-            c.isa->transpose_u8(reinterpret_cast<const uint8_t *const *>(rows), 16, pixels,
-                                reinterpret_cast<uint8_t *>(out) + at, c.pixel);
-        else
-            c.isa->transpose_32(reinterpret_cast<const uint32_t *const *>(rows), 4, pixels,
-                                reinterpret_cast<uint32_t *>(out) + at, c.pixel / 4);
-    }
+    c.met(b, to_operands(*c.isa, c.kind, c.dtype, c.quant(b), x, n, out));
 }
 
 // One kept row of a band, or several without padding between them, from input row iy on.
@@ -100,25 +51,25 @@ struct Rows {
     void nchw(int64_t iy, int64_t count) const {
         const Geometry &g = c.g;
         const int64_t plane = g.height * g.width, in_size = size_of(c.dtype);
-        const int64_t size = operand_bytes(c.kind);
-        char *strip = static_cast<char *>(
-            scratch(Scratch::tile, static_cast<size_t>((g.channels + c.pixel / size) * kStrip * size)));
-        char *turned = strip + g.channels * kStrip * size;
         const char *x = c.x + b * g.channels * plane * in_size;
+        const auto turn = [&](int64_t pixel, int64_t n, char *out) {
+            c.met(b, planes_to_operands(*c.isa, c.kind, c.dtype, c.quant(b), x + pixel * in_size,
+                                        plane * in_size, g.channels, n, out, c.pixel));
+        };
         const bool direct = c.keep_x == 1 && nx == g.width && c.cols == g.width;
+        char *turned = static_cast<char *>(
+            direct ? nullptr : scratch(Scratch::rows, static_cast<size_t>(kPlaneStrip * c.pixel)));
         // Kept rows lie one after another in every plane unless rows are left out between.
         const int64_t run = c.keep_y == 1 ? count : 1;
         for (int64_t r0 = 0; r0 < count; r0 += run) {
             const int64_t begin = (iy + r0 * c.keep_y) * g.width, end = begin + run * g.width;
-            for (int64_t p0 = begin; p0 < end; p0 += kStrip) {
-                const int64_t n = std::min(kStrip, end - p0);
-                for (int64_t ch = 0; ch < g.channels; ++ch)
-                    convert(c, b, x + (ch * plane + p0) * in_size, n, strip + ch * kStrip * size);
-                if (direct) {
-                    turn(c, strip, n, first + r0 * c.row + (p0 - begin) * c.pixel);
-                    continue;
-                }
-                turn(c, strip, n, turned);
+            if (direct) {
+                turn(begin, end - begin, first + r0 * c.row);
+                continue;
+            }
+            for (int64_t p0 = begin; p0 < end; p0 += kPlaneStrip) {
+                const int64_t n = std::min(kPlaneStrip, end - p0);
+                turn(p0, n, turned);
                 for (int64_t p = p0; p < p0 + n;) {
                     const int64_t at = p % g.width, left = std::min(p0 + n - p, g.width - at);
                     place(turned + (p - p0) * c.pixel, at, left,

@@ -32,6 +32,11 @@ struct ConvImage {
     bool in_place = false; // no band: int8 x, stored(), is taken a block of pixels at a time
 
     ConvImage(const ConvArgs &a, const Isa &isa, OperandKind kind, bool grouped);
+    SampleQuant quant(int64_t b) const { return how ? how[b] : SampleQuant{}; }
+    void met(int64_t b, bool finite) const {
+        if (!finite && bad)
+            __atomic_store_n(bad + b, uint8_t{1}, __ATOMIC_RELAXED);
+    }
     bool packed() const { return pixel == g.channels * operand_bytes(kind); } // no gap between pixels
     int64_t extent() const { return g.dh * (g.kh - 1) + 1; }                  // kept rows under a filter
     // Whether x has just the kept pixels, one after another.

@@ -56,13 +56,13 @@ template <DType T> inline void put(char *p, vf y, int64_t n, float inv, int32_t 
         if (n >= L)
             store(p, q);
         else
-            std::memcpy(p, &q, static_cast<size_t>(n));
+            store_tail(p, &q, n, 1);
     } else if (n >= L) {
         store_from_f32<T>(p, y);
     } else {
-        char buf[4 * L];
+        alignas(64) char buf[4 * L];
         store_from_f32<T>(buf, y);
-        std::memcpy(p, buf, static_cast<size_t>(n * size_of(T)));
+        store_tail(p, buf, n, size_of(T));
     }
 }
 
@@ -131,10 +131,10 @@ template <bool AlongM> void run_raw(const Epilogue &e, const Tile &t) {
             const vi correction = AlongM ? correction_at(e, t.n0 + r) : correction_along(e, t.n0 + i, n);
             const vu q = as_bits(load_part<DType::f32>(t.acc + 4 * (r * t.ld + i), n)) + (vu)correction;
             char *out = t.out + r * t.line_bytes + 4 * i;
-            if (n >= L) // a memcpy of unknown length would be a call
+            if (n >= L)
                 store(out, q);
             else
-                std::memcpy(out, &q, static_cast<size_t>(4 * n));
+                store_tail(out, &q, n, 4);
         }
 }
 

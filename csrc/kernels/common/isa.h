@@ -153,6 +153,11 @@ struct Isa {
     // Int8 panels of dot_i8 as the floats that dot_f32 takes: [group of kr inputs][width][kr] to
     // [input][width], width at most 16. Null where dot_f32 takes bytes itself; dense_w8 packs then have kr 1.
     void (*widen)(const int8_t *panel, int64_t groups, int width, float *out) = nullptr;
+
+    // `quantize` of at most four planes, `plane` bytes apart, to u8_shifted: byte j of out[p] is plane j's
+    // pixel p. Whole groups of 16 pixels are written. Null where there is none.
+    bool (*quantize_quads)(const void *x, DType dtype, int64_t plane, int planes, int64_t pixels, float inv,
+                           int32_t zp, int32_t lo, int32_t hi, uint32_t *out) = nullptr;
 };
 
 extern const Isa isa_scalar;

@@ -147,6 +147,8 @@ const Isa isa_avx512vnni = {
     grouped_i8_avx512vnni,
     &strip_avx512vnni,
     &digits_avx512vnni,
+    nullptr,
+    quantize_quads,
 };
 
 } // namespace tautorch

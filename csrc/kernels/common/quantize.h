@@ -3,12 +3,22 @@
 #pragma once
 
 #include "kernels/common/simd.h"
+#if TT_LANES == 16
+#include "kernels/common/interleave.h"
+#endif
 
 namespace tautorch {
 namespace {
 
 // The last n < L elements, zero-filled.
 template <DType T> inline vf load_tail(const void *p, int64_t n) {
+#if TT_LANES == 16
+    const __mmask16 some = static_cast<__mmask16>((1u << n) - 1);
+    if constexpr (T == DType::f32)
+        return (vf)_mm512_maskz_loadu_ps(some, p);
+    const __m256i halves = _mm256_maskz_loadu_epi16(some, p);
+    return load_as_f32<T>(&halves);
+#endif
     alignas(64) char buf[4 * L] = {};
     std::memcpy(buf, p, static_cast<size_t>(n * size_of(T)));
     return load_as_f32<T>(buf);
@@ -88,7 +98,7 @@ template <class Out> inline void store_q(void *out, int64_t i, vi q, int32_t add
     if (n >= L)
         store(p, v);
     else
-        std::memcpy(p, &v, static_cast<size_t>(n * Out::bytes));
+        store_tail(p, &v, n, Out::bytes);
 }
 // Four vectors of q, with q + zp in [-128, 127].
 template <class Out> inline void store_q4(void *out, int64_t i, const vi (&q)[4], int32_t zp) {
@@ -200,6 +210,81 @@ bool quantize(const void *x, DType dtype, int64_t n, float inv, int32_t zp, int3
     return act == ActKind::u8_shifted ? quantize_to<OutU8>(x, dtype, n, inv, zp, lo, hi, out)
                                       : quantize_to<OutS16>(x, dtype, n, inv, zp, lo, hi, out);
 }
+
+#if TT_LANES == 16
+// See Isa::quantize_quads.
+template <DType T, bool Clamp>
+bool quads_t(const char *const (&x)[4], int64_t n, float inv, int32_t zp, int32_t lo, int32_t hi,
+             uint32_t *out) {
+    constexpr int64_t e = T == DType::f32 ? 4 : 2;
+    const vf flo = splat(static_cast<float>(lo - zp)), fhi = splat(static_cast<float>(hi - zp));
+    const __m512i z = _mm512_set1_epi16(static_cast<short>(zp)), top = _mm512_set1_epi8(-128);
+    // Packing leaves four pixels of each plane in a 128-bit lane.
+    const __m512i by_pixel =
+        _mm512_broadcast_i32x4(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
+    vu bad = {};
+    for (int64_t i = 0; i < n; i += L) {
+        vi q[4];
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; ++j) {
+            vf v = n - i >= L ? load_as_f32<T>(x[j] + i * e) : load_tail<T>(x[j] + i * e, n - i);
+            if constexpr (Clamp)
+                bad = largest(bad, as_bits(v) & 0x7fffffffu);
+            v *= inv;
+            if constexpr (Clamp)
+                v = clamp(v, flo, fhi);
+            q[j] = nearest_int(v);
+        }
+        const __m512i a = _mm512_packs_epi32((__m512i)q[0], (__m512i)q[1]);
+        const __m512i b = _mm512_packs_epi32((__m512i)q[2], (__m512i)q[3]);
+        const __m512i packed = _mm512_packs_epi16(_mm512_add_epi16(a, z), _mm512_add_epi16(b, z));
+        _mm512_storeu_si512(out + i, _mm512_xor_si512(_mm512_shuffle_epi8(packed, by_pixel), top));
+    }
+    return !Clamp || largest_lane(bad) < 0x7f800000u;
+}
+
+// 64 pixels of four planes of bytes.
+inline void quads_i8(const char *const (&x)[4], int64_t n, uint32_t *out) {
+    const __m512i top = _mm512_set1_epi8(-128);
+    for (int64_t i = 0; i < n; i += 64) {
+        const __mmask64 some = n - i >= 64 ? ~__mmask64{0} : (__mmask64{1} << (n - i)) - 1;
+        __m512i r[4], t[4];
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; ++j)
+            r[j] = _mm512_xor_si512(_mm512_maskz_loadu_epi8(some, x[j] + i), top);
+        interleave_bytes(r[0], r[1], r[2], r[3], t); // part l of t[j]: pixels 16 l + 4 j + 0 .. 3
+        const __m512i l01 = _mm512_shuffle_i32x4(t[0], t[1], 0x44),
+                      h01 = _mm512_shuffle_i32x4(t[0], t[1], 0xee),
+                      l23 = _mm512_shuffle_i32x4(t[2], t[3], 0x44),
+                      h23 = _mm512_shuffle_i32x4(t[2], t[3], 0xee);
+        _mm512_storeu_si512(out + i, _mm512_shuffle_i32x4(l01, l23, 0x88));
+        if (n - i > 16)
+            _mm512_storeu_si512(out + i + 16, _mm512_shuffle_i32x4(l01, l23, 0xdd));
+        if (n - i > 32)
+            _mm512_storeu_si512(out + i + 32, _mm512_shuffle_i32x4(h01, h23, 0x88));
+        if (n - i > 48)
+            _mm512_storeu_si512(out + i + 48, _mm512_shuffle_i32x4(h01, h23, 0xdd));
+    }
+}
+
+bool quantize_quads(const void *x, DType dtype, int64_t plane, int planes, int64_t n, float inv, int32_t zp,
+                    int32_t lo, int32_t hi, uint32_t *out) {
+    const char *from[4];
+    for (int j = 0; j < 4; ++j)
+        from[j] = static_cast<const char *>(x) + (j < planes ? j : planes - 1) * plane;
+    if (dtype == DType::i8) {
+        quads_i8(from, n, out);
+        return true;
+    }
+    const auto run = [&](auto &&some) { return some(from, n, inv, zp, lo, hi, out); };
+    const bool clamped = lo != -127;
+    if (dtype == DType::f32)
+        return clamped ? run(quads_t<DType::f32, true>) : run(quads_t<DType::f32, false>);
+    if (dtype == DType::bf16)
+        return clamped ? run(quads_t<DType::bf16, true>) : run(quads_t<DType::bf16, false>);
+    return clamped ? run(quads_t<DType::f16, true>) : run(quads_t<DType::f16, false>);
+}
+#endif
 
 template <DType T> void to_f32_t(const char *x, int64_t n, float *out) {
     constexpr int64_t e = T == DType::f32 ? 4 : 2;

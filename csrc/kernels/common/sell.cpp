@@ -54,7 +54,9 @@ constexpr Rates kHalvesRates = {1.33, 0.5, 0.8, 2.2, 4.75, 4.5,  5.5, 8.0,      
 const Rates &rates_here() { return cpu_features().halves_512 ? kHalvesRates : kWholeRates; }
 
 #if defined(__x86_64__)
-constexpr int kSellTileRows = 24, kSellTileOutputs = 128; // of sums that do not leave from registers
+// Of sums that do not leave from registers: to rows, and to planes, which take whole vectors of rows.
+constexpr int kSellTileRows = 24, kSellTileOutputs = 128;
+static_assert(kSellTileRows * kSellTileOutputs == kTileRows * kTileN);
 
 // Outputs of strips [s0, s1) of one convolution group, rows m0 ... Groups of 4 leave from registers, 64
 // outputs of a row at a time. Single outputs leave through a tile, as stores of 16 outputs to rows far apart
@@ -65,20 +67,25 @@ void sell_block(const Isa &isa, const uint8_t *packed, int64_t group, const void
     const int64_t width = 16 * h.gs, size = size_of(out.epilogue.out_dtype);
     const uint32_t *start = sell_start(packed) + group * div_up(div_up(h.n, h.gs), 16);
     const bool direct = h.gs == 4 && direct_output(out);
-    alignas(64) int32_t acc[kSellTileRows * kSellTileOutputs];
+    const int tile_rows = out.along_m ? kTileRows : kSellTileRows,
+              tile_outputs = out.along_m ? kTileN : kSellTileOutputs;
+    alignas(64) int32_t acc[kTileRows * kTileN];
     Epilogue plain;
     plain.out_dtype = DType::i32;
     SellI8 p = {};
     p.epilogue = direct ? &out.epilogue : &plain;
-    p.row_bytes = direct ? out.row_stride * size : 4 * kSellTileOutputs;
+    p.row_bytes = direct ? out.row_stride * size : 4 * tile_outputs;
     p.flip = flip;
     p.gs = h.gs;
-    const int parts = direct ? 1 : (count + kSellTileRows - 1) / kSellTileRows;
-    const int64_t together = direct ? 1 : kSellTileOutputs / width;
+    const int parts = direct ? 1 : (count + tile_rows - 1) / tile_rows;
+    const int64_t together = direct ? 1 : tile_outputs / width;
     for (int64_t t = s0; t < s1; t += together)
         for (int i = 0; i < parts; ++i) {
             const int64_t n0 = t * width, end = std::min(s1, t + together), first = group * h.n + n0;
-            const int r0 = count * i / parts, r1 = count * (i + 1) / parts;
+            const auto row = [&](int part) {
+                return out.along_m ? std::min(count, part * tile_rows) : count * part / parts;
+            };
+            const int r0 = row(i), r1 = row(i + 1);
             const int cols = static_cast<int>(std::min((end - t) * width, h.n - n0));
             p.rows = rows + r0;
             p.count = r1 - r0;
@@ -95,14 +102,11 @@ void sell_block(const Isa &isa, const uint8_t *packed, int64_t group, const void
             }
             if (direct)
                 continue;
-            if (!out.along_m) {
-                isa.epilogue(out.epilogue, acc, kSellTileOutputs, p.count, cols, false, first, p.row_scale,
-                             to, out.row_stride);
-                continue;
-            }
-            for (int c = 0; c < cols; c += kTileN)
-                store_tile(isa, out, acc + c, kSellTileOutputs, false, m0 + r0, p.count, first + c,
-                           std::min(kTileN, cols - c), p.row_scale);
+            if (out.along_m)
+                store_tile(isa, out, acc, tile_outputs, false, m0 + r0, p.count, first, cols, p.row_scale);
+            else
+                isa.epilogue(out.epilogue, acc, tile_outputs, p.count, cols, false, first, p.row_scale, to,
+                             out.row_stride);
         }
 }
 #endif

@@ -34,6 +34,18 @@ template <class V> inline V load(const void *p) {
     return v;
 }
 template <class V> inline void store(void *p, V v) { std::memcpy(p, &v, sizeof v); }
+// The first n < L of L elements of so many bytes.
+inline void store_tail(void *p, const void *elements, int64_t n, int64_t bytes) {
+#if TT_LANES == 16 // a memcpy of unknown length would be a call
+    const auto some = static_cast<__mmask16>((1u << n) - 1);
+    if (bytes == 4)
+        return _mm512_mask_storeu_epi32(p, some, _mm512_loadu_si512(elements));
+    if (bytes == 2)
+        return _mm256_mask_storeu_epi16(p, some, _mm256_loadu_si256(static_cast<const __m256i *>(elements)));
+    return _mm_mask_storeu_epi8(p, some, _mm_loadu_si128(static_cast<const __m128i *>(elements)));
+#endif
+    std::memcpy(p, elements, static_cast<size_t>(n * bytes));
+}
 
 inline vf splat(float x) { return x - vf{}; } // x - 0 is x, for NaN and -0 too
 inline vi splat(int32_t x) { return x - vi{}; }

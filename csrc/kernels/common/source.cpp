@@ -1,6 +1,7 @@
 #include "kernels/common/source.h"
 
 #include "core/parallel.h"
+#include "kernels/common/planes.h"
 
 #include <algorithm>
 #include <cstring>
@@ -16,58 +17,6 @@ int64_t pass_tasks(int64_t elements, int64_t most) {
 
 // An odd number of cache lines: at a multiple of 4 KB all rows of a tile would share one set of L1.
 int64_t spread_stride(int64_t bytes) { return round_up(bytes, 64) | 64; }
-
-// n elements -> operands. False if they had to be finite and are not.
-bool convert(const Isa &isa, OperandKind kind, DType dtype, const SampleQuant &s, const void *x, int64_t n,
-             void *out) {
-    if (kind == OperandKind::f32)
-        isa.to_f32(x, dtype, n, static_cast<float *>(out));
-    else if (!s.blank)
-        return isa.quantize(x, dtype, n, s.inv, s.zp, s.lo, s.hi, act_of(kind), out);
-    else if (kind != OperandKind::s16)
-        std::memset(out, s.zp + operand_shift(kind), static_cast<size_t>(n));
-    else
-        std::fill_n(static_cast<int16_t *>(out), n, static_cast<int16_t>(s.zp));
-    return true;
-}
-
-// rows [n][ld_in] of elements -> out[j * ld_out + i], both strides in elements.
-template <class T>
-void transpose_plain(const T *in, int64_t rows, int64_t cols, int64_t ld_in, T *out, int64_t ld_out) {
-    for (int64_t j = 0; j < cols; ++j)
-        for (int64_t i = 0; i < rows; ++i)
-            out[j * ld_out + i] = in[i * ld_in + j];
-}
-
-// [channels][kStrip] operands -> pixel-major.
-constexpr int64_t kStrip = 64;
-void turn(const Isa &isa, OperandKind kind, const char *in, int64_t channels, int64_t pixels, char *out,
-          int64_t ld_bytes) {
-    if (kind == OperandKind::s16) {
-        transpose_plain(reinterpret_cast<const int16_t *>(in), channels, pixels, kStrip,
-                        reinterpret_cast<int16_t *>(out), ld_bytes / 2);
-        return;
-    }
-    const bool bytes = kind != OperandKind::f32;
-    const int64_t step = bytes ? 16 : 4, size = bytes ? 1 : 4;
-    int64_t c = 0;
-    for (; c + step <= channels; c += step) {
-        const void *rows[16];
-        for (int64_t i = 0; i < step; ++i)
-            rows[i] = in + (c + i) * kStrip * size;
-        if (bytes)
-            isa.transpose_u8(reinterpret_cast<const uint8_t *const *>(rows), 16, pixels,
-                             reinterpret_cast<uint8_t *>(out) + c, ld_bytes);
-        else
-            isa.transpose_32(reinterpret_cast<const uint32_t *const *>(rows), 4, pixels,
-                             reinterpret_cast<uint32_t *>(out) + c, ld_bytes / 4);
-    }
-    if (bytes)
-        transpose_plain(in + c * kStrip, channels - c, pixels, kStrip, out + c, ld_bytes);
-    else
-        transpose_plain(reinterpret_cast<const uint32_t *>(in) + c * kStrip, channels - c, pixels, kStrip,
-                        reinterpret_cast<uint32_t *>(out) + c, ld_bytes / 4);
-}
 
 } // namespace
 
@@ -302,7 +251,7 @@ void ImagePixels::pad(char *out) const {
     if (kind_ == OperandKind::f32)
         std::memset(out, 0, static_cast<size_t>(source_.row_stride));
     else
-        tautorch::convert(isa_, kind_, q_.dtype, blank, nullptr, source_.row_stride / size_, out);
+        to_operands(isa_, kind_, q_.dtype, blank, nullptr, source_.row_stride / size_, out);
 }
 
 // Pixels [from, to) of all samples'.
@@ -310,16 +259,14 @@ void ImagePixels::convert(int64_t from, int64_t to, char *out) const {
     const int64_t in_size = size_of(q_.dtype), stride = source_.row_stride, group = source_.group_stride;
     const bool whole =
         per_group_ * size_ == group; // no holes between groups: channels of a pixel are adjacent
-    char *strip = static_cast<char *>(
-        channels_last_ ? nullptr : scratch(Scratch::tile, static_cast<size_t>(g_.channels * kStrip * size_)));
     bool finite = true;
     for (int64_t at = from, n; at < to; at += n, out += n * stride) {
         const int64_t b = at / pixels_, p0 = at % pixels_;
-        n = std::min({kStrip - p0 % kStrip, pixels_ - p0, to - at});
+        n = std::min(pixels_ - p0, to - at);
         const char *in = x_ + b * g_.channels * pixels_ * in_size;
         const SampleQuant sq = how_ ? how_[b] : SampleQuant{};
         const auto operands = [&](int64_t element, int64_t count, char *to) {
-            finite &= tautorch::convert(isa_, kind_, q_.dtype, sq, in + element * in_size, count, to);
+            finite &= to_operands(isa_, kind_, q_.dtype, sq, in + element * in_size, count, to);
         };
         if (!whole) // the weights there are zero; the value only has to be defined
             std::memset(out, 0, static_cast<size_t>(n * stride));
@@ -331,11 +278,11 @@ void ImagePixels::convert(int64_t from, int64_t to, char *out) const {
                     operands((p0 + p) * g_.channels + j * per_group_, per_group_,
                              out + p * stride + j * group);
         } else {
-            for (int64_t c = 0; c < g_.channels; ++c)
-                operands(c * pixels_ + p0, n, strip + c * kStrip * size_);
+            const int64_t channels = whole ? g_.channels : per_group_;
             for (int64_t j = 0; j < (whole ? 1 : groups_); ++j)
-                turn(isa_, kind_, strip + j * per_group_ * kStrip * size_, whole ? g_.channels : per_group_,
-                     n, out + j * group, stride);
+                finite &= planes_to_operands(isa_, kind_, q_.dtype, sq,
+                                             in + (j * per_group_ * pixels_ + p0) * in_size,
+                                             pixels_ * in_size, channels, n, out + j * group, stride);
         }
     }
     if (!finite)
@@ -381,10 +328,12 @@ Source ImagePixels::whole() const {
     s.data = image;
     s.padding = image + bytes;
     pad(image + bytes);
-    const int64_t sample = g_.channels * pixels_, strips = std::max<int64_t>(1, div_up(pixels_, kStrip));
+    const int64_t sample = g_.channels * pixels_, strips = std::max<int64_t>(1, div_up(pixels_, kPlaneStrip));
     const int64_t tasks = pass_tasks(g_.batch * sample, g_.batch * strips);
     parallel_tasks(tasks, [&](int64_t t) {
-        const auto pixel = [&](int64_t strip) { return strip / strips * pixels_ + strip % strips * kStrip; };
+        const auto pixel = [&](int64_t strip) {
+            return strip / strips * pixels_ + strip % strips * kPlaneStrip;
+        };
         const int64_t from = pixel(chunk_begin(g_.batch * strips, tasks, t));
         convert(from, pixel(chunk_begin(g_.batch * strips, tasks, t + 1)), image + from * s.row_stride);
     });
