@@ -103,8 +103,9 @@ PackHeader checked_sparse(const Isa &isa, int64_t kind, int64_t gs, int64_t grou
     if (!entries_valid(static_cast<int>(gs), groups, n, taps * k, e))
         refuse("sparse_pack: start must ascend from 0, one for each group of outputs, and the "
                "inputs of each group must ascend");
-    if (form < 0 || form > static_cast<int>(SparseForm::cells))
-        refuse("sparse_pack: form must be 0 (automatic), 1 (lists), 2 (SELL), 3 (both) or 4 (cells), got " +
+    if (form < 0 || form > static_cast<int>(SparseForm::image))
+        refuse("sparse_pack: form must be 0 (automatic), 1 (lists), 2 (SELL), 3 (both), 4 (cells) or 5 "
+               "(image), got " +
                std::to_string(form));
     return sparse_header(isa, pack_kind, static_cast<int>(gs), groups, n, k, taps, e,
                          static_cast<SparseForm>(form));

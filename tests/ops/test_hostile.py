@@ -305,7 +305,7 @@ def test_impossible_sizes_are_refused(sizes: tuple[int, int, int, int]) -> None:
         )
     with pytest.raises(ValueError, match="form must be 0"):
         _C.sparse_pack_bytes(
-            "scalar", packing.SPARSE_I8, 1, 1, 2, 5, 1, 2, at.data_ptr(), index.data_ptr(), 5
+            "scalar", packing.SPARSE_I8, 1, 1, 2, 5, 1, 2, at.data_ptr(), index.data_ptr(), 6
         )
     with pytest.raises(ValueError, match="rounds must be at least 1"):
         _C.peak_i8("scalar", 0)

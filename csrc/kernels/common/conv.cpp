@@ -3,6 +3,7 @@
 #include "core/parallel.h"
 #include "kernels/common/conv_grouped.h"
 #include "kernels/common/conv_runs.h"
+#include "kernels/common/product_planes.h"
 
 #include <algorithm>
 #include <cmath>
@@ -157,9 +158,11 @@ void Job::run(const ConvBand &band, int64_t m0, int64_t m1, int64_t p0, int64_t 
     }
 }
 
-// Output rows [y0, y1) of all samples.
+// Output rows [y0, y1) of all samples, of whole samples.
 void run_rows(const Job &job, int64_t y0, int64_t y1) {
     const ConvImage &c = job.c;
+    if (by_planes(c, job.h, job.out))
+        return planes_product(c, job.a.packed, job.out, y0 / c.oh, y1 / c.oh);
     const PackHeader &h = job.h;
     const int64_t rows = y1 - y0, count = job.panel_count();
     // An output's way out takes as long as some 32 inputs.

@@ -40,8 +40,9 @@ struct ConvImage {
     bool packed() const { return pixel == g.channels * operand_bytes(kind); } // no gap between pixels
     int64_t extent() const { return g.dh * (g.kh - 1) + 1; }                  // kept rows under a filter
     // Whether x has just the kept pixels, one after another.
-    bool stored() const {
-        return channels_last && g.kh == 1 && g.kw == 1 && g.sh == 1 && g.sw == 1 && g.ph == 0 && g.pw == 0;
+    bool stored() const { return channels_last && pointwise(); }
+    bool pointwise() const {
+        return g.kh == 1 && g.kw == 1 && g.sh == 1 && g.sw == 1 && g.ph == 0 && g.pw == 0;
     }
     // Whether some band looks at every pixel of x.
     bool reads_all() const {

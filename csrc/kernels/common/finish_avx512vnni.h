@@ -212,7 +212,5 @@ inline void turn_top_bits(const char *q, int64_t bytes, void *out) {
     _mm512_mask_storeu_epi8(to + i, rest, _mm512_xor_si512(_mm512_maskz_loadu_epi8(rest, q + i), top));
 }
 
-inline void prefetch_to_write(const char *p) { asm volatile("prefetchw %0" : : "m"(*p)); }
-
 } // namespace
 } // namespace tautorch

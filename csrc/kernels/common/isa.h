@@ -50,6 +50,8 @@ struct RowsF32 {
     int64_t row_bytes;
 };
 
+struct ProductPlanes;
+
 struct Isa {
     const char *name;
     int32_t id;  // stored in packed weights
@@ -158,6 +160,11 @@ struct Isa {
     // pixel p. Whole groups of 16 pixels are written. Null where there is none.
     bool (*quantize_quads)(const void *x, DType dtype, int64_t plane, int planes, int64_t pixels, float inv,
                            int32_t zp, int32_t lo, int32_t hi, uint32_t *out) = nullptr;
+    // The same of all channels of at most 64 pixels to a panel of sparse_i8, out[channel][64].
+    bool (*quantize_panel)(const void *x, DType dtype, int64_t plane, int64_t channels, int64_t pixels,
+                           float inv, int32_t zp, int32_t lo, int32_t hi, uint8_t *out) = nullptr;
+    // Null where there is none, or neither of the two.
+    void (*product_planes)(const ProductPlanes &) = nullptr;
 };
 
 extern const Isa isa_scalar;

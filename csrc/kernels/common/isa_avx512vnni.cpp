@@ -4,6 +4,7 @@
 #include "kernels/common/epilogue.h"
 #include "kernels/common/isa.h"
 #include "kernels/common/panel.h"
+#include "kernels/common/product_planes.h"
 #include "kernels/common/sparse_avx512vnni.h"
 #include "kernels/common/sparse_f32_kernel.h"
 
@@ -149,6 +150,8 @@ const Isa isa_avx512vnni = {
     &digits_avx512vnni,
     nullptr,
     quantize_quads,
+    quantize_panel,
+    product_planes_avx512vnni,
 };
 
 } // namespace tautorch

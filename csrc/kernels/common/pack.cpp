@@ -351,7 +351,8 @@ PackHeader sparse_header(const Isa &isa, PackKind kind, int gs, int64_t groups, 
     if (kind == PackKind::sparse_f32)
         return sparse_layout(isa, kind, gs, groups, n, k, taps, 0, e.start[e.sparse_groups], 0);
     // Whole blocks run at the dense rate for any number of rows, and one row reads no byte but weights.
-    if ((form == SparseForm::automatic || form == SparseForm::cells) && gs == 4 && taps == 1 && isa.strip) {
+    const bool choose = form == SparseForm::automatic || form == SparseForm::image;
+    if ((choose || form == SparseForm::cells) && gs == 4 && taps == 1 && isa.strip) {
         const CellShape shape = cell_shape(*isa.strip, groups, n, k, e);
         if (shape.cells > 0 && (form == SparseForm::cells || 2 * n >= shape.outputs))
             return cells_layout(isa, groups, n, k, shape.cells, shape.outputs);
@@ -383,7 +384,8 @@ PackHeader sparse_header(const Isa &isa, PackKind kind, int gs, int64_t groups, 
         return both;
     constexpr int64_t kMany = 256; // rows: where lists win at all, they win here
     const bool lists_pay = lists_cost(both, kMany) < 0.95 * sell_cost(both, kMany);
-    return form == SparseForm::automatic && lists_pay ? both : layout(0, slots);
+    const bool planes = form == SparseForm::image && isa.quantize_panel && groups == 1 && 2 * both.total <= 3 * n * k;
+    return choose && (lists_pay || planes) ? both : layout(0, slots);
 }
 
 void sparse_pack(const PackHeader &h, const SparseEntries &e, uint8_t *out) {

@@ -106,8 +106,10 @@ struct SparseEntries {
 // Whether there is a list for each sparse group and every list's inputs ascend within `inputs`.
 bool entries_valid(int gs, int64_t groups, int64_t n, int64_t inputs, const SparseEntries &e);
 bool starts_ascend(int64_t lists, const uint32_t *start);
-// Which forms a sparse_i8 pack holds; `automatic` keeps what some number of rows runs fastest with.
-enum class SparseForm : int32_t { automatic = 0, lists = 1, sell = 2, both = 3, cells = 4 };
+// Which forms a sparse_i8 pack holds; `automatic` keeps what some number of rows runs fastest with. `image`:
+// of a convolution, which may also meet planes (NCHW). Lists take and give those as they are, SELL does not;
+// it has them besides where both together are at most 1.5 times a dense weight.
+enum class SparseForm : int32_t { automatic = 0, lists = 1, sell = 2, both = 3, cells = 4, image = 5 };
 // Throws nothing: a form this CPU cannot run is left out.
 PackHeader sparse_header(const Isa &isa, PackKind kind, int gs, int64_t groups, int64_t n, int64_t k,
                          int64_t taps, const SparseEntries &e, SparseForm form);

@@ -38,81 +38,6 @@ void build_panel(const Isa &isa, const PackHeader &h, const Source &x, int64_t g
     }
 }
 
-// Outputs of sparse groups [s0, s1) of one convolution group.
-void run_panel(const Isa &isa, const uint8_t *packed, int64_t group, const void *panel, int w, int64_t s0,
-               int64_t s1, const Output &out, int64_t m, int64_t m0, int rows, const float *scale) {
-    const PackHeader &h = header_of(packed);
-    const int64_t per_group = div_up(h.n, h.gs), lists = h.groups * per_group;
-    const uint32_t *start = reinterpret_cast<const uint32_t *>(packed + h.start_off) + group * per_group;
-    const uint16_t *index = reinterpret_cast<const uint16_t *>(packed + h.index_off);
-    const uint8_t *data = packed + h.data_off;
-    alignas(64) int32_t acc[kTileOutputs * kTileN];
-    // The kernel scales its sums while they are in registers, lanes being rows; what is left to the epilogue
-    // then is to turn, add, activate and convert. Single outputs lose by it: 10 to 20 % at 1024 rows on
-    // Zen 4.
-    const Epilogue &e = out.epilogue;
-    const bool scaled =
-        h.gs == 4 && w == kTileN && scale && isa.sparse_i8_scaled && e.out_dtype != DType::i32;
-    Output rest = out;
-    if (scaled) {
-        rest.epilogue.acc_float = true;
-        rest.epilogue.w_scale = nullptr;
-        if (!e.addend) {
-            rest.epilogue.bias = nullptr;
-            if (e.activation == Activation::relu)
-                rest.epilogue.activation = Activation::none;
-        }
-    }
-    const bool relu = !e.addend && e.activation == Activation::relu;
-    const bool codes = scaled && isa.sparse_i8_codes && e.out_dtype == DType::i8 && !out.along_m &&
-                       (relu || e.activation == Activation::none);
-    const PanelStore store(isa, rest, acc, w, scaled && !out.along_m);
-    const int64_t size = size_of(e.out_dtype), row_bytes = out.row_stride * size;
-    // Zen 4, 4x1, float out: fetching the lines of a tile while its lists run takes 10 to 25 % off where the
-    // output is 8 MB and more, 5 to 20 % at 2 MB where lists are long, and adds 3 % there where they are
-    // short.
-    const int64_t quads = h.entries / std::max<int64_t>(1, h.blocks * lists);
-    const bool fetch = !out.along_m && (m * row_bytes > int64_t{3} << 20 ||
-                                        (m * row_bytes > int64_t{1} << 20 && quads >= 128));
-    const int64_t step = kTileOutputs / h.gs;
-    for (int64_t s = s0; s < s1; s += step) {
-        const int64_t end = std::min(s1, s + step), n0 = group * h.n + s * h.gs;
-        const int cols = static_cast<int>(std::min((end - s) * h.gs, h.n - s * h.gs));
-        bool left = false; // the tile has, from registers
-        for (int64_t b = 0; b < h.blocks; ++b) {
-            const uint8_t *x = static_cast<const uint8_t *>(panel) + b * block_inputs(h) * w;
-            const int8_t *values = reinterpret_cast<const int8_t *>(data);
-            if (!scaled || b + 1 < h.blocks) {
-                isa.sparse_i8(h.gs, w, x, start + b * lists, index, values, s, end, b > 0, acc);
-                continue;
-            }
-            char *to = static_cast<char *>(out.data) + m0 * row_bytes + n0 * size;
-            const SparseScales scales = {scale,
-                                         e.w_scale ? e.w_scale + n0 : nullptr,
-                                         e.bias && !e.addend ? e.bias + n0 : nullptr,
-                                         e.correction ? e.colsum + n0 : nullptr,
-                                         e.correction,
-                                         relu,
-                                         cols,
-                                         to,
-                                         row_bytes,
-                                         cols * size,
-                                         fetch ? rows : 0,
-                                         !out.along_m};
-            left = codes && isa.sparse_i8_codes(x, start + b * lists, index, values, s, end,
-                                                b > 0 ? acc : nullptr, scales, {&e, rows, to, row_bytes});
-            if (!left)
-                isa.sparse_i8_scaled(x, start + b * lists, index, values, s, end, b > 0, acc, scales);
-        }
-        if (left)
-            continue;
-        for (int c = 0; w < 16 && c < cols; c += kTileN)
-            store_tile(isa, rest, acc + c * w, w, true, m0, rows, n0 + c, std::min(kTileN, cols - c), scale);
-        if (w >= 16)
-            store(m0, rows, n0, cols, scaled ? nullptr : scale);
-    }
-}
-
 // Row blocks of 64, then of 16 where 32 rows or fewer are left, then one of 4 where the kernel takes it: an
 // unfilled lane costs as much as a used one.
 struct RowBlocks {
@@ -124,15 +49,6 @@ struct RowBlocks {
     int64_t begin(int64_t i) const { return i < wide() ? i * 64 : wide() * 64 + (i - wide()) * 16; }
     int rows(int64_t i) const { return static_cast<int>(std::min<int64_t>(width(i), m - begin(i))); }
 };
-
-// First sparse group whose entries start at or after this part of the group's.
-int64_t group_at(const uint32_t *start, int64_t groups, double part) {
-    if (part >= 1.0)
-        return groups;
-    const auto target =
-        start[0] + static_cast<uint32_t>(part * static_cast<double>(start[groups] - start[0]));
-    return std::lower_bound(start, start + groups, target) - start;
-}
 
 // Blocks shared out to threads by cost. Where they do not come out even, two threads take a part of the
 // outputs of one block each, and both make its panel: 192 rows on two threads are 1.5 blocks each.
@@ -207,13 +123,95 @@ void own_rows_product(const Isa &isa, const LinearArgs &a, const Output &out, in
             build_panel(isa, h, x, 0, 0, rows, w, pointers.at, panel);
             float scales[kTileN] = {};
             const float *scale = x.row_scales(0, rows, scales) ? scales : nullptr;
-            run_panel(isa, a.packed, 0, panel, w, group_at(start, groups, from), group_at(start, groups, to),
-                      out, a.m, blocks.begin(i), rows, scale);
+            lists_panel(isa, a.packed, 0, panel, w, group_at(start, groups, from),
+                        group_at(start, groups, to), out, a.m, blocks.begin(i), rows, scale);
         });
     });
 }
 
 } // namespace
+
+int64_t group_at(const uint32_t *start, int64_t groups, double part) {
+    if (part >= 1.0)
+        return groups;
+    const auto target =
+        start[0] + static_cast<uint32_t>(part * static_cast<double>(start[groups] - start[0]));
+    return std::lower_bound(start, start + groups, target) - start;
+}
+
+void lists_panel(const Isa &isa, const uint8_t *packed, int64_t group, const void *panel, int w, int64_t s0,
+                 int64_t s1, const Output &out, int64_t m, int64_t m0, int rows, const float *scale) {
+    const PackHeader &h = header_of(packed);
+    const int64_t per_group = div_up(h.n, h.gs), lists = h.groups * per_group;
+    const uint32_t *start = reinterpret_cast<const uint32_t *>(packed + h.start_off) + group * per_group;
+    const uint16_t *index = reinterpret_cast<const uint16_t *>(packed + h.index_off);
+    const uint8_t *data = packed + h.data_off;
+    alignas(64) int32_t acc[kTileOutputs * kTileN];
+    // The kernel scales its sums while they are in registers, lanes being rows; what is left to the epilogue
+    // then is to turn, add, activate and convert. Single outputs lose by it: 10 to 20 % at 1024 rows on
+    // Zen 4.
+    const Epilogue &e = out.epilogue;
+    const bool scaled =
+        h.gs == 4 && w == kTileN && scale && isa.sparse_i8_scaled && e.out_dtype != DType::i32;
+    Output rest = out;
+    if (scaled) {
+        rest.epilogue.acc_float = true;
+        rest.epilogue.w_scale = nullptr;
+        if (!e.addend) {
+            rest.epilogue.bias = nullptr;
+            if (e.activation == Activation::relu)
+                rest.epilogue.activation = Activation::none;
+        }
+    }
+    const bool relu = !e.addend && e.activation == Activation::relu;
+    const bool codes = scaled && isa.sparse_i8_codes && e.out_dtype == DType::i8 && !out.along_m &&
+                       (relu || e.activation == Activation::none);
+    const PanelStore store(isa, rest, acc, w, scaled && !out.along_m);
+    const int64_t size = size_of(e.out_dtype), row_bytes = out.row_stride * size;
+    // Zen 4, 4x1, float out: fetching the lines of a tile while its lists run takes 10 to 25 % off where the
+    // output is 8 MB and more, 5 to 20 % at 2 MB where lists are long, and adds 3 % there where they are
+    // short.
+    const int64_t quads = h.entries / std::max<int64_t>(1, h.blocks * lists);
+    const bool fetch = !out.along_m && (m * row_bytes > int64_t{3} << 20 ||
+                                        (m * row_bytes > int64_t{1} << 20 && quads >= 128));
+    const int64_t step = kTileOutputs / h.gs;
+    for (int64_t s = s0; s < s1; s += step) {
+        const int64_t end = std::min(s1, s + step), n0 = group * h.n + s * h.gs;
+        const int cols = static_cast<int>(std::min((end - s) * h.gs, h.n - s * h.gs));
+        bool left = false; // the tile has, from registers
+        for (int64_t b = 0; b < h.blocks; ++b) {
+            const uint8_t *x = static_cast<const uint8_t *>(panel) + b * block_inputs(h) * w;
+            const int8_t *values = reinterpret_cast<const int8_t *>(data);
+            if (!scaled || b + 1 < h.blocks) {
+                isa.sparse_i8(h.gs, w, x, start + b * lists, index, values, s, end, b > 0, acc);
+                continue;
+            }
+            char *to = static_cast<char *>(out.data) + m0 * row_bytes + n0 * size;
+            const SparseScales scales = {scale,
+                                         e.w_scale ? e.w_scale + n0 : nullptr,
+                                         e.bias && !e.addend ? e.bias + n0 : nullptr,
+                                         e.correction ? e.colsum + n0 : nullptr,
+                                         e.correction,
+                                         relu,
+                                         cols,
+                                         to,
+                                         row_bytes,
+                                         cols * size,
+                                         fetch ? rows : 0,
+                                         !out.along_m};
+            left = codes && isa.sparse_i8_codes(x, start + b * lists, index, values, s, end,
+                                                b > 0 ? acc : nullptr, scales, {&e, rows, to, row_bytes});
+            if (!left)
+                isa.sparse_i8_scaled(x, start + b * lists, index, values, s, end, b > 0, acc, scales);
+        }
+        if (left)
+            continue;
+        for (int c = 0; w < 16 && c < cols; c += kTileN)
+            store_tile(isa, rest, acc + c * w, w, true, m0, rows, n0 + c, std::min(kTileN, cols - c), scale);
+        if (w >= 16)
+            store(m0, rows, n0, cols, scaled ? nullptr : scale);
+    }
+}
 
 OperandKind operand_of(const uint8_t *packed) {
     const PackHeader &h = header_of(packed);
@@ -272,8 +270,8 @@ void sparse_product(const Isa &isa, const uint8_t *packed, const Source &x, cons
     const auto run = [&](int64_t i, int64_t g, const void *panel, int64_t s0, int64_t s1) {
         float scales[kTileN] = {};
         const float *scale = x.row_scales(blocks.begin(i), blocks.rows(i), scales) ? scales : nullptr;
-        run_panel(isa, packed, g, panel, blocks.width(i), s0, s1, out, x.m, blocks.begin(i), blocks.rows(i),
-                  scale);
+        lists_panel(isa, packed, g, panel, blocks.width(i), s0, s1, out, x.m, blocks.begin(i), blocks.rows(i),
+                    scale);
     };
     if (count >= threads) {
         // Threads each read their own rows of an image: no join, and lines stay with their core.

@@ -12,6 +12,13 @@ void sparse_product(const Isa &isa, const uint8_t *packed, const Source &x, cons
 // Either, by the pack's kind.
 void product(const uint8_t *packed, const Source &x, const Output &out);
 
+// Outputs of sparse groups [s0, s1) of one convolution group of lists, for `rows` rows from m0 on of m in
+// all, times an input-major panel of w.
+void lists_panel(const Isa &isa, const uint8_t *packed, int64_t group, const void *panel, int w, int64_t s0,
+                 int64_t s1, const Output &out, int64_t m, int64_t m0, int rows, const float *scale);
+// First sparse group whose entries start at or after this part of the group's.
+int64_t group_at(const uint32_t *start, int64_t groups, double part);
+
 // What a linear operator takes: rows of x (unit stride within a row) and packed weights.
 // out.epilogue.colsum, .correction and .acc_float are filled in by the operator.
 struct LinearArgs {

@@ -147,7 +147,7 @@ __attribute__((always_inline)) inline void tile(const ProductI8 &p, const Scales
                     b += width;
                 }
                 finish_row<F>(e, before[q][0], before[q][1], p.row_scale[r1 + q], line(p, i, r1 + q));
-                asm volatile("prefetchw %0" : : "m"(*line(p, i, r0 + q)));
+                prefetch_to_write(line(p, i, r0 + q));
                 if (!Turn || q < p.kq) // six rows have 24 bytes for each step, not more
                     beside(q);
             }

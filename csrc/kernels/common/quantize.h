@@ -223,11 +223,11 @@ bool quads_t(const char *const (&x)[4], int64_t n, float inv, int32_t zp, int32_
     const __m512i by_pixel =
         _mm512_broadcast_i32x4(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
     vu bad = {};
-    for (int64_t i = 0; i < n; i += L) {
+    const auto take = [&](int64_t i, auto &&load_pixels) __attribute__((always_inline)) {
         vi q[4];
 #pragma GCC unroll 4
         for (int j = 0; j < 4; ++j) {
-            vf v = n - i >= L ? load_as_f32<T>(x[j] + i * e) : load_tail<T>(x[j] + i * e, n - i);
+            vf v = load_pixels(x[j] + i * e);
             if constexpr (Clamp)
                 bad = largest(bad, as_bits(v) & 0x7fffffffu);
             v *= inv;
@@ -239,7 +239,12 @@ bool quads_t(const char *const (&x)[4], int64_t n, float inv, int32_t zp, int32_
         const __m512i b = _mm512_packs_epi32((__m512i)q[2], (__m512i)q[3]);
         const __m512i packed = _mm512_packs_epi16(_mm512_add_epi16(a, z), _mm512_add_epi16(b, z));
         _mm512_storeu_si512(out + i, _mm512_xor_si512(_mm512_shuffle_epi8(packed, by_pixel), top));
-    }
+    };
+    int64_t i = 0;
+    for (; i + L <= n; i += L)
+        take(i, [](const char *p) { return load_as_f32<T>(p); });
+    if (i < n)
+        take(i, [&](const char *p) { return load_tail<T>(p, n - i); });
     return !Clamp || largest_lane(bad) < 0x7f800000u;
 }
 
@@ -265,6 +270,67 @@ inline void quads_i8(const char *const (&x)[4], int64_t n, uint32_t *out) {
         if (n - i > 48)
             _mm512_storeu_si512(out + i + 48, _mm512_shuffle_i32x4(h01, h23, 0xdd));
     }
+}
+
+// See Isa::quantize_panel: packing four vectors leaves pixels in the order that sparse_i8 wants.
+template <DType T, bool Clamp>
+bool panel_t(const char *x, int64_t plane, int64_t channels, int64_t n, float inv, int32_t zp, int32_t lo,
+             int32_t hi, uint8_t *out) {
+    constexpr int64_t e = T == DType::f32 ? 4 : 2;
+    const vf flo = splat(static_cast<float>(lo - zp)), fhi = splat(static_cast<float>(hi - zp));
+    const __m512i z = _mm512_set1_epi16(static_cast<short>(zp)), top = _mm512_set1_epi8(-128);
+    vu bad = {};
+    const auto take = [&](auto &&load_pixels) __attribute__((always_inline)) {
+        for (int64_t c = 0; c < channels; ++c, x += plane, out += 64) {
+            vi q[4];
+#pragma GCC unroll 4
+            for (int j = 0; j < 4; ++j) {
+                vf v = load_pixels(x, j);
+                if constexpr (Clamp)
+                    bad = largest(bad, as_bits(v) & 0x7fffffffu);
+                v *= inv;
+                if constexpr (Clamp)
+                    v = clamp(v, flo, fhi);
+                q[j] = nearest_int(v);
+            }
+            const __m512i a = _mm512_packs_epi32((__m512i)q[0], (__m512i)q[1]);
+            const __m512i b = _mm512_packs_epi32((__m512i)q[2], (__m512i)q[3]);
+            const __m512i packed = _mm512_packs_epi16(_mm512_add_epi16(a, z), _mm512_add_epi16(b, z));
+            _mm512_storeu_si512(out, _mm512_xor_si512(packed, top));
+        }
+    };
+    if (n == 4 * L)
+        take([](const char *p, int j) { return load_as_f32<T>(p + j * L * e); });
+    else
+        take([n](const char *p, int j) {
+            const int64_t left = n - j * L;
+            return left >= L  ? load_as_f32<T>(p + j * L * e)
+                   : left > 0 ? load_tail<T>(p + j * L * e, left)
+                              : vf{};
+        });
+    return !Clamp || largest_lane(bad) < 0x7f800000u;
+}
+
+bool quantize_panel(const void *x, DType dtype, int64_t plane, int64_t channels, int64_t n, float inv,
+                    int32_t zp, int32_t lo, int32_t hi, uint8_t *out) {
+    const char *from = static_cast<const char *>(x);
+    if (dtype == DType::i8) {
+        const __m512i top = _mm512_set1_epi8(-128);
+        const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+        const __mmask64 some = n >= 64 ? ~__mmask64{0} : (__mmask64{1} << n) - 1;
+        for (int64_t c = 0; c < channels; ++c, from += plane, out += 64) {
+            const __m512i pixels = _mm512_xor_si512(_mm512_maskz_loadu_epi8(some, from), top);
+            _mm512_storeu_si512(out, _mm512_permutexvar_epi32(order, pixels));
+        }
+        return true;
+    }
+    const auto run = [&](auto &&some) { return some(from, plane, channels, n, inv, zp, lo, hi, out); };
+    const bool clamped = lo != -127;
+    if (dtype == DType::f32)
+        return clamped ? run(panel_t<DType::f32, true>) : run(panel_t<DType::f32, false>);
+    if (dtype == DType::bf16)
+        return clamped ? run(panel_t<DType::bf16, true>) : run(panel_t<DType::bf16, false>);
+    return clamped ? run(panel_t<DType::f16, true>) : run(panel_t<DType::f16, false>);
 }
 
 bool quantize_quads(const void *x, DType dtype, int64_t plane, int planes, int64_t n, float inv, int32_t zp,

@@ -14,6 +14,14 @@ enum class ActKind : int32_t { u8_shifted = 0, s16 = 1, i8 = 2 };
 static inline int64_t act_bytes(ActKind k) { return k == ActKind::s16 ? 2 : 1; }
 static inline int32_t act_shift(ActKind k) { return k == ActKind::u8_shifted ? 128 : 0; }
 
+static inline void prefetch_to_write(const char *p) {
+#if defined(__x86_64__)
+    asm volatile("prefetchw %0" : : "m"(*p)); // __builtin_prefetch is one to read without an option
+#else
+    __builtin_prefetch(p, 1);
+#endif
+}
+
 // What happens to a tile of accumulators on its way out:
 //   y = activation((acc + correction * colsum[n]) * row_scale[m] * w_scale[n] + addend[m][n] + bias[n])
 // then conversion, or requantisation to int8. For float accumulators the first bracket is acc alone.

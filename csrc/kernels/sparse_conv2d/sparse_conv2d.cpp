@@ -1,6 +1,7 @@
 #include "kernels/sparse_conv2d/sparse_conv2d.h"
 
 #include "kernels/common/conv.h"
+#include "kernels/common/product_planes.h"
 #include "kernels/common/strips.h"
 
 namespace tautorch {
@@ -17,6 +18,8 @@ void sparse_conv2d(const ConvArgs &a) {
     const bool in_place = h.kind == PackKind::sparse_i8 && h.k > 0 && a.quant.mode == ActQuant::given &&
                           a.channels_last && a.geometry.height * a.geometry.width > 0;
     const Output out = image_output(e, a.out, a.out_channels_last, a.geometry, a.outputs);
+    if (by_planes({a, *find_isa(h.isa), operand_of(a.packed), false}, h, out))
+        return conv_product(a, e);
     if (in_place)
         return product(a.packed, image_in_place(a.quant, operand_of(a.packed), a.x, a.geometry, h.groups),
                        out);

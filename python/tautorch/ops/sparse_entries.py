@@ -33,7 +33,7 @@ from tautorch.reference.layouts import (
 from . import library as lib
 from . import packing
 
-LISTS, SELL, BOTH, CELLS = 1, 2, 3, 4
+LISTS, SELL, BOTH, CELLS, IMAGE = 1, 2, 3, 4, 5
 """Forms of a sparse int8 pack besides 0, which keeps what runs fastest; see sell.h and cells.h."""
 
 MAX_INPUTS = 65_536
@@ -207,7 +207,8 @@ def pack(
         op: the name that errors begin with.
         as_float: pack int8 values as fp32, for float activations.
         form: of int8 values: ``LISTS``, ``SELL`` (where the kernel has it), ``BOTH``, ``CELLS`` (where the
-            blocks are whole), or 0: those that some number of rows runs fastest with.
+            blocks are whole), or 0: those that some number of rows runs fastest with, and for a convolution
+            (``IMAGE``) those that an NCHW image does.
 
     Returns:
         uint8 ``[bytes]``, self-describing.
@@ -226,6 +227,8 @@ def pack(
     e = to_entries(values, crow_indices, col_indices, pattern, shape, groups)
     kind = packing.SPARSE_I8 if values.dtype == torch.int8 else packing.SPARSE_F32
     what = (kernel, kind, e.gs, groups, n, k, taps, e.start.shape[0] - 1)
+    if form == 0 and len(shape) == 4:
+        form = IMAGE
     out = packing.pack_buffer(_C.sparse_pack_bytes(*what, e.start.data_ptr(), e.index.data_ptr(), form))
     _C.sparse_pack(*what, e.start.data_ptr(), e.index.data_ptr(), e.values.data_ptr(), form, out.data_ptr())
     return out
