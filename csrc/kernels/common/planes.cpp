@@ -100,33 +100,47 @@ void Planes::turn_few_bytes(const char *in, int64_t pixels, char *out) const {
     close_up(reinterpret_cast<const char *>(wide), 16, channels, pixels, out);
 }
 
+// Two channels of 16 bits of each pixel to a word.
+void pair_up(const char *in, int64_t pairs, char *out) {
+    const auto *from = reinterpret_cast<const uint16_t *>(in);
+    auto *to = reinterpret_cast<uint32_t *>(out);
+    for (int64_t i = 0; i < pairs; ++i, from += 2 * kPlaneStrip, to += kPlaneStrip)
+        for (int64_t p = 0; p < kPlaneStrip; ++p)
+            to[p] = from[p] | uint32_t{from[kPlaneStrip + p]} << 16;
+}
+
 // Operands of each plane, then to pixels.
 bool Planes::turn(const char *x, int64_t pixels, char *out) const {
-    const int64_t size = operand_bytes(kind);
+    int64_t size = operand_bytes(kind), count = channels; // of what is turned
     bool finite = true;
     const char *in = x;
     int64_t ld = plane;
     if (kind != OperandKind::f32 || dtype != DType::f32) {
         ld = kPlaneStrip * size;
-        char *strip = static_cast<char *>(scratch(Scratch::tile, static_cast<size_t>(channels * ld)));
+        char *strip = static_cast<char *>(scratch(Scratch::tile, static_cast<size_t>(2 * channels * ld)));
         for (int64_t c = 0; c < channels; ++c)
             finite &= to_operands(isa, kind, dtype, q, x + c * plane, pixels, strip + c * ld);
         in = strip;
+        if (size == 2 && channels % 2 == 0 && step % 4 == 0) {
+            in = strip + channels * ld;
+            pair_up(strip, channels / 2, strip + channels * ld);
+            size = 4, count = channels / 2, ld = 4 * kPlaneStrip;
+        }
     }
     if (size == 1 && channels < 16 && step == channels) {
         turn_few_bytes(in, pixels, out);
         return finite;
     }
-    const int64_t block = size == 1 ? 16 : size == 4 ? (channels >= 16 ? 16 : 4) : 0;
-    if (block == 0 || channels < block || step % size != 0) {
+    const int64_t block = size == 1 || count >= 16 ? 16 : count >= 8 ? 8 : 4;
+    if (size == 2 || count < block || step % size != 0) {
         for (int64_t p = 0; p < pixels; ++p)
-            for (int64_t c = 0; c < channels; ++c)
+            for (int64_t c = 0; c < count; ++c)
                 std::memcpy(out + p * step + c * size, in + c * ld + p * size, static_cast<size_t>(size));
         return finite;
     }
     const void *rows[16];
-    for (int64_t c = 0; c < channels; c += block) {
-        const int64_t at = std::min(c, channels - block); // the last ones overlap
+    for (int64_t c = 0; c < count; c += block) {
+        const int64_t at = std::min(c, count - block); // the last ones overlap
         for (int64_t i = 0; i < block; ++i)
             rows[i] = in + (at + i) * ld;
         if (size == 1)

@@ -18,6 +18,9 @@ template <DType T> inline vf load_tail(const void *p, int64_t n) {
         return (vf)_mm512_maskz_loadu_ps(some, p);
     const __m256i halves = _mm256_maskz_loadu_epi16(some, p);
     return load_as_f32<T>(&halves);
+#elif TT_LANES == 8
+    if constexpr (T == DType::f32)
+        return (vf)_mm256_maskload_ps(static_cast<const float *>(p), first_lanes(n));
 #endif
     alignas(64) char buf[4 * L] = {};
     std::memcpy(buf, p, static_cast<size_t>(n * size_of(T)));
@@ -116,6 +119,21 @@ template <class Out> inline void store_q4(void *out, int64_t i, const vi (&q)[4]
                                              _mm512_set1_epi8(static_cast<char>(Out::shift))));
         return;
     }
+#elif TT_LANES == 8
+    // As above; words are put right by halves of 128 bits.
+    const __m256i z = _mm256_set1_epi16(static_cast<short>(zp));
+    const __m256i a = _mm256_add_epi16(_mm256_packs_epi32((__m256i)q[0], (__m256i)q[1]), z);
+    const __m256i b = _mm256_add_epi16(_mm256_packs_epi32((__m256i)q[2], (__m256i)q[3]), z);
+    char *const to = static_cast<char *>(out) + i * Out::bytes;
+    if constexpr (Out::bytes == 1) {
+        const __m256i lanes = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+        const __m256i packed = _mm256_permutevar8x32_epi32(_mm256_packs_epi16(a, b), lanes);
+        store(to, _mm256_xor_si256(packed, _mm256_set1_epi8(static_cast<char>(Out::shift))));
+    } else {
+        store(to, _mm256_permute4x64_epi64(a, 0xd8));
+        store(to + 32, _mm256_permute4x64_epi64(b, 0xd8));
+    }
+    return;
 #elif defined(__aarch64__)
     if constexpr (Out::bytes == 1) {
         const auto halves = [&](int i) {

@@ -34,6 +34,13 @@ template <class V> inline V load(const void *p) {
     return v;
 }
 template <class V> inline void store(void *p, V v) { std::memcpy(p, &v, sizeof v); }
+#if TT_LANES == 8
+inline __m256i first_lanes(int64_t n) {
+    alignas(32) static constexpr int32_t kLanes[8] = {0, 1, 2, 3, 4, 5, 6, 7};
+    return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int32_t>(n)),
+                              _mm256_load_si256(reinterpret_cast<const __m256i *>(kLanes)));
+}
+#endif
 // The first n < L of L elements of so many bytes.
 inline void store_tail(void *p, const void *elements, int64_t n, int64_t bytes) {
 #if TT_LANES == 16 // a memcpy of unknown length would be a call
@@ -43,6 +50,10 @@ inline void store_tail(void *p, const void *elements, int64_t n, int64_t bytes) 
     if (bytes == 2)
         return _mm256_mask_storeu_epi16(p, some, _mm256_loadu_si256(static_cast<const __m256i *>(elements)));
     return _mm_mask_storeu_epi8(p, some, _mm_loadu_si128(static_cast<const __m128i *>(elements)));
+#elif TT_LANES == 8
+    if (bytes == 4)
+        return _mm256_maskstore_epi32(static_cast<int32_t *>(p), first_lanes(n),
+                                      _mm256_loadu_si256(static_cast<const __m256i *>(elements)));
 #endif
     std::memcpy(p, elements, static_cast<size_t>(n * bytes));
 }
@@ -187,12 +198,18 @@ inline void store_f16(void *p, vf v) {
 #endif
 }
 
-// The low bytes of q. GCC 12 converts a vector of four elements to bytes one by one.
+// The low bytes of q. GCC 12 converts a vector of four elements to bytes one by one, and one of eight in ten
+// steps.
 inline vs8 low_bytes(vi q) {
 #if defined(__aarch64__)
     const int16x4_t halves = vmovn_s32((int32x4_t)q);
     const uint32_t four = vget_lane_u32(vreinterpret_u32_s8(vmovn_s16(vcombine_s16(halves, halves))), 0);
     return load<vs8>(&four);
+#elif TT_LANES == 8
+    const __m256i bytes = _mm256_and_si256((__m256i)q, _mm256_set1_epi32(255));
+    const __m128i halves = _mm_packs_epi32(_mm256_castsi256_si128(bytes), _mm256_extracti128_si256(bytes, 1));
+    const int64_t eight = _mm_cvtsi128_si64(_mm_packus_epi16(halves, halves));
+    return load<vs8>(&eight);
 #else
     return __builtin_convertvector(q, vs8);
 #endif
