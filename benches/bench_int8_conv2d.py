@@ -70,6 +70,9 @@ OTHERS = [
     *(Layer(128, 128, 3, 1, 28, 1, 2), Layer(127, 131, 3, 1, 28), Layer(61, 67, 3, 1, 28)),
     *(Layer(17, 19, 3, 1, 56), Layer(3, 32, 3, 2, 224), Layer(1, 32, 3, 1, 28)),
     *(Layer(64, 64, 3, 1, 56, nchw=True), Layer(3, 64, 7, 2, 224, nchw=True)),
+    *(Layer(64, 256, 1, 1, 56, nchw=True), Layer(256, 256, 1, 1, 28, nchw=True)),
+    *(Layer(1024, 256, 1, 1, 14, nchw=True), Layer(512, 2048, 1, 1, 7, nchw=True)),
+    Layer(128, 128, 3, 1, 28, 128, nchw=True),
 ]
 
 
@@ -118,7 +121,7 @@ def test_int8_conv2d(table: Table, case: Layer, batch: int) -> None:
         case.groups,
     )
     memory = torch.contiguous_format if case.nchw else torch.channels_last
-    layer = layer.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+    layer = layer.eval().requires_grad_(False).to(memory_format=memory)
     x = torch.rand(batch, case.inputs, case.size, case.size).to(memory_format=memory)
     ours = Int8Conv2d.from_float(layer, quant="static", x_scale=1 / 255, x_zero_point=-128)
     with torch.inference_mode():

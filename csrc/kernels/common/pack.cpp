@@ -384,7 +384,8 @@ PackHeader sparse_header(const Isa &isa, PackKind kind, int gs, int64_t groups, 
         return both;
     constexpr int64_t kMany = 256; // rows: where lists win at all, they win here
     const bool lists_pay = lists_cost(both, kMany) < 0.95 * sell_cost(both, kMany);
-    const bool planes = form == SparseForm::image && isa.quantize_panel && groups == 1 && 2 * both.total <= 3 * n * k;
+    const bool planes =
+        form == SparseForm::image && isa.quantize_panel && groups == 1 && 2 * both.total <= 3 * n * k;
     return choose && (lists_pay || planes) ? both : layout(0, slots);
 }
 
