@@ -3,7 +3,9 @@
 #include "core/parallel.h"
 #include "kernels/common/conv_grouped.h"
 #include "kernels/common/conv_runs.h"
+#include "kernels/common/depthwise_planes.h"
 #include "kernels/common/product_planes.h"
+#include "kernels/common/window_planes.h"
 
 #include <algorithm>
 #include <cmath>
@@ -163,6 +165,10 @@ void run_rows(const Job &job, int64_t y0, int64_t y1) {
     const ConvImage &c = job.c;
     if (by_planes(c, job.h, job.out))
         return planes_product(c, job.a.packed, job.out, y0 / c.oh, y1 / c.oh);
+    if (job.windows && windows_in_planes(c, job.h, job.out))
+        return windows_by_planes(c, job.a.packed, job.out, y0, y1);
+    if (depthwise_in_planes(c, job.h, job.out))
+        return depthwise_by_planes(c, job.a.packed, job.out, y0 / c.oh, y1 / c.oh);
     const PackHeader &h = job.h;
     const int64_t rows = y1 - y0, count = job.panel_count();
     // An output's way out takes as long as some 32 inputs.

@@ -51,6 +51,7 @@ struct RowsF32 {
 };
 
 struct ProductPlanes;
+struct DepthwisePlanes;
 
 struct Isa {
     const char *name;
@@ -163,8 +164,11 @@ struct Isa {
     // The same of all channels of at most 64 pixels to a panel of sparse_i8, out[channel][64].
     bool (*quantize_panel)(const void *x, DType dtype, int64_t plane, int64_t channels, int64_t pixels,
                            float inv, int32_t zp, int32_t lo, int32_t hi, uint8_t *out) = nullptr;
-    // Null where there is none, or neither of the two.
+    // Null where there is none, as are the others over planes.
     void (*product_planes)(const ProductPlanes &) = nullptr;
+    // See window_planes.h.
+    void (*words_of_runs)(const uint8_t *x, const int64_t *runs, int64_t quads, uint32_t *out) = nullptr;
+    void (*depthwise_planes)(const DepthwisePlanes &) = nullptr;
 };
 
 extern const Isa isa_scalar;

@@ -1,12 +1,14 @@
 // AVX-512 with VNNI (no VBMI: Cascade Lake has none). vpdpbusd multiplies unsigned by signed bytes, so
 // activations are q + 128 and the epilogue takes 128 * colsum away.
 #define TT_LANES 16
+#include "kernels/common/depthwise_planes.h"
 #include "kernels/common/epilogue.h"
 #include "kernels/common/isa.h"
 #include "kernels/common/panel.h"
 #include "kernels/common/product_planes.h"
 #include "kernels/common/sparse_avx512vnni.h"
 #include "kernels/common/sparse_f32_kernel.h"
+#include "kernels/common/window_planes.h"
 
 namespace tautorch {
 namespace {
@@ -152,6 +154,8 @@ const Isa isa_avx512vnni = {
     quantize_quads,
     quantize_panel,
     product_planes_avx512vnni,
+    words_of_runs_avx512vnni,
+    depthwise_planes_avx512vnni,
 };
 
 } // namespace tautorch

@@ -64,6 +64,23 @@ bool by_planes(const ConvImage &c, const PackHeader &h, const Output &out) {
            lists_pay(h, g.batch, pixels);
 }
 
+void planes_strip(const Isa &isa, const uint8_t *packed, const uint32_t *words, int64_t p0, int64_t p1,
+                  const Output &out, int64_t b, int64_t at, int pixels, const float *scales, int32_t *sums) {
+    const PackHeader &h = header_of(packed);
+    const int64_t size = size_of(out.epilogue.out_dtype);
+    for (int64_t p = p0; p < p1; ++p) {
+        const int width = panel_width(h, p);
+        const int cols = static_cast<int>(std::min<int64_t>(width, h.n - p * h.nr));
+        char *to =
+            static_cast<char *>(out.data) + (b * out.sample_stride + p * h.nr * out.plane_stride + at) * size;
+        isa.product_planes({words, pixels, div_up(h.k, h.kr),
+                            reinterpret_cast<const int8_t *>(panel_data(packed, 0, p)), width, cols, to,
+                            out.plane_stride * size, static_cast<int>(size), sums});
+        isa.epilogue(out.epilogue, sums, kPlanePixels, cols, pixels, true, p * h.nr, scales, to,
+                     out.plane_stride);
+    }
+}
+
 void planes_product(const ConvImage &c, const uint8_t *packed, const Output &out, int64_t b0, int64_t b1) {
     const PackHeader &h = header_of(packed);
     const bool dense = h.kind == PackKind::dense_i8;
@@ -73,7 +90,7 @@ void planes_product(const ConvImage &c, const uint8_t *packed, const Output &out
     // Few pixels: each thread prepares all of them and takes a part of the outputs.
     const bool by_output = all < 4 * threads;
     const int64_t tasks = by_output ? threads : std::min(threads, all);
-    const int64_t lists = div_up(h.n, h.gs), size = size_of(out.epilogue.out_dtype);
+    const int64_t lists = div_up(h.n, h.gs);
     parallel_tasks(tasks, [&](int64_t t) {
         // Where a part of the outputs begins: a panel or a sparse group.
         const auto output = [&](int64_t i) {
@@ -108,17 +125,8 @@ void planes_product(const ConvImage &c, const uint8_t *packed, const Output &out
                             s.b * pixels + at, s.count, scales);
                 continue;
             }
-            for (int64_t p = p0; p < p1; ++p) {
-                const int width = panel_width(h, p);
-                const int cols = static_cast<int>(std::min<int64_t>(width, h.n - p * h.nr));
-                char *to = static_cast<char *>(out.data) +
-                           (s.b * out.sample_stride + p * h.nr * out.plane_stride + at) * size;
-                c.isa->product_planes({reinterpret_cast<const uint32_t *>(image), s.count, div_up(h.k, h.kr),
-                                       reinterpret_cast<const int8_t *>(panel_data(packed, 0, p)), width,
-                                       cols, to, out.plane_stride * size, static_cast<int>(size), sums});
-                c.isa->epilogue(out.epilogue, sums, kPlanePixels, cols, s.count, true, p * h.nr, scales, to,
-                                out.plane_stride);
-            }
+            planes_strip(*c.isa, packed, reinterpret_cast<const uint32_t *>(image), p0, p1, out, s.b, at,
+                         s.count, scales, sums);
         }
     });
 }

@@ -22,6 +22,11 @@ struct ProductPlanes {
 };
 void product_planes_avx512vnni(const ProductPlanes &p);
 
+// Words of a strip of pixels, as product_planes takes them, times panels [p0, p1): to sample b's pixels from
+// `at` on. sums has room for [kTileN][kPlanePixels], aligned to 64 bytes.
+void planes_strip(const Isa &isa, const uint8_t *packed, const uint32_t *words, int64_t p0, int64_t p1,
+                  const Output &out, int64_t b, int64_t at, int pixels, const float *scales, int32_t *sums);
+
 // Whether planes_product is the way for this convolution: dense int8 or lists.
 bool by_planes(const ConvImage &c, const PackHeader &h, const Output &out);
 // Samples [b0, b1).

@@ -1,0 +1,101 @@
+#include "kernels/common/depthwise_planes.h"
+
+#include "core/parallel.h"
+
+#include <algorithm>
+#include <cstring>
+
+namespace tautorch {
+namespace {
+
+// Zero points between the rows of a padded plane; rows are written by as many bytes at a time.
+constexpr int64_t kMargin = 16;
+constexpr int64_t kMostPlane = 128 * 1024; // pixels, so that codes and padded plane stay in L2
+constexpr int64_t kMostWeights = 64;       // words
+constexpr int64_t kSums = 1024;
+
+// A plane's pixels to the rows of a padded one. Bytes after them, in both, are read and written.
+void pad_rows(const uint8_t *from, int64_t height, int64_t width, uint8_t margin, uint8_t *to) {
+    uint8_t outside[kMargin];
+    std::memset(outside, margin, sizeof outside);
+    for (int64_t y = 0; y < height; ++y, from += width, to += width + kMargin) {
+        for (int64_t i = 0; i < width; i += kMargin)
+            std::memcpy(to + i, from + i, kMargin);
+        std::memcpy(to + width, outside, kMargin);
+    }
+}
+
+} // namespace
+
+bool depthwise_in_planes(const ConvImage &c, const PackHeader &h, const Output &out) {
+    const Geometry &g = c.g;
+    return c.isa->depthwise_planes && h.kind == PackKind::depthwise_i8 && !c.channels_last && out.along_m &&
+           g.sw + g.dw <= kPlaneSteps && g.pw <= kMargin && c.ow <= kSums &&
+           g.kh * div_up(g.kw, 4) <= kMostWeights &&
+           (g.height + 2 * g.ph) * (g.width + kMargin) <= kMostPlane;
+}
+
+void depthwise_by_planes(const ConvImage &c, const uint8_t *packed, const Output &out, int64_t b0,
+                         int64_t b1) {
+    const PackHeader &h = header_of(packed);
+    const Geometry &g = c.g;
+    const int64_t plane = g.height * g.width, outputs = c.oh * c.ow, row = g.width + kMargin,
+                  size = size_of(out.epilogue.out_dtype), quads = div_up(g.kw, 4);
+    const size_t padded = static_cast<size_t>((g.height + 2 * g.ph) * row + kMargin + 64);
+    // Small planes leave together, large ones in blocks of rows.
+    const int64_t together = std::max<int64_t>(1, kSums / outputs), block = std::min(c.oh, kSums / c.ow),
+                  groups = div_up(g.channels, together), all = (b1 - b0) * groups;
+    const int64_t threads = threads_for((b1 - b0) * g.channels * outputs * (8 * h.taps + 32), h.total),
+                  tasks = std::min(threads, all);
+    parallel_tasks(tasks, [&](int64_t t) {
+        uint8_t *codes =
+            static_cast<uint8_t *>(scratch(Scratch::rows, static_cast<size_t>(together * plane + kMargin)));
+        uint8_t *image = static_cast<uint8_t *>(scratch(Scratch::image, padded));
+        std::memset(image, c.pad, padded);
+        uint8_t *inside = image + kMargin + g.ph * row;
+        alignas(64) int32_t sums[kSums + 16];
+        float scales[kSums];
+        int8_t w[4 * kMostWeights] = {};
+        DepthwisePlanes task = {};
+        task.row = row;
+        task.g = &g;
+        task.ow = c.ow;
+        task.weights = reinterpret_cast<const int32_t *>(w);
+        for (int64_t i = chunk_begin(all, tasks, t); i < chunk_begin(all, tasks, t + 1); ++i) {
+            const int64_t b = b0 + i / groups, first = i % groups * together,
+                          count = std::min(together, g.channels - first);
+            const SampleQuant q = c.quant(b);
+            std::fill_n(scales, std::min(outputs, kSums), q.scale);
+            if (q.blank)
+                std::memset(codes, q.zp + operand_shift(c.kind), static_cast<size_t>(count * plane));
+            else
+                c.met(b, c.isa->quantize(c.x + (b * g.channels + first) * plane * size_of(c.dtype), c.dtype,
+                                         count * plane, q.inv, q.zp, q.lo, q.hi, c.isa->act, codes));
+            const auto store = [&](int64_t y, int64_t rows) {
+                char *to = static_cast<char *>(out.data) +
+                           (b * out.sample_stride + first * out.plane_stride + y * c.ow) * size;
+                c.isa->epilogue(out.epilogue, sums, outputs, static_cast<int>(count),
+                                static_cast<int>(rows * c.ow), true, first, scales, to, out.plane_stride);
+            };
+            for (int64_t j = 0; j < count; ++j) {
+                for (int64_t tap = 0; tap < h.taps; ++tap)
+                    w[tap / g.kw * 4 * quads + tap % g.kw] =
+                        static_cast<int8_t>(packed[h.data_off + depthwise_at(h, first + j, tap)]);
+                pad_rows(codes + j * plane, g.height, g.width, static_cast<uint8_t>(c.pad), inside);
+                for (int64_t y = 0; y < c.oh; y += block) {
+                    const int64_t rows = std::min(block, c.oh - y);
+                    task.x = image + kMargin - g.pw + y * g.sh * row;
+                    task.rows = rows;
+                    task.sums = sums + j * outputs;
+                    c.isa->depthwise_planes(task);
+                    if (together == 1)
+                        store(y, rows);
+                }
+            }
+            if (together > 1)
+                store(0, c.oh);
+        }
+    });
+}
+
+} // namespace tautorch
