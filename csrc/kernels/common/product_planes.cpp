@@ -19,13 +19,13 @@ struct Strip {
 // Rates of sell.h: what turning an image takes, an input, and its outputs, an output. Measured on Zen 4.
 constexpr double kTurnInput = 0.4, kTurnOutput = 0.5;
 
+// A strip costs 64 pixels however few it holds, where pixels of several samples, turned, fill a panel.
 bool lists_pay(const PackHeader &h, int64_t samples, int64_t pixels) {
     const int64_t m = samples * pixels;
-    if (!sell_preferred(h, m))
-        return true;
+    const double turned = sell_preferred(h, m) ? sell_cost(h, m) : lists_cost(h, m);
     const double turns = static_cast<double>(m) *
                          (kTurnInput * static_cast<double>(h.k) + kTurnOutput * static_cast<double>(h.n));
-    return lists_cost(h, samples * round_up(pixels, kPlanePixels)) < sell_cost(h, m) + turns;
+    return lists_cost(h, samples * round_up(pixels, kPlanePixels)) < turned + turns;
 }
 
 // Four channels of a pixel a word.
