@@ -99,7 +99,7 @@ DEPTHWISE: list[tuple[tuple[int, int], tuple[int, int], dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize("kernel", kernel_parameters("int8_conv2d"))
-@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("mode", ["dynamic", "static", "int8"])
 def test_depthwise(kernel: str, threads: int, mode: str) -> None:
     torch.set_num_threads(threads)
@@ -134,7 +134,7 @@ WINDOWS: list[tuple[tuple[int, int, int, int], tuple[int, int, int], dict[str, A
 
 
 @pytest.mark.parametrize("kernel", kernel_parameters("int8_conv2d"))
-@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("mode", ["dynamic", "static", "int8"])
 def test_windows(kernel: str, threads: int, mode: str) -> None:
     torch.set_num_threads(threads)

@@ -56,16 +56,21 @@ void depthwise_by_planes(const ConvImage &c, const uint8_t *packed, const Output
         alignas(64) int32_t sums[kSums + 16];
         float scales[kSums];
         int8_t w[4 * kMostWeights] = {};
+        int place[4 * kMostWeights]; // of a tap among them
+        for (int64_t tap = 0; tap < h.taps; ++tap)
+            place[tap] = static_cast<int>(tap / g.kw * 4 * quads + tap % g.kw);
         DepthwisePlanes task = {};
         task.row = row;
         task.g = &g;
         task.ow = c.ow;
         task.weights = reinterpret_cast<const int32_t *>(w);
-        for (int64_t i = chunk_begin(all, tasks, t); i < chunk_begin(all, tasks, t + 1); ++i) {
+        const int64_t begin = chunk_begin(all, tasks, t), end = chunk_begin(all, tasks, t + 1);
+        for (int64_t i = begin; i < end; ++i) {
             const int64_t b = b0 + i / groups, first = i % groups * together,
                           count = std::min(together, g.channels - first);
             const SampleQuant q = c.quant(b);
-            std::fill_n(scales, std::min(outputs, kSums), q.scale);
+            if (i == begin || first == 0)
+                std::fill_n(scales, std::min(outputs, kSums), q.scale);
             if (q.blank)
                 std::memset(codes, q.zp + operand_shift(c.kind), static_cast<size_t>(count * plane));
             else
@@ -79,8 +84,7 @@ void depthwise_by_planes(const ConvImage &c, const uint8_t *packed, const Output
             };
             for (int64_t j = 0; j < count; ++j) {
                 for (int64_t tap = 0; tap < h.taps; ++tap)
-                    w[tap / g.kw * 4 * quads + tap % g.kw] =
-                        static_cast<int8_t>(packed[h.data_off + depthwise_at(h, first + j, tap)]);
+                    w[place[tap]] = static_cast<int8_t>(packed[h.data_off + depthwise_at(h, first + j, tap)]);
                 pad_rows(codes + j * plane, g.height, g.width, static_cast<uint8_t>(c.pad), inside);
                 for (int64_t y = 0; y < c.oh; y += block) {
                     const int64_t rows = std::min(block, c.oh - y);

@@ -7,52 +7,76 @@
 namespace tautorch {
 namespace {
 
-// KH rows of filters of at most four columns; 0: any.
-template <int KH> void run(const DepthwisePlanes &p) {
-    const Geometry &g = *p.g;
-    const int64_t quads = (g.kw + 3) / 4, down = g.dh * p.row;
-    alignas(64) uint32_t words[16];
-    alignas(64) uint8_t bytes[64];
-    for (int i = 0; i < 16; ++i)
-        words[i] = static_cast<uint32_t>(i / 4 * g.sw + i % 4);
-    for (int i = 0; i < 64; ++i)
-        bytes[i] = static_cast<uint8_t>(i / 4 % 4 * g.sw + i % 4 * g.dw);
-    const __m512i to_lane = _mm512_load_si512(words), in_lane = _mm512_load_si512(bytes);
-    const auto four = [&](const uint8_t *at) {
-        return _mm512_shuffle_epi8(_mm512_permutexvar_epi32(to_lane, _mm512_loadu_si512(at)), in_lane);
-    };
-    __m512i w[KH > 0 ? KH : 1];
+// The bytes that 16 pixels see of four columns of the filter.
+struct Columns {
+    __m512i to_lane, in_lane;
+
+    explicit Columns(const Geometry &g) {
+        alignas(64) uint32_t words[16];
+        alignas(64) uint8_t bytes[64];
+        for (int i = 0; i < 16; ++i)
+            words[i] = static_cast<uint32_t>(i / 4 * g.sw + i % 4);
+        for (int i = 0; i < 64; ++i)
+            bytes[i] = static_cast<uint8_t>(i / 4 % 4 * g.sw + i % 4 * g.dw);
+        to_lane = _mm512_load_si512(words);
+        in_lane = _mm512_load_si512(bytes);
+    }
+    __m512i at(const uint8_t *x) const {
+        return _mm512_shuffle_epi8(_mm512_permutexvar_epi32(to_lane, _mm512_loadu_si512(x)), in_lane);
+    }
+};
+
+// R rows of output by filters of three rows and at most four columns. More than one where neither strides nor
+// dilation leave out rows: each row of x is then read once for all.
+template <int R> void three_rows(const DepthwisePlanes &p, const Columns &columns, int64_t y) {
+    const int64_t ow = p.ow, sw = p.g->sw, down = p.g->dh * p.row;
+    const __m512i w[3] = {_mm512_set1_epi32(p.weights[0]), _mm512_set1_epi32(p.weights[1]),
+                          _mm512_set1_epi32(p.weights[2])};
+    const uint8_t *x = p.x + y * p.g->sh * p.row;
+    int32_t *to = p.sums + y * ow;
+    // From the right, so that what is too much in a row is written over by the next one.
+    for (int64_t i = (ow - 1) / 16 * 16; i >= 0; i -= 16) {
+        __m512i sum[R];
+        for (int r = 0; r < R; ++r)
+            sum[r] = _mm512_setzero_si512();
 #pragma GCC unroll 8
-    for (int ky = 0; ky < KH; ++ky)
-        w[ky] = _mm512_set1_epi32(p.weights[ky]);
-    int32_t *sums = p.sums;
-    for (int64_t y = 0; y < p.rows; ++y, sums += p.ow) {
-        const uint8_t *row = p.x + y * g.sh * p.row;
-        for (int64_t i = 0; i < p.ow; i += 16) {
-            const uint8_t *at = row + i * g.sw;
-            __m512i sum = _mm512_setzero_si512();
-            if constexpr (KH > 0) {
-#pragma GCC unroll 8
-                for (int ky = 0; ky < KH; ++ky)
-                    sum = _mm512_dpbusd_epi32(sum, four(at + ky * down), w[ky]);
-            } else {
-                for (int64_t ky = 0; ky < g.kh; ++ky)
-                    for (int64_t q = 0; q < quads; ++q)
-                        sum = _mm512_dpbusd_epi32(sum, four(at + ky * down + q * 4 * g.dw),
-                                                  _mm512_set1_epi32(p.weights[ky * quads + q]));
-            }
-            _mm512_storeu_si512(sums + i, sum); // the next row writes over what is too much
+        for (int r = 0; r < R + 2; ++r) {
+            const __m512i four = columns.at(x + i * sw + r * down);
+#pragma GCC unroll 3
+            for (int ky = 0; ky < 3; ++ky)
+                if (r - ky >= 0 && r - ky < R)
+                    sum[r - ky] = _mm512_dpbusd_epi32(sum[r - ky], four, w[ky]);
         }
+#pragma GCC unroll 4
+        for (int r = 0; r < R; ++r)
+            _mm512_storeu_si512(to + r * ow + i, sum[r]);
     }
 }
 
 } // namespace
 
 void depthwise_planes_avx512vnni(const DepthwisePlanes &p) {
-    if (p.g->kh == 3 && p.g->kw <= 4)
-        run<3>(p);
-    else
-        run<0>(p);
+    const Geometry &g = *p.g;
+    const Columns columns(g);
+    int64_t y = 0;
+    if (g.kh == 3 && g.kw <= 4) {
+        for (; g.sh == 1 && g.dh == 1 && y + 4 <= p.rows; y += 4)
+            three_rows<4>(p, columns, y);
+        for (; y < p.rows; ++y)
+            three_rows<1>(p, columns, y);
+        return;
+    }
+    const int64_t quads = (g.kw + 3) / 4;
+    for (; y < p.rows; ++y)
+        for (int64_t i = 0; i < p.ow; i += 16) {
+            const uint8_t *x = p.x + y * g.sh * p.row + i * g.sw;
+            const int32_t *w = p.weights;
+            __m512i sum = _mm512_setzero_si512();
+            for (int64_t ky = 0; ky < g.kh; ++ky, x += g.dh * p.row)
+                for (int64_t q = 0; q < quads; ++q, ++w)
+                    sum = _mm512_dpbusd_epi32(sum, columns.at(x + q * 4 * g.dw), _mm512_set1_epi32(*w));
+            _mm512_storeu_si512(p.sums + y * p.ow + i, sum);
+        }
 }
 
 } // namespace tautorch
