@@ -13,6 +13,7 @@ constexpr int64_t kMargin = 16;
 constexpr int64_t kMostPlane = 128 * 1024; // pixels, so that codes and padded plane stay in L2
 constexpr int64_t kMostWeights = 64;       // words
 constexpr int64_t kSums = 1024;
+constexpr int64_t kTogether = 16; // planes
 
 // A plane's pixels to the rows of a padded one. Bytes after them, in both, are read and written.
 void pad_rows(const uint8_t *from, int64_t height, int64_t width, uint8_t margin, uint8_t *to) {
@@ -41,29 +42,29 @@ void depthwise_by_planes(const ConvImage &c, const uint8_t *packed, const Output
     const Geometry &g = c.g;
     const int64_t plane = g.height * g.width, outputs = c.oh * c.ow, row = g.width + kMargin,
                   size = size_of(out.epilogue.out_dtype), quads = div_up(g.kw, 4);
-    const size_t padded = static_cast<size_t>((g.height + 2 * g.ph) * row + kMargin + 64);
+    const int64_t padded = (g.height + 2 * g.ph) * row + kMargin;
     // Small planes leave together, large ones in blocks of rows.
-    const int64_t together = std::max<int64_t>(1, kSums / outputs), block = std::min(c.oh, kSums / c.ow),
-                  groups = div_up(g.channels, together), all = (b1 - b0) * groups;
+    const int64_t together = std::clamp<int64_t>(kSums / outputs, 1, kTogether),
+                  block = std::min(c.oh, kSums / c.ow), groups = div_up(g.channels, together),
+                  all = (b1 - b0) * groups;
     const int64_t threads = threads_for((b1 - b0) * g.channels * outputs * (8 * h.taps + 32), h.total),
                   tasks = std::min(threads, all);
     parallel_tasks(tasks, [&](int64_t t) {
         uint8_t *codes =
             static_cast<uint8_t *>(scratch(Scratch::rows, static_cast<size_t>(together * plane + kMargin)));
-        uint8_t *image = static_cast<uint8_t *>(scratch(Scratch::image, padded));
-        std::memset(image, c.pad, padded);
-        uint8_t *inside = image + kMargin + g.ph * row;
+        const size_t bytes = static_cast<size_t>(together * padded + 64);
+        uint8_t *image = static_cast<uint8_t *>(scratch(Scratch::image, bytes));
+        std::memset(image, c.pad, bytes);
         alignas(64) int32_t sums[kSums + 16];
         float scales[kSums];
-        int8_t w[4 * kMostWeights] = {};
-        int place[4 * kMostWeights]; // of a tap among them
+        alignas(4) int8_t w[kTogether][4 * kMostWeights] = {};
+        int place[4 * kMostWeights]; // of a tap among a channel's
         for (int64_t tap = 0; tap < h.taps; ++tap)
             place[tap] = static_cast<int>(tap / g.kw * 4 * quads + tap % g.kw);
         DepthwisePlanes task = {};
         task.row = row;
         task.g = &g;
         task.ow = c.ow;
-        task.weights = reinterpret_cast<const int32_t *>(w);
         const int64_t begin = chunk_begin(all, tasks, t), end = chunk_begin(all, tasks, t + 1);
         for (int64_t i = begin; i < end; ++i) {
             const int64_t b = b0 + i / groups, first = i % groups * together,
@@ -82,18 +83,23 @@ void depthwise_by_planes(const ConvImage &c, const uint8_t *packed, const Output
                 c.isa->epilogue(out.epilogue, sums, outputs, static_cast<int>(count),
                                 static_cast<int>(rows * c.ow), true, first, scales, to, out.plane_stride);
             };
+            // All before the first is multiplied, which reads bytes in vectors just after they were written.
             for (int64_t j = 0; j < count; ++j) {
                 for (int64_t tap = 0; tap < h.taps; ++tap)
-                    w[place[tap]] = static_cast<int8_t>(packed[h.data_off + depthwise_at(h, first + j, tap)]);
-                pad_rows(codes + j * plane, g.height, g.width, static_cast<uint8_t>(c.pad), inside);
+                    w[j][place[tap]] =
+                        static_cast<int8_t>(packed[h.data_off + depthwise_at(h, first + j, tap)]);
+                pad_rows(codes + j * plane, g.height, g.width, static_cast<uint8_t>(c.pad),
+                         image + j * padded + kMargin + g.ph * row);
+            }
+            for (int64_t j = 0; j < count; ++j) {
+                task.weights = reinterpret_cast<const int32_t *>(w[j]);
                 for (int64_t y = 0; y < c.oh; y += block) {
-                    const int64_t rows = std::min(block, c.oh - y);
-                    task.x = image + kMargin - g.pw + y * g.sh * row;
-                    task.rows = rows;
+                    task.x = image + j * padded + kMargin - g.pw + y * g.sh * row;
+                    task.rows = std::min(block, c.oh - y);
                     task.sums = sums + j * outputs;
                     c.isa->depthwise_planes(task);
                     if (together == 1)
-                        store(y, rows);
+                        store(y, task.rows);
                 }
             }
             if (together > 1)

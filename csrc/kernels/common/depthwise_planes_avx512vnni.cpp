@@ -12,14 +12,12 @@ struct Columns {
     __m512i to_lane, in_lane;
 
     explicit Columns(const Geometry &g) {
-        alignas(64) uint32_t words[16];
-        alignas(64) uint8_t bytes[64];
-        for (int i = 0; i < 16; ++i)
-            words[i] = static_cast<uint32_t>(i / 4 * g.sw + i % 4);
-        for (int i = 0; i < 64; ++i)
-            bytes[i] = static_cast<uint8_t>(i / 4 % 4 * g.sw + i % 4 * g.dw);
-        to_lane = _mm512_load_si512(words);
-        in_lane = _mm512_load_si512(bytes);
+        const auto all = [](int64_t v) { return _mm512_set1_epi32(static_cast<int>(v)); };
+        const __m512i lane = _mm512_set_epi32(3, 3, 3, 3, 2, 2, 2, 2, 1, 1, 1, 1, 0, 0, 0, 0),
+                      in = _mm512_set4_epi32(3, 2, 1, 0);
+        to_lane = _mm512_add_epi32(_mm512_mullo_epi32(lane, all(g.sw)), in);
+        // Bytes below 16: none carries.
+        in_lane = _mm512_add_epi32(_mm512_mullo_epi32(in, all(g.sw * 0x01010101)), all(g.dw * 0x03020100));
     }
     __m512i at(const uint8_t *x) const {
         return _mm512_shuffle_epi8(_mm512_permutexvar_epi32(to_lane, _mm512_loadu_si512(x)), in_lane);

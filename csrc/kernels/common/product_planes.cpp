@@ -87,8 +87,19 @@ void planes_product(const ConvImage &c, const uint8_t *packed, const Output &out
     const int64_t pixels = c.oh * c.ow, strips = div_up(pixels, kPlanePixels), all = (b1 - b0) * strips;
     const int64_t per_pixel = dense ? h.n * (h.k + 32) : 4 * h.gs * h.entries + 32 * h.n;
     const int64_t threads = threads_for((b1 - b0) * pixels * per_pixel, h.total);
-    // Few pixels: each thread prepares all of them and takes a part of the outputs.
-    const bool by_output = all < 4 * threads;
+    // Threads take strips, or each prepares all of them for a part of the outputs: whichever takes fewer
+    // cycles of the thread that has most, a quarter of a strip being a vector. Strips of two threads share a
+    // cache line of every output where they meet.
+    const int64_t vectors = div_up(pixels, 16), prepare = 4 * h.k,
+                  product = dense ? h.k / 4 : h.gs * h.entries / h.n + 8, // an output
+        most = dense ? std::min<int64_t>(h.n, h.nr * div_up(panels(h), threads)) : div_up(h.n, threads);
+    const bool few = all < 4 * threads,
+               by_output =
+                   few && (b1 - b0) * vectors * (prepare + product * most) <
+                              div_up((b1 - b0) * vectors, threads) * (prepare + product * h.n) + 60 * h.n;
+    const auto strip = [&](int64_t i) {
+        return std::min(pixels, few ? 16 * chunk_begin(vectors, strips, i) : kPlanePixels * i);
+    };
     const int64_t tasks = by_output ? threads : std::min(threads, all);
     const int64_t lists = div_up(h.n, h.gs);
     parallel_tasks(tasks, [&](int64_t t) {
@@ -108,9 +119,8 @@ void planes_product(const ConvImage &c, const uint8_t *packed, const Output &out
         alignas(64) int32_t sums[kTileN * kPlanePixels];
         float scales[kPlanePixels] = {};
         for (int64_t i = s0; i < s1; ++i) {
-            const int64_t at = i % strips * kPlanePixels;
-            const Strip s = {b0 + i / strips, at,
-                             static_cast<int>(std::min<int64_t>(kPlanePixels, pixels - at))};
+            const int64_t at = strip(i % strips);
+            const Strip s = {b0 + i / strips, at, static_cast<int>(strip(i % strips + 1) - at)};
             const SampleQuant q = c.quant(s.b);
             std::fill_n(scales, s.count, q.scale);
             if (q.blank)
