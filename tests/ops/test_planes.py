@@ -68,29 +68,31 @@ def test_dense_pointwise(kernel: str, threads: int, mode: str) -> None:
             check(conv_case("int8_conv2d", x, (outputs, x[1], 1, 1), mode=mode, x_dtype=dtype), kernel)
 
 
-# Height and width of x, height and width of the filter, options: whole vectors of 16 outputs and not, one row
-# or column, wider than a word, planes that leave together and in blocks of rows, strides and dilations that
-# the planes' kernel takes and that it does not.
+# Height and width of x, height and width of the filter, options: whole vectors of 16 outputs and not, wider than
+# a word, planes that leave together and in blocks of rows, strides and dilations that the planes' kernel takes
+# and that it does not; planes that are too narrow for it. The first have more channels.
 DEPTHWISE: list[tuple[tuple[int, int], tuple[int, int], dict[str, Any]]] = [
     ((1, 1), (1, 1), {}),
-    ((1, 1), (3, 3), {"padding": 1}),
     ((7, 7), (3, 3), {"padding": 1}),
+    ((4, 15), (3, 3), {"padding": 1}),
+    ((1, 14), (3, 3), {"padding": 1}),
     ((28, 33), (3, 3), {"padding": 1}),
     ((28, 33), (3, 3), {"padding": 1, "stride": 2}),
     ((15, 17), (3, 3), {"padding": (0, 1), "stride": (3, 1)}),
+    ((15, 32), (3, 3), {"padding": 1, "dilation": (2, 1)}),
     ((16, 16), (5, 5), {"padding": 2}),
-    ((19, 21), (7, 7), {"padding": 3, "stride": 2}),
+    ((19, 41), (7, 7), {"padding": 3, "stride": 2}),
     ((20, 23), (9, 9), {"padding": 4}),
     ((5, 64), (1, 3), {"padding": (0, 1)}),
-    ((64, 5), (3, 1), {"padding": (1, 0)}),
-    ((6, 9), (2, 4), {}),
+    ((64, 15), (3, 1), {"padding": (1, 0)}),
+    ((6, 18), (2, 4), {}),
     ((20, 20), (3, 3), {"padding": 2, "dilation": 2}),
     ((20, 20), (3, 3), {"padding": 4, "dilation": 4}),
     ((20, 40), (3, 3), {"padding": 5, "dilation": 5}),
-    ((20, 20), (3, 3), {"padding": 1, "stride": 4}),
-    ((20, 20), (3, 3), {"padding": 1, "stride": 5}),
-    ((9, 9), (3, 35), {"padding": (1, 17)}),
-    ((9, 9), (3, 33), {"padding": (1, 16)}),
+    ((20, 60), (3, 3), {"padding": 1, "stride": 4}),
+    ((20, 75), (3, 3), {"padding": 1, "stride": 5}),
+    ((9, 18), (3, 35), {"padding": (1, 17)}),
+    ((9, 18), (3, 33), {"padding": (1, 16)}),
     ((3, 1030), (3, 3), {"padding": 1}),
     ((3, 1030), (3, 3), {"padding": 1, "stride": 2}),
     ((70, 90), (3, 3), {"padding": 1}),
@@ -104,7 +106,7 @@ DEPTHWISE: list[tuple[tuple[int, int], tuple[int, int], dict[str, Any]]] = [
 def test_depthwise(kernel: str, threads: int, mode: str) -> None:
     torch.set_num_threads(threads)
     for i, (size, taps, options) in enumerate(DEPTHWISE):
-        channels = 70 if i < 5 else 3
+        channels = 70 if i < 6 else 3
         x_dtype = DTYPES[i % 3] if mode != "int8" else torch.float32
         shapes = (2, channels, *size), (channels, 1, *taps)
         check(

@@ -12,6 +12,8 @@ namespace {
 constexpr int64_t kMargin = 16;
 constexpr int64_t kMostPlane = 128 * 1024; // pixels, so that codes and padded plane stay in L2
 constexpr int64_t kMostWeights = 64;       // words
+// Narrower planes are turned in less time than their rows are padded (Zen 4).
+constexpr int64_t kLeastWidth = 14;
 constexpr int64_t kSums = 1024;
 constexpr int64_t kTogether = 16; // planes
 
@@ -26,12 +28,24 @@ void pad_rows(const uint8_t *from, int64_t height, int64_t width, uint8_t margin
     }
 }
 
+// Weights of taps [t, t + n), n <= 4, of one channel.
+int32_t word_of(const uint8_t *packed, int64_t channel, int64_t t, int64_t n) {
+    const PackHeader &h = header_of(packed);
+    const uint8_t *at = packed + h.data_off + depthwise_at(h, channel, t / 4 * 4);
+    uint32_t low, high = 0;
+    std::memcpy(&low, at, 4);
+    if (t % 4 + n > 4)
+        std::memcpy(&high, at + 4 * kTileN, 4);
+    const uint64_t both = (uint64_t{high} << 32 | low) >> (8 * (t % 4));
+    return static_cast<int32_t>(both & ((uint64_t{1} << (8 * n)) - 1));
+}
+
 } // namespace
 
 bool depthwise_in_planes(const ConvImage &c, const PackHeader &h, const Output &out) {
     const Geometry &g = c.g;
     return c.isa->depthwise_planes && h.kind == PackKind::depthwise_i8 && !c.channels_last && out.along_m &&
-           g.sw + g.dw <= kPlaneSteps && g.pw <= kMargin && c.ow <= kSums &&
+           c.ow >= kLeastWidth && g.sw + g.dw <= kPlaneSteps && g.pw <= kMargin && c.ow <= kSums &&
            g.kh * div_up(g.kw, 4) <= kMostWeights &&
            (g.height + 2 * g.ph) * (g.width + kMargin) <= kMostPlane;
 }
@@ -57,14 +71,16 @@ void depthwise_by_planes(const ConvImage &c, const uint8_t *packed, const Output
         std::memset(image, c.pad, bytes);
         alignas(64) int32_t sums[kSums + 16];
         float scales[kSums];
-        alignas(4) int8_t w[kTogether][4 * kMostWeights] = {};
-        int place[4 * kMostWeights]; // of a tap among a channel's
-        for (int64_t tap = 0; tap < h.taps; ++tap)
-            place[tap] = static_cast<int>(tap / g.kw * 4 * quads + tap % g.kw);
+        int32_t weights[kTogether * kMostWeights];
         DepthwisePlanes task = {};
-        task.row = row;
         task.g = &g;
         task.ow = c.ow;
+        task.row = row;
+        task.x_step = padded;
+        task.weights = weights;
+        task.weights_step = g.kh * quads;
+        task.sums = sums;
+        task.sums_step = outputs;
         const int64_t begin = chunk_begin(all, tasks, t), end = chunk_begin(all, tasks, t + 1);
         for (int64_t i = begin; i < end; ++i) {
             const int64_t b = b0 + i / groups, first = i % groups * together,
@@ -77,33 +93,26 @@ void depthwise_by_planes(const ConvImage &c, const uint8_t *packed, const Output
             else
                 c.met(b, c.isa->quantize(c.x + (b * g.channels + first) * plane * size_of(c.dtype), c.dtype,
                                          count * plane, q.inv, q.zp, q.lo, q.hi, c.isa->act, codes));
-            const auto store = [&](int64_t y, int64_t rows) {
-                char *to = static_cast<char *>(out.data) +
-                           (b * out.sample_stride + first * out.plane_stride + y * c.ow) * size;
-                c.isa->epilogue(out.epilogue, sums, outputs, static_cast<int>(count),
-                                static_cast<int>(rows * c.ow), true, first, scales, to, out.plane_stride);
-            };
             // All before the first is multiplied, which reads bytes in vectors just after they were written.
+            int32_t *word = weights;
             for (int64_t j = 0; j < count; ++j) {
-                for (int64_t tap = 0; tap < h.taps; ++tap)
-                    w[j][place[tap]] =
-                        static_cast<int8_t>(packed[h.data_off + depthwise_at(h, first + j, tap)]);
+                for (int64_t ky = 0; ky < g.kh; ++ky)
+                    for (int64_t kx = 0; kx < g.kw; kx += 4)
+                        *word++ = word_of(packed, first + j, ky * g.kw + kx, std::min<int64_t>(4, g.kw - kx));
                 pad_rows(codes + j * plane, g.height, g.width, static_cast<uint8_t>(c.pad),
                          image + j * padded + kMargin + g.ph * row);
             }
-            for (int64_t j = 0; j < count; ++j) {
-                task.weights = reinterpret_cast<const int32_t *>(w[j]);
-                for (int64_t y = 0; y < c.oh; y += block) {
-                    task.x = image + j * padded + kMargin - g.pw + y * g.sh * row;
-                    task.rows = std::min(block, c.oh - y);
-                    task.sums = sums + j * outputs;
-                    c.isa->depthwise_planes(task);
-                    if (together == 1)
-                        store(y, task.rows);
-                }
+            task.planes = count;
+            for (int64_t y = 0; y < c.oh; y += block) {
+                task.x = image + kMargin - g.pw + y * g.sh * row;
+                task.rows = std::min(block, c.oh - y);
+                c.isa->depthwise_planes(task);
+                char *to = static_cast<char *>(out.data) +
+                           (b * out.sample_stride + first * out.plane_stride + y * c.ow) * size;
+                c.isa->epilogue(out.epilogue, sums, outputs, static_cast<int>(count),
+                                static_cast<int>(task.rows * c.ow), true, first, scales, to,
+                                out.plane_stride);
             }
-            if (together > 1)
-                store(0, c.oh);
         }
     });
 }

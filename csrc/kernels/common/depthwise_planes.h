@@ -9,14 +9,17 @@ namespace tautorch {
 // The 16 bytes around four pixels hold what they see of four columns: strides plus dilation, at most.
 constexpr int64_t kPlaneSteps = 5;
 
-// Some rows of output of one channel.
+// Some rows of output of several channels.
 struct DepthwisePlanes {
-    const uint8_t *x; // first row under the filter, padded, u8_shifted; 64 bytes can be read at any pixel
-    int64_t row;      // bytes from one row to the next
     const Geometry *g;
+    int64_t planes, rows, ow;
+    // First row under the filter, padded, u8_shifted; 64 bytes can be read at any pixel.
+    const uint8_t *x;
+    int64_t row, x_step;    // bytes to the next row and plane
     const int32_t *weights; // [kh][quads], four columns of the filter each
-    int64_t rows, ow;
-    int32_t *sums; // [rows][ow], and 15 more are written
+    int64_t weights_step;
+    int32_t *sums; // [rows][ow] of each plane, sums_step apart; 15 more are written
+    int64_t sums_step;
 };
 void depthwise_planes_avx512vnni(const DepthwisePlanes &p);
 

@@ -24,14 +24,22 @@ struct Columns {
     }
 };
 
+// One plane's part of a task.
+struct Plane {
+    const uint8_t *x;
+    const int32_t *weights;
+    int32_t *sums;
+};
+
 // R rows of output by filters of three rows and at most four columns. More than one where neither strides nor
 // dilation leave out rows: each row of x is then read once for all.
-template <int R> void three_rows(const DepthwisePlanes &p, const Columns &columns, int64_t y) {
+template <int R>
+void three_rows(const DepthwisePlanes &p, const Plane &plane, const Columns &columns, int64_t y) {
     const int64_t ow = p.ow, sw = p.g->sw, down = p.g->dh * p.row;
-    const __m512i w[3] = {_mm512_set1_epi32(p.weights[0]), _mm512_set1_epi32(p.weights[1]),
-                          _mm512_set1_epi32(p.weights[2])};
-    const uint8_t *x = p.x + y * p.g->sh * p.row;
-    int32_t *to = p.sums + y * ow;
+    const __m512i w[3] = {_mm512_set1_epi32(plane.weights[0]), _mm512_set1_epi32(plane.weights[1]),
+                          _mm512_set1_epi32(plane.weights[2])};
+    const uint8_t *x = plane.x + y * p.g->sh * p.row;
+    int32_t *to = plane.sums + y * ow;
     // From the right, so that what is too much in a row is written over by the next one.
     for (int64_t i = (ow - 1) / 16 * 16; i >= 0; i -= 16) {
         __m512i sum[R];
@@ -51,30 +59,43 @@ template <int R> void three_rows(const DepthwisePlanes &p, const Columns &column
     }
 }
 
+void any_rows(const DepthwisePlanes &p, const Plane &plane, const Columns &columns) {
+    const Geometry &g = *p.g;
+    const int64_t quads = (g.kw + 3) / 4;
+    for (int64_t y = 0; y < p.rows; ++y)
+        for (int64_t i = 0; i < p.ow; i += 16) {
+            const uint8_t *x = plane.x + y * g.sh * p.row + i * g.sw;
+            const int32_t *w = plane.weights;
+            __m512i sum = _mm512_setzero_si512();
+            for (int64_t ky = 0; ky < g.kh; ++ky, x += g.dh * p.row)
+                for (int64_t q = 0; q < quads; ++q, ++w)
+                    sum = _mm512_dpbusd_epi32(sum, columns.at(x + q * 4 * g.dw), _mm512_set1_epi32(*w));
+            _mm512_storeu_si512(plane.sums + y * p.ow + i, sum);
+        }
+}
+
 } // namespace
 
 void depthwise_planes_avx512vnni(const DepthwisePlanes &p) {
     const Geometry &g = *p.g;
     const Columns columns(g);
-    int64_t y = 0;
-    if (g.kh == 3 && g.kw <= 4) {
-        for (; g.sh == 1 && g.dh == 1 && y + 4 <= p.rows; y += 4)
-            three_rows<4>(p, columns, y);
-        for (; y < p.rows; ++y)
-            three_rows<1>(p, columns, y);
-        return;
-    }
-    const int64_t quads = (g.kw + 3) / 4;
-    for (; y < p.rows; ++y)
-        for (int64_t i = 0; i < p.ow; i += 16) {
-            const uint8_t *x = p.x + y * g.sh * p.row + i * g.sw;
-            const int32_t *w = p.weights;
-            __m512i sum = _mm512_setzero_si512();
-            for (int64_t ky = 0; ky < g.kh; ++ky, x += g.dh * p.row)
-                for (int64_t q = 0; q < quads; ++q, ++w)
-                    sum = _mm512_dpbusd_epi32(sum, columns.at(x + q * 4 * g.dw), _mm512_set1_epi32(*w));
-            _mm512_storeu_si512(p.sums + y * p.ow + i, sum);
+    const bool three = g.kh == 3 && g.kw <= 4, whole = g.sh == 1 && g.dh == 1;
+    for (int64_t j = 0; j < p.planes; ++j) {
+        const Plane plane = {p.x + j * p.x_step, p.weights + j * p.weights_step, p.sums + j * p.sums_step};
+        if (!three) {
+            any_rows(p, plane, columns);
+            continue;
         }
+        int64_t y = 0;
+        for (; whole && y + 4 <= p.rows; y += 4)
+            three_rows<4>(p, plane, columns, y);
+        if (whole && y + 2 <= p.rows) {
+            three_rows<2>(p, plane, columns, y);
+            y += 2;
+        }
+        for (; y < p.rows; ++y)
+            three_rows<1>(p, plane, columns, y);
+    }
 }
 
 } // namespace tautorch
