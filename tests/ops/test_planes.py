@@ -68,9 +68,9 @@ def test_dense_pointwise(kernel: str, threads: int, mode: str) -> None:
             check(conv_case("int8_conv2d", x, (outputs, x[1], 1, 1), mode=mode, x_dtype=dtype), kernel)
 
 
-# Height and width of x, height and width of the filter, options: whole vectors of 16 outputs and not, wider than
-# a word, planes that leave together and in blocks of rows, strides and dilations that the planes' kernel takes
-# and that it does not; planes that are too narrow for it. The first have more channels.
+# Height and width of x, height and width of the filter, options: whole vectors of 16 outputs and not, filters
+# wider than a word, planes that leave together and in blocks of rows, strides and dilations that the planes'
+# kernel takes and that it does not; planes that are too narrow for it. The first have more channels.
 DEPTHWISE: list[tuple[tuple[int, int], tuple[int, int], dict[str, Any]]] = [
     ((1, 1), (1, 1), {}),
     ((7, 7), (3, 3), {"padding": 1}),
