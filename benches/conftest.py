@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import pathlib
 from collections.abc import Iterator
 
@@ -23,16 +22,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )  # fmt: skip
 
 
-def keep_memory() -> None:
-    """What is freed stays mapped (glibc). Otherwise, by what was freed before, one side of a comparison has the
-    pages of its output faulted in at every call: outputs of 25 MB took 2.5 times as long in three rows of
-    eight."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        for option, value in ((-4, 0), (-1, 2**31 - 1)):  # M_MMAP_MAX, M_TRIM_THRESHOLD
-            mallopt(option, value)
-
-
 @pytest.fixture
 def table(session_table: Table) -> Table:
     """Where a bench puts its rows."""
@@ -43,7 +32,6 @@ def table(session_table: Table) -> Table:
 @pytest.fixture(scope="session")
 def session_table(request: pytest.FixtureRequest) -> Iterator[Table]:
     """The rows of all benches; written to benches/results at the end of a timed session."""
-    keep_memory()
     torch.set_num_threads(2)
     torch.manual_seed(0)
     option = request.config.getoption
