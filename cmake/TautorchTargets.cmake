@@ -11,10 +11,11 @@ set(TAUTORCH_ISA_avxvnni ${TAUTORCH_AVX2_FLAGS} -mavxvnni)
 set(TAUTORCH_ISA_avx512vnni
     ${TAUTORCH_AVX2_FLAGS} -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512vnni -mprefer-vector-width=512)
 set(TAUTORCH_ISA_avx512vbmi ${TAUTORCH_ISA_avx512vnni} -mavx512vbmi)
+set(TAUTORCH_ISA_amx ${TAUTORCH_ISA_avx512vnni} -mamx-tile -mamx-int8)
 set(TAUTORCH_ISA_neon -march=armv8-a)
 set(TAUTORCH_ISA_neon_dotprod -march=armv8.2-a+dotprod)
 set(TAUTORCH_ISA_neon_i8mm -march=armv8.2-a+dotprod+i8mm)
-set(TAUTORCH_X86_ISAS avx2 avxvnni avx512vnni avx512vbmi)
+set(TAUTORCH_X86_ISAS avx2 avxvnni avx512vnni avx512vbmi amx)
 set(TAUTORCH_ARM_ISAS neon neon_dotprod neon_i8mm)
 
 if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64|amd64)$")

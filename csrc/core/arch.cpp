@@ -3,6 +3,10 @@
 #if defined(__x86_64__)
 #include <cpuid.h>
 #include <cstdint>
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 #elif defined(__aarch64__) && defined(__APPLE__)
 #include <sys/sysctl.h>
 #elif defined(__aarch64__) && defined(__linux__)
@@ -17,6 +21,21 @@ bool has(const char *feature) {
     int value = 0;
     size_t size = sizeof value;
     return sysctlbyname(feature, &value, &size, nullptr, 0) == 0 && value != 0;
+}
+#endif
+
+#if defined(__x86_64__)
+// Tiles are 8 KB more for every switch of threads, so Linux wants to be asked for them.
+bool has_amx() {
+#if defined(__linux__)
+    constexpr uint32_t kTile = 1u << 24, kInt8 = 1u << 25;
+    constexpr long kRequestPermission = 0x1023, kTileData = 18; // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILE_DATA
+    uint32_t a = 0, b = 0, c = 0, d = 0;
+    return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & kTile) != 0 && (d & kInt8) != 0 &&
+           syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+    return false;
+#endif
 }
 #endif
 
@@ -36,6 +55,7 @@ CpuFeatures detect() {
                     __builtin_cpu_supports("avx512vnni");
     f.avx512_vbmi = f.avx512_vnni && __builtin_cpu_supports("avx512vbmi");
     f.halves_512 = f.avx512_vnni && __builtin_cpu_is("amd") && family == 0x19;
+    f.amx = f.avx512_vbmi && has_amx();
     if (f.avx2 && __get_cpuid_count(7, 1, &a, &b, &c, &d)) {
         f.avx_vnni = (a & (1u << 4)) != 0;
     }

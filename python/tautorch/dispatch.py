@@ -190,6 +190,7 @@ def clear_last_python(op: str) -> None:
 # ---- CPU rows -------------------------------------------------------------------------------------------
 
 _CPU_NEEDS = {
+    "amx": "AMX-INT8",
     "avx512vnni": "AVX-512 with VNNI",
     "avxvnni": "AVX-VNNI",
     "avx2": "AVX2, FMA and F16C",

@@ -6,6 +6,19 @@
 
 namespace tautorch {
 
+#if defined(__x86_64__)
+namespace {
+Isa with_amx(Isa isa) {
+    isa.name = "amx";
+    isa.id = 7;
+    isa.product_i8 = product_i8_amx;
+    return isa;
+}
+} // namespace
+// Here, where nothing is compiled with wide instructions: it is made when the library is loaded.
+const Isa isa_amx = with_amx(isa_avx512vnni);
+#endif
+
 const IsaEntry *isa_table(int *count) {
     static const CpuFeatures &f = cpu_features();
     static const IsaEntry table[] = {
@@ -14,6 +27,7 @@ const IsaEntry *isa_table(int *count) {
         {&isa_avx2, f.avx2},
         {&isa_avxvnni, f.avx2 && f.avx_vnni},
         {&isa_avx512vnni, f.avx512_vnni},
+        {&isa_amx, f.amx},
 #elif defined(__aarch64__)
         {&isa_neon, true},
         {&isa_neon_dotprod, f.dotprod},

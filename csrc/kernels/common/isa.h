@@ -176,6 +176,7 @@ extern const Isa isa_scalar;
 extern const Isa isa_avx2;
 extern const Isa isa_avxvnni;
 extern const Isa isa_avx512vnni;
+extern const Isa isa_amx; // the same but for dense int8 products
 #elif defined(__aarch64__)
 extern const Isa isa_neon;
 extern const Isa isa_neon_dotprod;

@@ -40,6 +40,7 @@ struct ProductI8 : ToOutput {
 };
 
 void product_i8_avx512vnni(const ProductI8 &p);
+void product_i8_amx(const ProductI8 &p);
 // int8 output of the first rows, and how many these are: 0 where this is not the kernel for them. More than
 // 0: all rows have been made of raw.
 int product_i8_codes_avx512vnni(const ProductI8 &p);

@@ -115,7 +115,7 @@ void sell_block(const Isa &isa, const uint8_t *packed, int64_t group, const void
 
 bool sell_supported(const Isa &isa) {
 #if defined(__x86_64__)
-    return &isa == &isa_avx512vnni && cpu_features().avx512_vbmi;
+    return (&isa == &isa_avx512vnni || &isa == &isa_amx) && cpu_features().avx512_vbmi;
 #else
     (void)isa;
     return false;

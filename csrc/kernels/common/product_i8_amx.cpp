@@ -1,0 +1,260 @@
+// int8 panels by AMX: tiles of 16 rows of 64 bytes, 16 x 16 sums of 64 products each in 16 cycles.
+//
+// A step of 64 inputs loads two tiles of rows and two of weights for four products. On Granite Rapids tiles
+// in registers multiply at 6.4 TOPS, with a load for each product at 5.1. Sums leave through memory, L1:
+// there is no way from tiles to vectors.
+#include "kernels/common/finish_avx512vnni.h"
+
+namespace tautorch {
+namespace {
+
+constexpr int kRows = 16;        // of a tile
+constexpr int64_t kInputs = 64;  // of a step
+constexpr int kChunk = 4;        // rows that leave together
+constexpr int64_t kMostLines = 8; // fetched beside a step
+// Fewer rows are faster by vectors: a tile takes as long with one row as with 16.
+constexpr int kLeastRows = 3;
+// From so many steps on, sums leave while the next tile's products run: 20 % at 1024 and 1536 inputs. Where
+// there are fewer, the core looks far enough ahead by itself, and calls between the steps cost 10 %.
+constexpr int64_t kManySteps = 16;
+
+// asm, because the intrinsics take nothing but literal numbers of tiles.
+template <int Tile> inline void load_tile(const void *from, int64_t step) {
+    asm volatile("tileloadd (%0,%1,1), %%tmm%c2" : : "r"(from), "r"(step), "n"(Tile) : "memory");
+}
+template <int Tile> inline void store_tile(void *to, int64_t step) {
+    asm volatile("tilestored %%tmm%c2, (%0,%1,1)" : : "r"(to), "r"(step), "n"(Tile) : "memory");
+}
+// Unsigned rows by signed weights.
+template <int Sums, int X, int W> inline void multiply() {
+    asm volatile("tdpbusd %%tmm%c0, %%tmm%c1, %%tmm%c2" : : "n"(W), "n"(X), "n"(Sums));
+}
+
+struct alignas(64) TileConfig {
+    uint8_t palette = 1, start_row = 0, reserved[14] = {};
+    uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+    uint8_t rows[16] = {};
+    explicit TileConfig(int n) { // rows of all tiles but those of weights
+        for (int i = 0; i < 8; ++i)
+            rows[i] = static_cast<uint8_t>(i < 6 ? n : kRows);
+    }
+};
+// Reading the configuration takes 5 ns, writing it 50, and what runs does not overlap it.
+void configure(int rows) {
+    const TileConfig want(rows);
+    TileConfig is(0);
+    asm volatile("sttilecfg %0" : "=m"(is));
+    if (std::memcmp(&is, &want, sizeof is) != 0)
+        asm volatile("ldtilecfg %0" : : "m"(want));
+}
+
+// Sums of a tile, [rows][columns], that are on their way out.
+struct Leaving {
+    void (*some)(const ProductI8 &, Leaving &) = nullptr; // kChunk rows more
+    const int32_t *sums = nullptr;
+    int column = 0;
+    int first[2] = {}; // row of p, of each 16
+    int row = 0, rows = 0;
+};
+
+template <int Columns, int MR> void rows_leave(const ProductI8 &p, const Leaving &l) {
+    __m512i c[MR][Columns];
+#pragma GCC unroll 8
+    for (int r = 0; r < MR; ++r)
+#pragma GCC unroll 4
+        for (int v = 0; v < Columns; ++v)
+            c[r][v] = _mm512_load_si512(l.sums + (l.row + r) * 16 * Columns + 16 * v);
+    finish<MR, Columns>(p, l.column, l.first[l.row / kRows] + l.row % kRows, c);
+}
+template <int Columns, int kMany> void some_leave(const ProductI8 &p, Leaving &l) {
+    if (l.rows - l.row >= kMany) {
+        rows_leave<Columns, kMany>(p, l);
+        l.row += kMany;
+        return;
+    }
+    for (; l.row < l.rows; ++l.row)
+        rows_leave<Columns, 1>(p, l);
+}
+
+struct PanelRun {
+    ProductI8 p;
+    const char *x;
+    int64_t steps; // whole ones
+    int tail;      // groups of 4 inputs beyond
+    int64_t lines; // to fetch with every step
+    const int8_t *next, *next_end;
+    Leaving leaving;
+    int turn = 0;
+    alignas(64) int32_t from[64]; // what the sums of a row start from
+    alignas(64) int8_t tail_weights[kRows * 256];
+    alignas(64) int32_t sums[2][1024];
+
+    explicit PanelRun(const ProductI8 &given) : p(given), x(static_cast<const char *>(given.rows[0])) {
+        steps = p.kq / 16;
+        tail = static_cast<int>(p.kq % 16);
+    }
+    void prepare() {
+        for (int i = 0; i < p.width; i += 16)
+            _mm512_store_si512(from + i, start(p, i));
+        if (tail) {
+            const size_t there = static_cast<size_t>(tail * 4 * p.width);
+            std::memcpy(tail_weights, p.panel + steps * kInputs * p.width, there);
+            std::memset(tail_weights + there, 0, static_cast<size_t>(kRows * 4 * p.width) - there);
+        }
+    }
+    void all_leave() {
+        while (leaving.row < leaving.rows)
+            leaving.some(p, leaving);
+    }
+    // Columns [i, i + 16 * Columns) of 16 rows from each of first[0 .. Rows) on, of which `rows` are there.
+    template <int Rows, int Columns> void tile(int i, int first0, int first1, int rows);
+};
+
+template <int Rows, int Columns> void PanelRun::tile(int i, int first0, int first1, int rows) {
+    constexpr int64_t kSumsStep = 64 * Columns;
+    const int64_t w_step = 4 * p.width, x_step = p.row_step;
+    const auto products = [&](const char *x0, const char *x1, int64_t step,
+                              const int8_t *w) __attribute__((always_inline)) {
+        load_tile<4>(x0, step);
+        load_tile<6>(w, w_step);
+        multiply<0, 4, 6>();
+        if constexpr (Columns > 1) {
+            load_tile<7>(w + 64, w_step);
+            multiply<1, 4, 7>();
+        }
+        if constexpr (Rows > 1) {
+            load_tile<5>(x1, step);
+            multiply<2, 5, 6>();
+            if constexpr (Columns > 1)
+                multiply<3, 5, 7>();
+        } else {
+            if constexpr (Columns > 2) {
+                load_tile<6>(w + 128, w_step);
+                multiply<2, 4, 6>();
+            }
+            if constexpr (Columns > 3) {
+                load_tile<7>(w + 192, w_step);
+                multiply<3, 4, 7>();
+            }
+        }
+    };
+    const auto each = [&](auto &&f0, auto &&f1, auto &&f2, auto &&f3) __attribute__((always_inline)) {
+        f0();
+        if constexpr (Columns > 1)
+            f1();
+        if constexpr (Rows > 1 || Columns > 2)
+            f2();
+        if constexpr ((Rows > 1 && Columns > 1) || Columns > 3)
+            f3();
+    };
+    // Sums 0 and 1 are of the first rows; 2 and 3 of the second ones, or further columns of the first.
+    constexpr int kThird = Rows > 1 ? 0 : 32, kFourth = Rows > 1 ? 16 : 48;
+    each([&] { load_tile<0>(from + i, 0); }, [&] { load_tile<1>(from + i + 16, 0); },
+         [&] { load_tile<2>(from + i + kThird, 0); }, [&] { load_tile<3>(from + i + kFourth, 0); });
+    const char *x0 = x + first0 * x_step, *x1 = x + first1 * x_step;
+    const int8_t *w = p.panel + 4 * i;
+    const int left = leaving.rows - leaving.row;
+    const int64_t chunks = (left + kChunk - 1) / kChunk, each_step = steps >= kManySteps ? (chunks + steps - 1) / steps : 0;
+    for (int64_t s = 0; s < steps; ++s) {
+        products(x0, x1, x_step, w);
+        x0 += kInputs;
+        x1 += kInputs;
+        w += kInputs * p.width;
+        if (next < next_end) {
+            for (int64_t l = 0; l < lines; ++l)
+                _mm_prefetch(reinterpret_cast<const char *>(next + 64 * l), _MM_HINT_T1);
+            next += 64 * lines;
+        }
+        for (int64_t c = 0; c < each_step && leaving.row < leaving.rows; ++c)
+            leaving.some(p, leaving);
+    }
+    all_leave();
+    if (tail) {
+        alignas(64) char rest[2 * kRows * kInputs];
+        const __mmask64 there = (uint64_t{1} << 4 * tail) - 1;
+        for (int h = 0; h < Rows; ++h)
+            for (int r = 0; r < (Rows > 1 ? kRows : rows); ++r)
+                _mm512_store_si512(rest + (h * kRows + r) * kInputs,
+                                   _mm512_maskz_loadu_epi8(there, (h ? x1 : x0) + r * x_step));
+        products(rest, rest + kRows * kInputs, kInputs, tail_weights + 4 * i);
+    }
+    int32_t *const to = sums[turn];
+    turn ^= 1;
+    constexpr int kThirdTo = Rows > 1 ? 16 * 16 * Columns : 32, kFourthTo = Rows > 1 ? kThirdTo + 16 : 48;
+    each([&] { store_tile<0>(to, kSumsStep); }, [&] { store_tile<1>(to + 16, kSumsStep); },
+         [&] { store_tile<2>(to + kThirdTo, kSumsStep); }, [&] { store_tile<3>(to + kFourthTo, kSumsStep); });
+    leaving.some = steps < kManySteps && Columns <= 2 ? some_leave<Columns, 8> : some_leave<Columns, kChunk>;
+    leaving.sums = to;
+    leaving.column = i;
+    leaving.first[0] = first0;
+    leaving.first[1] = first1;
+    leaving.row = 0;
+    leaving.rows = Rows > 1 ? 2 * kRows : rows;
+    if (steps < kManySteps)
+        all_leave();
+}
+
+// All columns of at most 16 rows.
+void few_rows(PanelRun &run, int first, int rows) {
+    switch (run.p.width / 16) {
+    case 1:
+        return run.tile<1, 1>(0, first, first, rows);
+    case 2:
+        return run.tile<1, 2>(0, first, first, rows);
+    case 3:
+        return run.tile<1, 3>(0, first, first, rows);
+    default:
+        return run.tile<1, 4>(0, first, first, rows);
+    }
+}
+
+void one_panel(const ProductI8 &p) {
+    PanelRun run(p);
+    run.prepare();
+    const int whole = p.count / (2 * kRows), rest = p.count % (2 * kRows);
+    // What is left over ends with the last row: rows that two tiles have are written twice, the same.
+    const int tiles = whole + (rest > 0 ? 1 : 0);
+    const int64_t all = tiles * ((p.width + 31) / 32) * (run.steps > 0 ? run.steps : 1);
+    run.next = p.next;
+    run.next_end = p.next + p.next_bytes;
+    run.lines = (p.next_bytes / 64 + all - 1) / all;
+    if (run.lines > kMostLines)
+        run.lines = kMostLines;
+    for (int t = 0; t < tiles; ++t) {
+        const int first = 2 * kRows * t, rows = p.count - first;
+        if (rows <= kRows) {
+            const int n = rows < p.count ? kRows : rows;
+            few_rows(run, p.count - n, n);
+            continue;
+        }
+        const int second = rows < 2 * kRows ? p.count - kRows : first + kRows;
+        for (int i = 0; i < p.width; i += 32)
+            if (i + 32 <= p.width)
+                run.tile<2, 2>(i, first, second, 2 * kRows);
+            else
+                run.tile<2, 1>(i, first, second, 2 * kRows);
+    }
+    run.all_leave();
+}
+
+} // namespace
+
+void product_i8_amx(const ProductI8 &given) {
+    if (given.count < kLeastRows || !given.even() || given.gap != 0)
+        return product_i8_avx512vnni(given);
+    ProductI8 p = given;
+    if (p.raw)
+        turn_top_bits(p.raw, p.count * 4 * p.kq, p.operands);
+    p.raw = nullptr;
+    configure(p.count < kRows ? p.count : kRows);
+    const int64_t panels = p.panels > 1 ? p.panels : 1;
+    p.panels = 1;
+    for (int64_t i = 0; i < panels; ++i) {
+        one_panel(p);
+        p.panel += 4 * p.kq * p.width;
+        p.n0 += p.width;
+        p.out += p.width * size_of(p.epilogue->out_dtype);
+    }
+}
+
+} // namespace tautorch
