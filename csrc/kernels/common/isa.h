@@ -169,6 +169,8 @@ struct Isa {
     // See window_planes.h.
     void (*words_of_runs)(const uint8_t *x, const int64_t *runs, int64_t quads, uint32_t *out) = nullptr;
     void (*depthwise_planes)(const DepthwisePlanes &) = nullptr;
+    // Rows of a dense int8 product below which a thread had better take outputs than rows of its own.
+    int32_t own_rows = 8;
 };
 
 extern const Isa isa_scalar;

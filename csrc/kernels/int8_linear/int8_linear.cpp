@@ -122,7 +122,7 @@ struct Cut {
     bool shared = false; // rows are prepared once for all threads, which wait for each other in between
 };
 
-Cut cut(const LinearArgs &a, const PackHeader &h) {
+Cut cut(const Isa &isa, const LinearArgs &a, const PackHeader &h) {
     Cut c;
     const int64_t n_panels = panels(h), macs = a.m * h.n * h.k;
     const int64_t threads = threads_for(macs, h.total);
@@ -131,7 +131,7 @@ Cut cut(const LinearArgs &a, const PackHeader &h) {
     // A thread with rows of its own prepares these alone, but reads all weights: the cut for few outputs, and
     // for many rows by weights that L2 and a part of L3 hold.
     const bool by_rows =
-        a.m >= 8 * threads && (h.n < 512 * threads || (a.m > kBlockRows && h.total < int64_t{3} << 20));
+        a.m >= isa.own_rows * threads && (h.n < 512 * threads || (a.m > kBlockRows && h.total < int64_t{3} << 20));
     Split &s = c.split;
     if (by_rows) {
         s.tm = threads;
@@ -158,7 +158,7 @@ void int8_linear(const LinearArgs &a) {
     Output out = a.out;
     out.epilogue = with_correction(a.out.epilogue, a.packed, operand_of(a.packed), a.quant);
     const int64_t stride = operand_stride(isa, h), n_panels = panels(h);
-    const Cut c = cut(a, h);
+    const Cut c = cut(isa, a, h);
     const int64_t tm = c.split.tm, tn = c.split.tn;
     const auto buffers = [&](int64_t rows, float **scale) {
         *scale =
