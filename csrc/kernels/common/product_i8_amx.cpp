@@ -13,7 +13,7 @@ constexpr int64_t kInputs = 64;  // of a step
 constexpr int kChunk = 4;        // rows that leave together
 constexpr int64_t kMostLines = 8; // fetched beside a step
 // Fewer rows are faster by vectors: a tile takes as long with one row as with 16.
-constexpr int kLeastRows = 3;
+constexpr int kLeastRows = 5;
 // From so many steps on, sums leave while the next tile's products run: 20 % at 1024 and 1536 inputs. Where
 // there are fewer, the core looks far enough ahead by itself, and calls between the steps cost 10 %.
 constexpr int64_t kManySteps = 16;
