@@ -51,7 +51,7 @@ uint64_t read_lines(const uint8_t *p, int64_t bytes);
 
 // Thread-local scratch, 64-byte aligned, kept between calls: the kernels' only memory of their own. Buffers
 // of different slots are distinct; asking for a slot again may move it. Throws std::bad_alloc.
-enum class Scratch { rows, scales, tile, panel, inner, inner_scales, pointers, image, count };
+enum class Scratch { rows, scales, tile, panel, inner, inner_scales, pointers, image, even, count };
 void *scratch(Scratch slot, size_t bytes);
 // How often, on all threads, a buffer had to be allocated.
 int64_t scratch_allocations();

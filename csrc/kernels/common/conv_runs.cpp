@@ -16,7 +16,9 @@ Range inside(int64_t first, int64_t taps, int64_t step, int64_t size) {
     return begin < end ? Range{begin, end} : Range{0, taps};
 }
 
-bool skips_padding(const ConvImage &c) { return c.pad == 0 && c.kind != OperandKind::f32; }
+bool skips_padding(const ConvImage &c) {
+    return c.pad == 0 && c.kind != OperandKind::f32 && !c.isa->even_rows;
+}
 
 } // namespace
 

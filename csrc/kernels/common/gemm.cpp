@@ -166,7 +166,7 @@ void fused_panels(const Isa &isa, const uint8_t *packed, int64_t group, ProductI
         task.width = panel_width(h, p);
         task.cols = static_cast<int>(std::min<int64_t>(task.width, h.n - p * h.nr));
         task.panel = reinterpret_cast<const int8_t *>(panel_data(packed, group, p) + skipped * task.width);
-        task.gap = (div_up(h.k, h.kr) - task.kq) * h.kr * task.width;
+        task.gap = task.taps == 1 ? 0 : (div_up(h.k, h.kr) - task.kq) * h.kr * task.width;
         const Ahead next = p + 1 < p1 ? next_panel(packed, group, p) : ahead;
         task.next = next.at ? static_cast<const int8_t *>(next.at) : task.panel;
         task.next_bytes = next.bytes;
@@ -248,6 +248,19 @@ void gemm_block_taps(const Isa &isa, const uint8_t *packed, int64_t group, const
         task.kq = kq;
         task.row_scale = row_scale;
         task.out_row = out_row;
+        const void *first;
+        if (isa.even_rows && !task.even() && kq == div_up(h.k, h.kr)) {
+            const int64_t bytes = kq * h.kr, step = round_up(taps * bytes, 64) | 64; // of all sets of L1
+            char *const at = static_cast<char *>(scratch(Scratch::even, static_cast<size_t>(rows * step)));
+            for (int r = 0; r < rows; ++r)
+                for (int64_t t = 0; t < taps; ++t)
+                    std::memcpy(at + r * step + t * bytes, pointers[t * ld + r], static_cast<size_t>(bytes));
+            first = at;
+            task.rows = &first;
+            task.row_step = step;
+            task.taps = 1;
+            task.kq = taps * kq;
+        }
         return fused_panels(isa, packed, group, task, skipped, p0, p1, out, m0, ahead);
     }
     if (h.kind == PackKind::dense_f32 && !row_scale && !out.epilogue.w_scale && taps == 1 && h.taps == 1 &&

@@ -171,6 +171,8 @@ struct Isa {
     void (*depthwise_planes)(const DepthwisePlanes &) = nullptr;
     // Rows of a dense int8 product below which a thread had better take outputs than rows of its own.
     int32_t own_rows = 8;
+    // Whether product_i8 is at its best only where rows are even: others are copied.
+    bool even_rows = false;
 };
 
 extern const Isa isa_scalar;
