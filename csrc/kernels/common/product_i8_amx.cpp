@@ -48,33 +48,16 @@ void configure(int rows) {
         asm volatile("ldtilecfg %0" : : "m"(want));
 }
 
+struct PanelRun;
+
 // Sums of a tile, [rows][columns], that are on their way out.
 struct Leaving {
-    void (*some)(const ProductI8 &, Leaving &) = nullptr; // kChunk rows more
+    void (*some)(PanelRun &) = nullptr; // kChunk rows more, or all
     const int32_t *sums = nullptr;
     int column = 0;
     int first[2] = {}; // row of p, of each 16
     int row = 0, rows = 0;
 };
-
-template <int Columns, int MR> void rows_leave(const ProductI8 &p, const Leaving &l) {
-    __m512i c[MR][Columns];
-#pragma GCC unroll 8
-    for (int r = 0; r < MR; ++r)
-#pragma GCC unroll 4
-        for (int v = 0; v < Columns; ++v)
-            c[r][v] = _mm512_load_si512(l.sums + (l.row + r) * 16 * Columns + 16 * v);
-    finish<MR, Columns>(p, l.column, l.first[l.row / kRows] + l.row % kRows, c);
-}
-template <int Columns, int kMany> void some_leave(const ProductI8 &p, Leaving &l) {
-    if (l.rows - l.row >= kMany) {
-        rows_leave<Columns, kMany>(p, l);
-        l.row += kMany;
-        return;
-    }
-    for (; l.row < l.rows; ++l.row)
-        rows_leave<Columns, 1>(p, l);
-}
 
 struct PanelRun {
     ProductI8 p;
@@ -86,6 +69,7 @@ struct PanelRun {
     Leaving leaving;
     int turn = 0;
     alignas(64) int32_t from[64]; // what the sums of a row start from
+    alignas(64) float scale[64], bias[64];
     alignas(64) int8_t tail_weights[kRows * 256];
     alignas(64) int32_t sums[2][1024];
 
@@ -94,8 +78,12 @@ struct PanelRun {
         tail = static_cast<int>(p.kq % 16);
     }
     void prepare() {
-        for (int i = 0; i < p.width; i += 16)
+        const Epilogue &e = *p.epilogue;
+        for (int i = 0; i < p.width; i += 16) {
             _mm512_store_si512(from + i, start(p, i));
+            _mm512_store_ps(scale + i, load_or(e.w_scale, p.n0 + i, p.cols - i, 1.0f));
+            _mm512_store_ps(bias + i, load_or(e.bias, p.n0 + i, p.cols - i, 0.0f));
+        }
         if (tail) {
             const size_t there = static_cast<size_t>(tail * 4 * p.width);
             std::memcpy(tail_weights, p.panel + steps * kInputs * p.width, there);
@@ -104,11 +92,95 @@ struct PanelRun {
     }
     void all_leave() {
         while (leaving.row < leaving.rows)
-            leaving.some(p, leaving);
+            leaving.some(*this);
     }
     // Columns [i, i + 16 * Columns) of 16 rows from each of first[0 .. Rows) on, of which `rows` are there.
     template <int Rows, int Columns> void tile(int i, int first0, int first1, int rows);
 };
+
+// Rows [l.row, end), whole in their columns and without an addend: by the arithmetic of epilogue.h, as finish().
+template <int Columns, DType To> void rows_leave(PanelRun &run, int end) {
+    Leaving &l = run.leaving;
+    const ProductI8 &p = run.p;
+    const Epilogue &e = *p.epilogue;
+    __m512 w[Columns], b[Columns];
+    for (int v = 0; v < Columns; ++v) {
+        w[v] = _mm512_load_ps(run.scale + l.column + 16 * v);
+        b[v] = _mm512_load_ps(run.bias + l.column + 16 * v);
+    }
+    // max gives back its second operand where either is NaN: a row of NaN stays one.
+    const __m512 least =
+        e.activation == Activation::relu ? _mm512_setzero_ps() : _mm512_set1_ps(-__builtin_inff());
+    const Requantize q(e);
+    const int32_t *sums = l.sums + l.row * 16 * Columns;
+    char *const out = p.out + l.column * size_of(To);
+    for (; l.row < end; ++l.row, sums += 16 * Columns) {
+        const int r = l.first[l.row / kRows] + l.row % kRows;
+        char *const to = out + (p.out_row ? p.out_row[r] : r) * p.row_bytes;
+        const __m512 scale = _mm512_set1_ps(p.row_scale[r]);
+        __m512 y[Columns + 1]; // one more, so that all go by twos
+        y[Columns] = _mm512_setzero_ps();
+        for (int v = 0; v < Columns; ++v) {
+            y[v] = _mm512_cvtepi32_ps(_mm512_load_si512(sums + 16 * v));
+            y[v] = _mm512_add_ps(_mm512_mul_ps(_mm512_mul_ps(y[v], scale), w[v]), b[v]);
+            if (To != DType::i8)
+                y[v] = _mm512_max_ps(least, y[v]);
+            if (To == DType::f32)
+                _mm512_storeu_ps(to + 64 * v, y[v]);
+            else if (To == DType::f16)
+                _mm256_storeu_si256(reinterpret_cast<__m256i *>(to + 32 * v),
+                                    _mm512_cvtps_ph(y[v], _MM_FROUND_TO_NEAREST_INT));
+        }
+        for (int v = 0; v < Columns && To != DType::f32 && To != DType::f16; v += 2) {
+            const bool two = v + 1 < Columns;
+            if (To == DType::bf16) {
+                const __m512i c = bf16_of(y[v], y[v + 1]);
+                if (two)
+                    _mm512_storeu_si512(to + 32 * v, c);
+                else
+                    _mm256_storeu_si256(reinterpret_cast<__m256i *>(to + 32 * v), _mm512_castsi512_si256(c));
+            } else {
+                const __m256i c = q(y[v], y[v + 1]);
+                if (two)
+                    _mm256_storeu_si256(reinterpret_cast<__m256i *>(to + 16 * v), c);
+                else
+                    _mm_storeu_si128(reinterpret_cast<__m128i *>(to + 16 * v), _mm256_castsi256_si128(c));
+            }
+        }
+    }
+}
+template <int Columns, DType To> void some_leave(PanelRun &run) {
+    const Leaving &l = run.leaving;
+    rows_leave<Columns, To>(run, run.steps < kManySteps || l.row + kChunk > l.rows ? l.rows : l.row + kChunk);
+}
+// Int32, addends, and columns that are not all there.
+template <int Columns> void any_leave(PanelRun &run) {
+    Leaving &l = run.leaving;
+    for (; l.row < l.rows; ++l.row) {
+        __m512i c[1][Columns];
+#pragma GCC unroll 4
+        for (int v = 0; v < Columns; ++v)
+            c[0][v] = _mm512_load_si512(l.sums + l.row * 16 * Columns + 16 * v);
+        finish<1, Columns>(run.p, l.column, l.first[l.row / kRows] + l.row % kRows, c);
+    }
+}
+template <int Columns> auto leave(const ProductI8 &p, int i) -> void (*)(PanelRun &) {
+    const Epilogue &e = *p.epilogue;
+    if (e.addend || p.cols - i < 16 * Columns)
+        return any_leave<Columns>;
+    switch (e.out_dtype) {
+    case DType::f32:
+        return some_leave<Columns, DType::f32>;
+    case DType::bf16:
+        return some_leave<Columns, DType::bf16>;
+    case DType::f16:
+        return some_leave<Columns, DType::f16>;
+    case DType::i8:
+        return some_leave<Columns, DType::i8>;
+    default:
+        return any_leave<Columns>;
+    }
+}
 
 template <int Rows, int Columns> void PanelRun::tile(int i, int first0, int first1, int rows) {
     constexpr int64_t kSumsStep = 64 * Columns;
@@ -166,7 +238,7 @@ template <int Rows, int Columns> void PanelRun::tile(int i, int first0, int firs
             next += 64 * lines;
         }
         for (int64_t c = 0; c < each_step && leaving.row < leaving.rows; ++c)
-            leaving.some(p, leaving);
+            leaving.some(*this);
     }
     all_leave();
     if (tail) {
@@ -183,7 +255,7 @@ template <int Rows, int Columns> void PanelRun::tile(int i, int first0, int firs
     constexpr int kThirdTo = Rows > 1 ? 16 * 16 * Columns : 32, kFourthTo = Rows > 1 ? kThirdTo + 16 : 48;
     each([&] { store_tile<0>(to, kSumsStep); }, [&] { store_tile<1>(to + 16, kSumsStep); },
          [&] { store_tile<2>(to + kThirdTo, kSumsStep); }, [&] { store_tile<3>(to + kFourthTo, kSumsStep); });
-    leaving.some = steps < kManySteps && Columns <= 2 ? some_leave<Columns, 8> : some_leave<Columns, kChunk>;
+    leaving.some = leave<Columns>(p, i);
     leaving.sums = to;
     leaving.column = i;
     leaving.first[0] = first0;
