@@ -252,9 +252,7 @@ void gemm_block_taps(const Isa &isa, const uint8_t *packed, int64_t group, const
         if (isa.even_rows && !task.even() && kq == div_up(h.k, h.kr)) {
             const int64_t bytes = kq * h.kr, step = round_up(taps * bytes, 64) | 64; // of all sets of L1
             char *const at = static_cast<char *>(scratch(Scratch::even, static_cast<size_t>(rows * step)));
-            for (int r = 0; r < rows; ++r)
-                for (int64_t t = 0; t < taps; ++t)
-                    std::memcpy(at + r * step + t * bytes, pointers[t * ld + r], static_cast<size_t>(bytes));
+            isa.even_rows(pointers, ld, rows, taps, bytes, at, step);
             first = at;
             task.rows = &first;
             task.row_step = step;

@@ -41,6 +41,8 @@ struct ProductI8 : ToOutput {
 
 void product_i8_avx512vnni(const ProductI8 &p);
 void product_i8_amx(const ProductI8 &p);
+void even_rows_amx(const void *const *rows, int64_t ld, int count, int64_t taps, int64_t bytes, char *out,
+                   int64_t step);
 // int8 output of the first rows, and how many these are: 0 where this is not the kernel for them. More than
 // 0: all rows have been made of raw.
 int product_i8_codes_avx512vnni(const ProductI8 &p);

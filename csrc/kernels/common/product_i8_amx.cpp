@@ -311,6 +311,22 @@ void one_panel(const ProductI8 &p) {
 
 } // namespace
 
+void even_rows_amx(const void *const *rows, int64_t ld, int count, int64_t taps, int64_t bytes, char *out,
+                   int64_t step) {
+    const __mmask64 rest = (uint64_t{1} << bytes % 64) - 1;
+    for (int r = 0; r < count; ++r, out += step) {
+        char *to = out;
+        for (int64_t t = 0; t < taps; ++t, to += bytes) {
+            const char *const from = static_cast<const char *>(rows[t * ld + r]);
+            int64_t i = 0;
+            for (; i + 64 <= bytes; i += 64)
+                _mm512_storeu_si512(to + i, _mm512_loadu_si512(from + i));
+            if (rest)
+                _mm512_mask_storeu_epi8(to + i, rest, _mm512_maskz_loadu_epi8(rest, from + i));
+        }
+    }
+}
+
 void product_i8_amx(const ProductI8 &given) {
     if (given.count < kLeastRows || !given.even() || given.gap != 0)
         return product_i8_avx512vnni(given);
