@@ -51,7 +51,6 @@ struct PanelRun;
 struct Leaving {
     void (*some)(PanelRun &) = nullptr; // kChunk rows more, or all
     const int32_t *sums = nullptr;
-    int column = 0;
     int first[2] = {}; // row of p, of each 16
     int row = 0, rows = 0;
 };
@@ -69,7 +68,7 @@ struct PanelRun {
     alignas(64) int32_t from[64]; // what the sums of a row start from
     alignas(64) float scale[64], bias[64];
     alignas(64) int8_t tail_weights[kRows * 256];
-    alignas(64) int32_t sums[2][1024];
+    alignas(64) int32_t sums[2][2 * kRows * 64];
 
     explicit PanelRun(const ProductI8 &given) : p(given), x(static_cast<const char *>(given.rows[0])) {
         steps = p.kq / 16;
@@ -106,18 +105,17 @@ template <int Columns, DType To> void rows_leave(PanelRun &run, int end) {
     const Epilogue &e = *p.epilogue;
     __m512 w[Columns], b[Columns];
     for (int v = 0; v < Columns; ++v) {
-        w[v] = _mm512_load_ps(run.scale + l.column + 16 * v);
-        b[v] = _mm512_load_ps(run.bias + l.column + 16 * v);
+        w[v] = _mm512_load_ps(run.scale + 16 * v);
+        b[v] = _mm512_load_ps(run.bias + 16 * v);
     }
     // max gives back its second operand where either is NaN: a row of NaN stays one.
     const __m512 least =
         e.activation == Activation::relu ? _mm512_setzero_ps() : _mm512_set1_ps(-__builtin_inff());
     const Requantize q(e);
     const int32_t *sums = l.sums + l.row * 16 * Columns;
-    char *const out = p.out + l.column * size_of(To);
     for (; l.row < end; ++l.row, sums += 16 * Columns) {
         const int r = l.first[l.row / kRows] + l.row % kRows;
-        char *const to = out + (p.out_row ? p.out_row[r] : r) * p.row_bytes;
+        char *const to = p.out + (p.out_row ? p.out_row[r] : r) * p.row_bytes;
         const __m512 scale = _mm512_set1_ps(p.row_scale[r]);
         __m512 y[Columns + 1]; // one more, so that all go by twos
         y[Columns] = _mm512_setzero_ps();
@@ -162,12 +160,12 @@ template <int Columns> void any_leave(PanelRun &run) {
 #pragma GCC unroll 4
         for (int v = 0; v < Columns; ++v)
             c[0][v] = _mm512_load_si512(l.sums + l.row * 16 * Columns + 16 * v);
-        finish<1, Columns>(run.p, l.column, l.first[l.row / kRows] + l.row % kRows, c);
+        finish<1, Columns>(run.p, 0, l.first[l.row / kRows] + l.row % kRows, c);
     }
 }
-template <int Columns> auto leave(const ProductI8 &p, int i) -> void (*)(PanelRun &) {
+template <int Columns> auto leave(const ProductI8 &p) -> void (*)(PanelRun &) {
     const Epilogue &e = *p.epilogue;
-    if (e.addend || p.cols - i < 16 * Columns)
+    if (e.addend || p.cols < 16 * Columns)
         return any_leave<Columns>;
     switch (e.out_dtype) {
     case DType::f32:
@@ -184,7 +182,6 @@ template <int Columns> auto leave(const ProductI8 &p, int i) -> void (*)(PanelRu
 }
 
 template <int Rows, int Columns> void PanelRun::tile(int i, int first0, int first1, int rows) {
-    constexpr int64_t kSumsStep = 64 * Columns;
     const int64_t w_step = 4 * p.width, x_step = p.row_step;
     const auto products = [&](const char *x0, const char *x1, int64_t step,
                               const int8_t *w) __attribute__((always_inline)) {
@@ -226,8 +223,9 @@ template <int Rows, int Columns> void PanelRun::tile(int i, int first0, int firs
          [&] { load_tile<2>(from + i + kThird, 0); }, [&] { load_tile<3>(from + i + kFourth, 0); });
     const char *x0 = x + first0 * x_step, *x1 = x + first1 * x_step;
     const int8_t *w = p.panel + 4 * i;
-    const int left = leaving.rows - leaving.row;
-    const int64_t chunks = (left + kChunk - 1) / kChunk, each_step = meanwhile ? (chunks + steps - 1) / steps : 0;
+    const bool last = i + 16 * Columns >= p.width;
+    const int64_t chunks = (leaving.rows - leaving.row + kChunk - 1) / kChunk, over = last ? steps : 2 * steps,
+                  each_step = meanwhile ? (chunks + over - 1) / over : 0;
     for (int64_t s = 0; s < steps; ++s) {
         products(x0, x1, x_step, w);
         x0 += kInputs;
@@ -241,7 +239,6 @@ template <int Rows, int Columns> void PanelRun::tile(int i, int first0, int firs
         for (int64_t c = 0; c < each_step && leaving.row < leaving.rows; ++c)
             leaving.some(*this);
     }
-    all_leave();
     if (tail) {
         alignas(64) char rest[2 * kRows * kInputs];
         const __mmask64 there = (uint64_t{1} << 4 * tail) - 1;
@@ -251,18 +248,19 @@ template <int Rows, int Columns> void PanelRun::tile(int i, int first0, int firs
                                    _mm512_maskz_loadu_epi8(there, (h ? x1 : x0) + r * x_step));
         products(rest, rest + kRows * kInputs, kInputs, tail_weights + 4 * i);
     }
-    int32_t *const to = sums[turn];
-    turn ^= 1;
-    constexpr int kThirdTo = Rows > 1 ? 16 * 16 * Columns : 32, kFourthTo = Rows > 1 ? kThirdTo + 16 : 48;
-    each([&] { store_tile<0>(to, kSumsStep); }, [&] { store_tile<1>(to + 16, kSumsStep); },
-         [&] { store_tile<2>(to + kThirdTo, kSumsStep); }, [&] { store_tile<3>(to + kFourthTo, kSumsStep); });
-    leaving.some = leave<Columns>(p, i);
-    leaving.sums = to;
-    leaving.column = i;
+    int32_t *const to = sums[turn] + i;
+    const int64_t third = Rows > 1 ? kRows * p.width : 32;
+    each([&] { store_tile<0>(to, w_step); }, [&] { store_tile<1>(to + 16, w_step); },
+         [&] { store_tile<2>(to + third, w_step); }, [&] { store_tile<3>(to + third + 16, w_step); });
+    if (!last)
+        return;
+    all_leave();
+    leaving.sums = sums[turn];
     leaving.first[0] = first0;
     leaving.first[1] = first1;
     leaving.row = 0;
     leaving.rows = Rows > 1 ? 2 * kRows : rows;
+    turn ^= 1;
     if (!meanwhile)
         all_leave();
 }
@@ -284,6 +282,8 @@ void few_rows(PanelRun &run, int first, int rows) {
 void one_panel(const ProductI8 &p) {
     PanelRun run(p);
     run.prepare();
+    constexpr decltype(&leave<1>) kLeave[] = {leave<1>, leave<2>, leave<3>, leave<4>};
+    run.leaving.some = kLeave[p.width / 16 - 1](p);
     const int whole = p.count / (2 * kRows), rest = p.count % (2 * kRows);
     // What is left over ends with the last row: rows that two tiles have are written twice, the same.
     const int tiles = whole + (rest > 0 ? 1 : 0);

@@ -59,7 +59,7 @@ bool by_planes(const ConvImage &c, const PackHeader &h, const Output &out) {
         h.taps != 1 || h.k == 0 || pixels == 0)
         return false;
     if (h.kind == PackKind::dense_i8) // whole vectors of pixels
-        return 10 * round_up(pixels, 16) <= 11 * pixels;
+        return !c.isa->even_rows && 10 * round_up(pixels, 16) <= 11 * pixels;
     return h.kind == PackKind::sparse_i8 && !runs_by_strips(h) && h.blocks > 0 &&
            lists_pay(h, g.batch, pixels);
 }
