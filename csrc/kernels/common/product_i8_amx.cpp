@@ -51,6 +51,7 @@ struct PanelRun;
 struct Leaving {
     void (*some)(PanelRun &) = nullptr; // kChunk rows more, or all
     const int32_t *sums = nullptr;
+    int column = 0;
     int first[2] = {}; // row of p, of each 16
     int row = 0, rows = 0;
 };
@@ -105,17 +106,18 @@ template <int Columns, DType To> void rows_leave(PanelRun &run, int end) {
     const Epilogue &e = *p.epilogue;
     __m512 w[Columns], b[Columns];
     for (int v = 0; v < Columns; ++v) {
-        w[v] = _mm512_load_ps(run.scale + 16 * v);
-        b[v] = _mm512_load_ps(run.bias + 16 * v);
+        w[v] = _mm512_load_ps(run.scale + l.column + 16 * v);
+        b[v] = _mm512_load_ps(run.bias + l.column + 16 * v);
     }
     // max gives back its second operand where either is NaN: a row of NaN stays one.
     const __m512 least =
         e.activation == Activation::relu ? _mm512_setzero_ps() : _mm512_set1_ps(-__builtin_inff());
     const Requantize q(e);
     const int32_t *sums = l.sums + l.row * 16 * Columns;
+    char *const out = p.out + l.column * size_of(To);
     for (; l.row < end; ++l.row, sums += 16 * Columns) {
         const int r = l.first[l.row / kRows] + l.row % kRows;
-        char *const to = p.out + (p.out_row ? p.out_row[r] : r) * p.row_bytes;
+        char *const to = out + (p.out_row ? p.out_row[r] : r) * p.row_bytes;
         const __m512 scale = _mm512_set1_ps(p.row_scale[r]);
         __m512 y[Columns + 1]; // one more, so that all go by twos
         y[Columns] = _mm512_setzero_ps();
@@ -160,12 +162,12 @@ template <int Columns> void any_leave(PanelRun &run) {
 #pragma GCC unroll 4
         for (int v = 0; v < Columns; ++v)
             c[0][v] = _mm512_load_si512(l.sums + l.row * 16 * Columns + 16 * v);
-        finish<1, Columns>(run.p, 0, l.first[l.row / kRows] + l.row % kRows, c);
+        finish<1, Columns>(run.p, l.column, l.first[l.row / kRows] + l.row % kRows, c);
     }
 }
-template <int Columns> auto leave(const ProductI8 &p) -> void (*)(PanelRun &) {
+template <int Columns> auto leave(const ProductI8 &p, int i) -> void (*)(PanelRun &) {
     const Epilogue &e = *p.epilogue;
-    if (e.addend || p.cols < 16 * Columns)
+    if (e.addend || p.cols - i < 16 * Columns)
         return any_leave<Columns>;
     switch (e.out_dtype) {
     case DType::f32:
@@ -223,9 +225,8 @@ template <int Rows, int Columns> void PanelRun::tile(int i, int first0, int firs
          [&] { load_tile<2>(from + i + kThird, 0); }, [&] { load_tile<3>(from + i + kFourth, 0); });
     const char *x0 = x + first0 * x_step, *x1 = x + first1 * x_step;
     const int8_t *w = p.panel + 4 * i;
-    const bool last = i + 16 * Columns >= p.width;
-    const int64_t chunks = (leaving.rows - leaving.row + kChunk - 1) / kChunk, over = last ? steps : 2 * steps,
-                  each_step = meanwhile ? (chunks + over - 1) / over : 0;
+    const int64_t chunks = (leaving.rows - leaving.row + kChunk - 1) / kChunk,
+                  each_step = meanwhile ? (chunks + steps - 1) / steps : 0;
     for (int64_t s = 0; s < steps; ++s) {
         products(x0, x1, x_step, w);
         x0 += kInputs;
@@ -248,21 +249,28 @@ template <int Rows, int Columns> void PanelRun::tile(int i, int first0, int firs
                                    _mm512_maskz_loadu_epi8(there, (h ? x1 : x0) + r * x_step));
         products(rest, rest + kRows * kInputs, kInputs, tail_weights + 4 * i);
     }
-    int32_t *const to = sums[turn] + i;
-    const int64_t third = Rows > 1 ? kRows * p.width : 32;
-    each([&] { store_tile<0>(to, w_step); }, [&] { store_tile<1>(to + 16, w_step); },
-         [&] { store_tile<2>(to + third, w_step); }, [&] { store_tile<3>(to + third + 16, w_step); });
-    if (!last)
-        return;
     all_leave();
+    // Rows leave as wide as they are: each goes to a page of its own. While products run, a tile at a time:
+    // what they read had better stay in L1.
+    const int64_t step = meanwhile ? 16 * Columns : p.width;
+    int32_t *const to = sums[turn] + (meanwhile ? 0 : i);
+    const int64_t third = Rows > 1 ? kRows * step : 32;
+    each([&] { store_tile<0>(to, 4 * step); }, [&] { store_tile<1>(to + 16, 4 * step); },
+         [&] { store_tile<2>(to + third, 4 * step); }, [&] { store_tile<3>(to + third + 16, 4 * step); });
+    if (!meanwhile && i + 16 * Columns < p.width)
+        return;
     leaving.sums = sums[turn];
     leaving.first[0] = first0;
     leaving.first[1] = first1;
     leaving.row = 0;
     leaving.rows = Rows > 1 ? 2 * kRows : rows;
     turn ^= 1;
-    if (!meanwhile)
+    if (meanwhile) {
+        leaving.some = leave<Columns>(p, i);
+        leaving.column = i;
+    } else {
         all_leave();
+    }
 }
 
 // All columns of at most 16 rows.
@@ -283,7 +291,7 @@ void one_panel(const ProductI8 &p) {
     PanelRun run(p);
     run.prepare();
     constexpr decltype(&leave<1>) kLeave[] = {leave<1>, leave<2>, leave<3>, leave<4>};
-    run.leaving.some = kLeave[p.width / 16 - 1](p);
+    run.leaving.some = kLeave[p.width / 16 - 1](p, 0);
     const int whole = p.count / (2 * kRows), rest = p.count % (2 * kRows);
     // What is left over ends with the last row: rows that two tiles have are written twice, the same.
     const int tiles = whole + (rest > 0 ? 1 : 0);
