@@ -35,7 +35,7 @@ HEAVY = (
     "tensorboard",
 )
 
-ISAS = ("avx2", "avxvnni", "avx512vnni", "avx512vbmi", "neon", "neon_dotprod", "neon_i8mm")
+ISAS = ("avx2", "avxvnni", "avx512vnni", "avx512vbmi", "amx", "neon", "neon_dotprod", "neon_i8mm")
 # What an object of each instruction set must not hold. "none": neither AVX registers nor VEX-encoded SSE.
 AVX512 = r"%zmm|%k[0-7]\b|%[xy]mm(?:1[6-9]|2\d|3[01])"
 VBMI = r"\bvperm[it]2b\b|\bvpermb\b|\bvpmultishiftqb\b|\bvp(?:compress|expand)[bw]\b|\bvpsh[lr]d[vwdq]"
@@ -45,8 +45,9 @@ FORBIDDEN = {
     "avxvnni": AVX512,
     "avx512vnni": VBMI,  # Cascade Lake has VNNI without it
     "avx512vbmi": r"\bvpcompress[bw]\b|\bvpexpand[bw]\b|\bvpsh[lr]d[vwdq]",  # VBMI2
+    "amx": r"\btdpb(?!usd)|\btdpf",  # AMX-INT8 alone
 }
-CARRIES = {"avx2": r"%ymm", "avxvnni": r"\bvpdpbusd\b", "avx512vnni": r"\bvpdpbusd\b.*%zmm"}
+CARRIES = {"avx2": r"%ymm", "avxvnni": r"\bvpdpbusd\b", "avx512vnni": r"\bvpdpbusd\b.*%zmm", "amx": r"\btdpbusd\b"}
 
 
 def isa_of(path: Path) -> str:

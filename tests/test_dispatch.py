@@ -38,7 +38,7 @@ def test_every_operator_has_its_rows(op: str) -> None:
     assert len(set(names)) == len(names)
     known = [
         n
-        for n in ("avx512vnni", "avxvnni", "avx2", "neon_i8mm", "neon_dotprod", "neon", "scalar")
+        for n in ("amx", "avx512vnni", "avxvnni", "avx2", "neon_i8mm", "neon_dotprod", "neon", "scalar")
         if n in names
     ]
     assert known == [n for n in names if n in known], "better kernels come first"

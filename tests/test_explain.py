@@ -159,7 +159,7 @@ def test_what_runs_2_4() -> None:
     layer = SparseLinear.from_float(
         nn.Linear(64, 64), pattern="2:4", mask=torch.arange(4096).reshape(64, 64) % 2 == 0
     )
-    own = layer.kernel() == "avx512vnni"
+    own = layer.kernel() in dispatch.AVX512
     assert ("2:4 runs by a kernel of its own" if own else "2:4 runs the dense kernel") in tautorch.explain(
         layer
     )
@@ -169,7 +169,7 @@ def test_what_runs_2_4() -> None:
 
 def test_blocks_run_whole_or_as_4x1() -> None:
     layer = SparseLinear.from_float(nn.Linear(64, 64), pattern="16x16")
-    whole = layer.kernel() == "avx512vnni"
+    whole = layer.kernel() in dispatch.AVX512
     assert ("as 4x1 ones" in tautorch.explain(layer)) == (not whole)
     with dispatch.force("sparse_linear", "scalar"):
         assert "16x16 blocks run as 4x1 ones" in tautorch.explain(layer)

@@ -189,6 +189,9 @@ def clear_last_python(op: str) -> None:
 
 # ---- CPU rows -------------------------------------------------------------------------------------------
 
+# Kernels with the forms of AVX-512; "amx" has its own dense int8 products and is "avx512vnni" in all else.
+AVX512 = ("amx", "avx512vnni")
+
 _CPU_NEEDS = {
     "amx": "AMX-INT8",
     "avx512vnni": "AVX-512 with VNNI",

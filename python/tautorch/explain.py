@@ -193,7 +193,7 @@ def _notes(layer: PackedModule, kernel: str) -> Iterator[str]:
     if pattern is not None:
         yield from _sparse_notes(pattern, layer)
     if getattr(layer, "quant", None) == "weight_only":
-        rows = " beyond 4 rows" if kernel == "avx512vnni" and layer.op == "int8_linear" else ""
+        rows = " beyond 4 rows" if kernel in dispatch.AVX512 and layer.op == "int8_linear" else ""
         yield f"weight-only: fp32 multiply-adds{rows}; int8 saves memory, not arithmetic"
     elif getattr(layer, "weight_dtype", torch.int8) == torch.float32:
         yield "float32 values: fp32 multiply-adds, no quantisation"

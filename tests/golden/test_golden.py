@@ -19,7 +19,7 @@ from .generate import GOLDEN, STATIC_SCALE, ZERO_POINT, Golden, cases, digest, h
 CASES = {case.name: case for case in cases()}
 INTEGERS = [name for name, case in CASES.items() if "acc" in case.outputs]
 WEIGHT_ONLY = [name for name, case in CASES.items() if "y" in case.outputs]
-DIGITS = ("avx512vnni", "neon", "neon_dotprod", "neon_i8mm")
+DIGITS = ("amx", "avx512vnni", "neon", "neon_dotprod", "neon_i8mm")
 COMMITTED: dict[str, dict[str, str]] = json.loads(GOLDEN.read_text())
 
 

@@ -69,4 +69,4 @@ class Subject:
         dispatch.note_used(self.op, "nothing yet")
         yield
         if _C.isas().get("avx512vnni"):
-            assert dispatch.last_used(self.op) in ("nothing yet", "avx512vnni")
+            assert dispatch.last_used(self.op) in ("nothing yet", *dispatch.AVX512)

@@ -158,7 +158,7 @@ def test_weights_come_back_from_every_form(kernel: str) -> None:
         kind = packing.DENSE_W8 if only else packing.DENSE_I8
         packed = conv.pack_forms(weight, groups, geometry.dilation[1], kind, kernel)
         few = kind == packing.DENSE_I8 and groups > 1 and w[0] // groups == w[1] and w[1] in (4, 8, 16)
-        few = few and kernel == "avx512vnni" and w[2] * w[3] <= 64
+        few = few and kernel in dispatch.AVX512 and w[2] * w[3] <= 64
         assert packing.pack_info(packed)["kind"] == (packing.GROUPED_I8 if few else kind)
         assert torch.equal(conv.unpack(packed, w), weight)
         assert torch.equal(conv.unpack(conv.pack(weight, groups, kind, kernel), w), weight)

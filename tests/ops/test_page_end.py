@@ -28,6 +28,7 @@ from tautorch.reference.layouts import encode
 from tautorch.testing.values import sparse_mask
 
 KERNEL = "avx512vnni"
+KERNELS = [name for name in dispatch.AVX512 if _C.isas().get(name)]
 pytestmark = pytest.mark.skipif(not _C.isas().get(KERNEL, False), reason=f"this CPU cannot run {KERNEL}")
 
 # Around vectors of 16 and strips of 32 and 64 outputs, halves of them filled and not.
@@ -152,16 +153,18 @@ def test_pairs(one_thread: None) -> None:
     assert survives(check)
 
 
-def test_dense(one_thread: None) -> None:
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_dense(kernel: str, one_thread: None) -> None:
     def check() -> None:
         for n in OUTPUTS:
-            with dispatch.force("int8_linear", KERNEL):
+            with dispatch.force("int8_linear", kernel):
                 _check_linear(partial(_dense, torch.randint(-127, 128, (n, K), dtype=torch.int8)), n)
 
     assert survives(check)
 
 
-def test_dense_images(one_thread: None) -> None:
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_dense_images(kernel: str, one_thread: None) -> None:
     """Pixels under one tap are taken from x a block at a time where channels are multiples of 4."""
 
     def check() -> None:
@@ -173,7 +176,7 @@ def test_dense_images(one_thread: None) -> None:
                     how = w, torch.rand(outputs), torch.randn(outputs)
                     end, x = (v.permute(0, 3, 1, 2) for v in (at_page_end(values), values))
                     ends = w, at_page_end(how[1]), at_page_end(how[2])
-                    with dispatch.force("int8_conv2d", KERNEL):
+                    with dispatch.force("int8_conv2d", kernel):
                         got = int8_conv2d(end, *ends, **_options(dtype))
                     want = reference(x, *how, **_options(dtype))
                     if dtype == torch.int8:

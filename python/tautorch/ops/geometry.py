@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.grad import conv2d_input
 
-from tautorch import _C
+from tautorch import _C, dispatch
 from tautorch.reference.common import pair
 from tautorch.reference.quantizer import MAX_K_LOWEST
 
@@ -267,7 +267,7 @@ def pack_forms(weight: Tensor, groups: int, dilation: int, kind: int, kernel: st
 
 def _merged(groups: int, weight: Tensor, kernel: str) -> int:
     """How many groups of a weight to pack as one: those that fill a vector, within what a pack may sum."""
-    most = (16 if kernel == "avx512vnni" else 8) // (weight.shape[0] // groups)
+    most = (16 if kernel in dispatch.AVX512 else 8) // (weight.shape[0] // groups)
     most = min(most, MAX_K_LOWEST // max(1, weight[0].numel()))
     return max(f for f in range(1, groups + 1) if groups % f == 0 and (f == 1 or f <= most))
 

@@ -191,6 +191,7 @@ def machine() -> str:
     with contextlib.suppress(OSError):  # a board names itself
         board = pathlib.Path("/proc/device-tree/model").read_text().strip("\0\n ")
         name = f"{board} {name}"
+    name = name.replace("(R)", "").replace("(TM)", "")
     best = next(isa for isa, available in _C.isas().items() if available)
     return f"{name} {best} {torch.get_num_threads()} threads"
 
