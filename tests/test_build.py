@@ -47,7 +47,12 @@ FORBIDDEN = {
     "avx512vbmi": r"\bvpcompress[bw]\b|\bvpexpand[bw]\b|\bvpsh[lr]d[vwdq]",  # VBMI2
     "amx": r"\btdpb(?!usd)|\btdpf",  # AMX-INT8 alone
 }
-CARRIES = {"avx2": r"%ymm", "avxvnni": r"\bvpdpbusd\b", "avx512vnni": r"\bvpdpbusd\b.*%zmm", "amx": r"\btdpbusd\b"}
+CARRIES = {
+    "avx2": r"%ymm",
+    "avxvnni": r"\bvpdpbusd\b",
+    "avx512vnni": r"\bvpdpbusd\b.*%zmm",
+    "amx": r"\btdpbusd\b",
+}
 
 
 def isa_of(path: Path) -> str:

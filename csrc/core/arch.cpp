@@ -55,7 +55,7 @@ CpuFeatures detect() {
                     __builtin_cpu_supports("avx512vnni");
     f.avx512_vbmi = f.avx512_vnni && __builtin_cpu_supports("avx512vbmi");
     f.halves_512 = f.avx512_vnni && __builtin_cpu_is("amd") && family == 0x19;
-    f.amx = f.avx512_vbmi && has_amx();
+    f.amx = f.avx512_vnni && has_amx();
     if (f.avx2 && __get_cpuid_count(7, 1, &a, &b, &c, &d)) {
         f.avx_vnni = (a & (1u << 4)) != 0;
     }

@@ -32,7 +32,7 @@ def x86_kernels() -> str:
             names.append("avxvnni")
         if {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni"} <= flags:
             names.append("avx512vnni")
-            if {"avx512_vbmi", "amx_tile", "amx_int8"} <= flags:
+            if {"amx_tile", "amx_int8"} <= flags:
                 names.append("amx")
     return ",".join(names)
 

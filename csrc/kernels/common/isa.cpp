@@ -26,9 +26,7 @@ const IsaEntry *isa_table(int *count) {
     static const IsaEntry table[] = {
         {&isa_scalar, true},
 #if defined(__x86_64__)
-        {&isa_avx2, f.avx2},
-        {&isa_avxvnni, f.avx2 && f.avx_vnni},
-        {&isa_avx512vnni, f.avx512_vnni},
+        {&isa_avx2, f.avx2}, {&isa_avxvnni, f.avx2 && f.avx_vnni}, {&isa_avx512vnni, f.avx512_vnni},
         {&isa_amx, f.amx},
 #elif defined(__aarch64__)
         {&isa_neon, true},

@@ -171,8 +171,8 @@ struct Isa {
     void (*depthwise_planes)(const DepthwisePlanes &) = nullptr;
     // Rows of a dense int8 product below which a thread had better take outputs than rows of its own.
     int32_t own_rows = 8;
-    // What makes rows even, where product_i8 is at its best only with those: `bytes` of each row under each tap,
-    // tap after tap, `step` bytes from row to row. Null where pointers do as well.
+    // What makes rows even, where product_i8 is at its best only with those: `bytes` of each row under each
+    // tap, tap after tap, `step` bytes from row to row. Null where pointers do as well.
     void (*even_rows)(const void *const *rows, int64_t ld, int count, int64_t taps, int64_t bytes, char *out,
                       int64_t step) = nullptr;
 };

@@ -8,15 +8,15 @@
 namespace tautorch {
 namespace {
 
-constexpr int kRows = 16;        // of a tile
-constexpr int64_t kInputs = 64;  // of a step
-constexpr int kChunk = 4;        // rows that leave together
+constexpr int kRows = 16;         // of a tile
+constexpr int64_t kInputs = 64;   // of a step
+constexpr int kChunk = 4;         // rows that leave together
 constexpr int64_t kMostLines = 8; // fetched beside a step
 // Fewer rows are faster by vectors: a tile takes as long with one row as with 16.
 constexpr int kLeastRows = 5;
-// Panels one after another (few inputs): from so many on, rows that take all of them before the next ones begin
-// (1.35 times as fast at 128 x 4096, 0.9 times at 128 x 512), and vectors for a single step (1.3 times as fast at
-// 64 x 1024): rows a multiple of 4 KB apart share few sets of L1, and stores have few pages.
+// Panels one after another (few inputs): from so many on, rows that take all of them before the next ones
+// begin (1.35 times as fast at 128 x 4096, 0.9 times at 128 x 512), and vectors for a single step (1.3 times
+// as fast at 64 x 1024): rows a multiple of 4 KB apart share few sets of L1, and stores have few pages.
 constexpr int64_t kManyPanels = 8;
 constexpr int kTogether = 32; // such rows
 
@@ -64,9 +64,9 @@ struct Leaving {
 struct PanelRun {
     ProductI8 p;
     const char *x;
-    int64_t steps; // whole ones
-    int tail;      // groups of 4 inputs beyond
-    int64_t lines; // to fetch with every step
+    int64_t steps;  // whole ones
+    int tail;       // groups of 4 inputs beyond
+    int64_t lines;  // to fetch with every step
     bool meanwhile; // sums leave while the next tile's products run
     const int8_t *next, *next_end;
     Leaving leaving;
@@ -79,8 +79,8 @@ struct PanelRun {
     explicit PanelRun(const ProductI8 &given) : p(given), x(static_cast<const char *>(given.rows[0])) {
         steps = p.kq / 16;
         tail = static_cast<int>(p.kq % 16);
-        // 20 % of the time for floats and 1024 and 1536 inputs. Where there are fewer, the core looks far enough
-        // ahead by itself, and calls between the steps cost 10 %, as they do for int8 output.
+        // 20 % of the time for floats and 1024 and 1536 inputs. Where there are fewer, the core looks far
+        // enough ahead by itself, and calls between the steps cost 10 %, as they do for int8 output.
         meanwhile = steps >= 16 && size_of(p.epilogue->out_dtype) > 1;
     }
     void prepare() {
@@ -104,7 +104,8 @@ struct PanelRun {
     template <int Rows, int Columns> void tile(int i, int first0, int first1, int rows);
 };
 
-// Rows [l.row, end), whole in their columns and without an addend: by the arithmetic of epilogue.h, as finish().
+// Rows [l.row, end), whole in their columns and without an addend: by the arithmetic of epilogue.h, as
+// finish().
 template <int Columns, DType To> void rows_leave(PanelRun &run, int end) {
     Leaving &l = run.leaving;
     const ProductI8 &p = run.p;
@@ -190,31 +191,31 @@ template <int Columns> auto leave(const ProductI8 &p, int i) -> void (*)(PanelRu
 
 template <int Rows, int Columns> void PanelRun::tile(int i, int first0, int first1, int rows) {
     const int64_t w_step = 4 * p.width, x_step = p.row_step;
-    const auto products = [&](const char *x0, const char *x1, int64_t step,
-                              const int8_t *w) __attribute__((always_inline)) {
-        load_tile<4>(x0, step);
-        load_tile<6>(w, w_step);
-        multiply<0, 4, 6>();
-        if constexpr (Columns > 1) {
-            load_tile<7>(w + 64, w_step);
-            multiply<1, 4, 7>();
-        }
-        if constexpr (Rows > 1) {
-            load_tile<5>(x1, step);
-            multiply<2, 5, 6>();
-            if constexpr (Columns > 1)
-                multiply<3, 5, 7>();
-        } else {
-            if constexpr (Columns > 2) {
-                load_tile<6>(w + 128, w_step);
-                multiply<2, 4, 6>();
-            }
-            if constexpr (Columns > 3) {
-                load_tile<7>(w + 192, w_step);
-                multiply<3, 4, 7>();
-            }
-        }
-    };
+    const auto products = [&](const char *x0, const char *x1, int64_t step, const int8_t *w)
+                              __attribute__((always_inline)) {
+                                  load_tile<4>(x0, step);
+                                  load_tile<6>(w, w_step);
+                                  multiply<0, 4, 6>();
+                                  if constexpr (Columns > 1) {
+                                      load_tile<7>(w + 64, w_step);
+                                      multiply<1, 4, 7>();
+                                  }
+                                  if constexpr (Rows > 1) {
+                                      load_tile<5>(x1, step);
+                                      multiply<2, 5, 6>();
+                                      if constexpr (Columns > 1)
+                                          multiply<3, 5, 7>();
+                                  } else {
+                                      if constexpr (Columns > 2) {
+                                          load_tile<6>(w + 128, w_step);
+                                          multiply<2, 4, 6>();
+                                      }
+                                      if constexpr (Columns > 3) {
+                                          load_tile<7>(w + 192, w_step);
+                                          multiply<3, 4, 7>();
+                                      }
+                                  }
+                              };
     const auto each = [&](auto &&f0, auto &&f1, auto &&f2, auto &&f3) __attribute__((always_inline)) {
         f0();
         if constexpr (Columns > 1)

@@ -130,8 +130,8 @@ Cut cut(const Isa &isa, const LinearArgs &a, const PackHeader &h) {
         return c;
     // A thread with rows of its own prepares these alone, but reads all weights: the cut for few outputs, and
     // for many rows by weights that L2 and a part of L3 hold.
-    const bool by_rows =
-        a.m >= isa.own_rows * threads && (h.n < 512 * threads || (a.m > kBlockRows && h.total < int64_t{3} << 20));
+    const bool by_rows = a.m >= isa.own_rows * threads &&
+                         (h.n < 512 * threads || (a.m > kBlockRows && h.total < int64_t{3} << 20));
     Split &s = c.split;
     if (by_rows) {
         s.tm = threads;
