@@ -104,7 +104,7 @@ struct PanelRun {
     template <int Rows, int Columns> void tile(int i, int first0, int first1, int rows);
 };
 
-// Rows [l.row, end), whole in their columns and without an addend: by the arithmetic of epilogue.h, as
+// Rows [l.row, end), whole in their columns: by the arithmetic of epilogue.h, as
 // finish().
 template <int Columns, DType To> void rows_leave(PanelRun &run, int end) {
     Leaving &l = run.leaving;
@@ -121,6 +121,7 @@ template <int Columns, DType To> void rows_leave(PanelRun &run, int end) {
     const Requantize q(e);
     const int32_t *sums = l.sums + l.row * 16 * Columns;
     char *const out = p.out + l.column * size_of(To);
+    const float *const addend = e.addend ? e.addend + l.column : nullptr;
     for (; l.row < end; ++l.row, sums += 16 * Columns) {
         const int r = l.first[l.row / kRows] + l.row % kRows;
         char *const to = out + (p.out_row ? p.out_row[r] : r) * p.row_bytes;
@@ -129,7 +130,10 @@ template <int Columns, DType To> void rows_leave(PanelRun &run, int end) {
         y[Columns] = _mm512_setzero_ps();
         for (int v = 0; v < Columns; ++v) {
             y[v] = _mm512_cvtepi32_ps(_mm512_load_si512(sums + 16 * v));
-            y[v] = _mm512_add_ps(_mm512_mul_ps(_mm512_mul_ps(y[v], scale), w[v]), b[v]);
+            y[v] = _mm512_mul_ps(_mm512_mul_ps(y[v], scale), w[v]);
+            if (addend)
+                y[v] = quiet(_mm512_add_ps(y[v], _mm512_loadu_ps(addend + r * e.addend_stride + 16 * v)));
+            y[v] = _mm512_add_ps(y[v], b[v]);
             if (To != DType::i8)
                 y[v] = _mm512_max_ps(least, y[v]);
             if (To == DType::f32)
@@ -160,7 +164,7 @@ template <int Columns, DType To> void some_leave(PanelRun &run) {
     const Leaving &l = run.leaving;
     rows_leave<Columns, To>(run, !run.meanwhile || l.row + kChunk > l.rows ? l.rows : l.row + kChunk);
 }
-// Int32, addends, and columns that are not all there.
+// Int32, and columns that are not all there.
 template <int Columns> void any_leave(PanelRun &run) {
     Leaving &l = run.leaving;
     for (; l.row < l.rows; ++l.row) {
@@ -173,7 +177,7 @@ template <int Columns> void any_leave(PanelRun &run) {
 }
 template <int Columns> auto leave(const ProductI8 &p, int i) -> void (*)(PanelRun &) {
     const Epilogue &e = *p.epilogue;
-    if (e.addend || p.cols - i < 16 * Columns)
+    if (p.cols - i < 16 * Columns)
         return any_leave<Columns>;
     switch (e.out_dtype) {
     case DType::f32:

@@ -19,6 +19,10 @@ struct Strip {
 // Rates of sell.h: what turning an image takes, an input, and its outputs, an output. Measured on Zen 4.
 constexpr double kTurnInput = 0.4, kTurnOutput = 0.5;
 
+// Inputs up to which planes are faster than pixels turned for AMX: 1.7 and 1.1 times at 64 and 256, 0.75
+// times at 512.
+constexpr int64_t kFewForTiles = 256;
+
 // A strip costs 64 pixels however few it holds, where pixels of several samples, turned, fill a panel.
 bool lists_pay(const PackHeader &h, int64_t samples, int64_t pixels) {
     const int64_t m = samples * pixels;
@@ -59,7 +63,7 @@ bool by_planes(const ConvImage &c, const PackHeader &h, const Output &out) {
         h.taps != 1 || h.k == 0 || pixels == 0)
         return false;
     if (h.kind == PackKind::dense_i8) // whole vectors of pixels
-        return !c.isa->even_rows && 10 * round_up(pixels, 16) <= 11 * pixels;
+        return (!c.isa->even_rows || h.k <= kFewForTiles) && 10 * round_up(pixels, 16) <= 11 * pixels;
     return h.kind == PackKind::sparse_i8 && !runs_by_strips(h) && h.blocks > 0 &&
            lists_pay(h, g.batch, pixels);
 }
