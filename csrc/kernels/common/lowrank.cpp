@@ -2,6 +2,7 @@
 #include "kernels/common/product.h"
 
 #include <algorithm>
+#include <cmath>
 
 namespace tautorch {
 namespace {
@@ -159,8 +160,12 @@ struct Cut {
 Cut cheapest(const Job &job, int64_t m, int64_t threads) {
     const PackHeader &hd = job.hd(), &hu = job.hu();
     const bool floating = operand_of(job.a.up) == OperandKind::f32;
-    const double macs_per_ns = floating ? 110 : 450, bytes_per_ns = 60, join = 600;
+    // AMX multiplies tiles of 16 rows, there or not. Without a residual outputs on their way out weigh more.
+    const bool tiles = !floating && job.isa.even_rows && job.a.residual;
+    const double macs_per_ns = floating ? 110 : tiles ? 1200 : 450, join = 600;
     const auto time = [&](double rows, double macs, double bytes) {
+        const double bytes_per_ns = !tiles ? 60 : bytes > 1e6 ? 40 : 100; // from L3 or L2
+        rows = tiles ? std::ceil(rows / 16) * 16 : rows;
         return std::max(rows * macs / macs_per_ns, bytes / bytes_per_ns);
     };
     const double macs_down = static_cast<double>(hd.groups * hd.n * hd.k * hd.taps),
