@@ -41,6 +41,7 @@ struct ProductI8 : ToOutput {
 
 void product_i8_avx512vnni(const ProductI8 &p);
 void product_i8_amx(const ProductI8 &p);
+int64_t peak_i8_amx(int64_t rounds); // see Isa::peak_i8
 void even_rows_amx(const void *const *rows, int64_t ld, int count, int64_t taps, int64_t bytes, char *out,
                    int64_t step);
 // int8 output of the first rows, and how many these are: 0 where this is not the kernel for them. More than

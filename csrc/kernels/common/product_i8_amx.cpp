@@ -330,6 +330,18 @@ void one_panel(const ProductI8 &p) {
 
 } // namespace
 
+int64_t peak_i8_amx(int64_t rounds) {
+    configure(kRows);
+    asm volatile("tilezero %%tmm4\n\ttilezero %%tmm5\n\ttilezero %%tmm6\n\ttilezero %%tmm7" : :);
+    for (int64_t i = 0; i < rounds; ++i) {
+        multiply<0, 4, 6>();
+        multiply<1, 4, 7>();
+        multiply<2, 5, 6>();
+        multiply<3, 5, 7>();
+    }
+    return rounds * 4 * kRows * 16 * kInputs;
+}
+
 void even_rows_amx(const void *const *rows, int64_t ld, int count, int64_t taps, int64_t bytes, char *out,
                    int64_t step) {
     const __mmask64 rest = (uint64_t{1} << bytes % 64) - 1;
