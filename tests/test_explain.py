@@ -177,13 +177,21 @@ def test_blocks_run_whole_or_as_4x1() -> None:
 
 def test_no_note_without_cause() -> None:
     for layer in (
-        SparseConv2d.from_float(CONV, pattern="4x1"),
         Int8Conv2d.from_float(CONV),
         Int8Conv2d.from_float(nn.Conv2d(3, 8, 3)),
         Int8Conv2d.from_float(nn.Conv2d(8, 8, 3, groups=8)),
         LowRankConv2d.from_float(CONV, rank=2, weight_dtype=torch.int8),
     ):
         assert "note" not in tautorch.explain(layer)
+
+
+def test_amx_is_for_dense_layers() -> None:
+    layer = SparseConv2d.from_float(CONV, pattern="4x1")
+    assert ("AMX multiplies dense int8 layers alone" in tautorch.explain(layer)) == (layer.kernel() == "amx")
+    assert ("note" in tautorch.explain(layer)) == (layer.kernel() == "amx")
+    if layer.kernel() == "amx":
+        with dispatch.force("sparse_conv2d", "avx512vnni"):
+            assert "note" not in tautorch.explain(layer)
 
 
 def test_nothing_to_explain() -> None:

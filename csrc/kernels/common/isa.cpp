@@ -14,6 +14,7 @@ Isa with_amx(Isa isa) {
     isa.product_i8 = product_i8_amx;
     isa.peak_i8 = peak_i8_amx;
     isa.even_rows = even_rows_amx;
+    isa.signed_rows = true;
     isa.own_rows = 32; // 16 rows take as long as 8
     return isa;
 }

@@ -171,6 +171,8 @@ struct Isa {
     void (*depthwise_planes)(const DepthwisePlanes &) = nullptr;
     // Rows of a dense int8 product below which a thread had better take outputs than rows of its own.
     int32_t own_rows = 8;
+    // Whether product_i8 takes the rows at raw as they are, for every panel, where its output is direct.
+    bool signed_rows = false;
     // What makes rows even, where product_i8 is at its best only with those: `bytes` of each row under each
     // tap, tap after tap, `step` bytes from row to row. Null where pointers do as well.
     void (*even_rows)(const void *const *rows, int64_t ld, int count, int64_t taps, int64_t bytes, char *out,

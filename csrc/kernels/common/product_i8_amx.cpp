@@ -27,9 +27,12 @@ template <int Tile> inline void load_tile(const void *from, int64_t step) {
 template <int Tile> inline void store_tile(void *to, int64_t step) {
     asm volatile("tilestored %%tmm%c2, (%0,%1,1)" : : "r"(to), "r"(step), "n"(Tile) : "memory");
 }
-// Unsigned rows by signed weights.
-template <int Sums, int X, int W> inline void multiply() {
-    asm volatile("tdpbusd %%tmm%c0, %%tmm%c1, %%tmm%c2" : : "n"(W), "n"(X), "n"(Sums));
+// Rows, signed or not, by signed weights.
+template <bool Signed, int Sums, int X, int W> inline void multiply() {
+    if (Signed)
+        asm volatile("tdpbssd %%tmm%c0, %%tmm%c1, %%tmm%c2" : : "n"(W), "n"(X), "n"(Sums));
+    else
+        asm volatile("tdpbusd %%tmm%c0, %%tmm%c1, %%tmm%c2" : : "n"(W), "n"(X), "n"(Sums));
 }
 
 struct alignas(64) TileConfig {
@@ -68,6 +71,7 @@ struct PanelRun {
     int tail;       // groups of 4 inputs beyond
     int64_t lines;  // to fetch with every step
     bool meanwhile; // sums leave while the next tile's products run
+    bool straight;  // sums are the output
     const int8_t *next, *next_end;
     Leaving leaving;
     int turn = 0;
@@ -76,17 +80,25 @@ struct PanelRun {
     alignas(64) int8_t tail_weights[kRows * 256];
     alignas(64) int32_t sums[2][2 * kRows * 64];
 
-    explicit PanelRun(const ProductI8 &given) : p(given), x(static_cast<const char *>(given.rows[0])) {
+    // Rows at raw are multiplied as they are.
+    explicit PanelRun(const ProductI8 &given)
+        : p(given), x(given.raw ? given.raw : static_cast<const char *>(given.rows[0])) {
         steps = p.kq / 16;
         tail = static_cast<int>(p.kq % 16);
         // 20 % of the time for floats and 1024 and 1536 inputs. Where there are fewer, the core looks far
         // enough ahead by itself, and calls between the steps cost 10 %, as they do for int8 output.
-        meanwhile = steps >= 16 && size_of(p.epilogue->out_dtype) > 1;
+        straight = p.epilogue->out_dtype == DType::i32 && p.cols == p.width && !p.out_row;
+        meanwhile = !straight && steps >= 16 && size_of(p.epilogue->out_dtype) > 1;
     }
     void prepare() {
         const Epilogue &e = *p.epilogue;
         for (int i = 0; i < p.width; i += 16) {
-            _mm512_store_si512(from + i, start(p, i));
+            __m512i sum = start(p, i);
+            if (p.raw) // the correction is for x + 128
+                sum = _mm512_add_epi32(
+                    sum, _mm512_slli_epi32(
+                             _mm512_maskz_loadu_epi32(first(p.cols - i), e.colsum + p.n0 + i), 7));
+            _mm512_store_si512(from + i, sum);
             _mm512_store_ps(scale + i, load_or(e.w_scale, p.n0 + i, p.cols - i, 1.0f));
             _mm512_store_ps(bias + i, load_or(e.bias, p.n0 + i, p.cols - i, 0.0f));
         }
@@ -193,33 +205,35 @@ template <int Columns> auto leave(const ProductI8 &p, int i) -> void (*)(PanelRu
     }
 }
 
+// A step of 64 inputs: rows from x0 and from x1 on (Rows = 2), `step` bytes apart.
+template <bool Signed, int Rows, int Columns>
+inline void products(const char *x0, const char *x1, int64_t step, const int8_t *w, int64_t w_step) {
+    load_tile<4>(x0, step);
+    load_tile<6>(w, w_step);
+    multiply<Signed, 0, 4, 6>();
+    if constexpr (Columns > 1) {
+        load_tile<7>(w + 64, w_step);
+        multiply<Signed, 1, 4, 7>();
+    }
+    if constexpr (Rows > 1) {
+        load_tile<5>(x1, step);
+        multiply<Signed, 2, 5, 6>();
+        if constexpr (Columns > 1)
+            multiply<Signed, 3, 5, 7>();
+    } else {
+        if constexpr (Columns > 2) {
+            load_tile<6>(w + 128, w_step);
+            multiply<Signed, 2, 4, 6>();
+        }
+        if constexpr (Columns > 3) {
+            load_tile<7>(w + 192, w_step);
+            multiply<Signed, 3, 4, 7>();
+        }
+    }
+}
+
 template <int Rows, int Columns> void PanelRun::tile(int i, int first0, int first1, int rows) {
     const int64_t w_step = 4 * p.width, x_step = p.row_step;
-    const auto products = [&](const char *x0, const char *x1, int64_t step, const int8_t *w)
-                              __attribute__((always_inline)) {
-                                  load_tile<4>(x0, step);
-                                  load_tile<6>(w, w_step);
-                                  multiply<0, 4, 6>();
-                                  if constexpr (Columns > 1) {
-                                      load_tile<7>(w + 64, w_step);
-                                      multiply<1, 4, 7>();
-                                  }
-                                  if constexpr (Rows > 1) {
-                                      load_tile<5>(x1, step);
-                                      multiply<2, 5, 6>();
-                                      if constexpr (Columns > 1)
-                                          multiply<3, 5, 7>();
-                                  } else {
-                                      if constexpr (Columns > 2) {
-                                          load_tile<6>(w + 128, w_step);
-                                          multiply<2, 4, 6>();
-                                      }
-                                      if constexpr (Columns > 3) {
-                                          load_tile<7>(w + 192, w_step);
-                                          multiply<3, 4, 7>();
-                                      }
-                                  }
-                              };
     const auto each = [&](auto &&f0, auto &&f1, auto &&f2, auto &&f3) __attribute__((always_inline)) {
         f0();
         if constexpr (Columns > 1)
@@ -238,7 +252,10 @@ template <int Rows, int Columns> void PanelRun::tile(int i, int first0, int firs
     const int64_t chunks = (leaving.rows - leaving.row + kChunk - 1) / kChunk,
                   each_step = meanwhile ? (chunks + steps - 1) / steps : 0;
     for (int64_t s = 0; s < steps; ++s) {
-        products(x0, x1, x_step, w);
+        if (p.raw)
+            products<true, Rows, Columns>(x0, x1, x_step, w, w_step);
+        else
+            products<false, Rows, Columns>(x0, x1, x_step, w, w_step);
         x0 += kInputs;
         x1 += kInputs;
         w += kInputs * p.width;
@@ -257,9 +274,17 @@ template <int Rows, int Columns> void PanelRun::tile(int i, int first0, int firs
             for (int r = 0; r < (Rows > 1 ? kRows : rows); ++r)
                 _mm512_store_si512(rest + (h * kRows + r) * kInputs,
                                    _mm512_maskz_loadu_epi8(there, (h ? x1 : x0) + r * x_step));
-        products(rest, rest + kRows * kInputs, kInputs, tail_weights + 4 * i);
+        const auto run = p.raw ? products<true, Rows, Columns> : products<false, Rows, Columns>;
+        run(rest, rest + kRows * kInputs, kInputs, tail_weights + 4 * i, w_step);
     }
     all_leave();
+    if (straight) {
+        char *const to = p.out + first0 * p.row_bytes + 4 * i;
+        char *const third = Rows > 1 ? p.out + first1 * p.row_bytes + 4 * i : to + 128;
+        each([&] { store_tile<0>(to, p.row_bytes); }, [&] { store_tile<1>(to + 64, p.row_bytes); },
+             [&] { store_tile<2>(third, p.row_bytes); }, [&] { store_tile<3>(third + 64, p.row_bytes); });
+        return;
+    }
     // Rows leave as wide as they are: each goes to a page of its own. While products run, a tile at a time:
     // what they read had better stay in L1.
     const int64_t step = meanwhile ? 16 * Columns : p.width;
@@ -334,10 +359,10 @@ int64_t peak_i8_amx(int64_t rounds) {
     configure(kRows);
     asm volatile("tilezero %%tmm4\n\ttilezero %%tmm5\n\ttilezero %%tmm6\n\ttilezero %%tmm7" : :);
     for (int64_t i = 0; i < rounds; ++i) {
-        multiply<0, 4, 6>();
-        multiply<1, 4, 7>();
-        multiply<2, 5, 6>();
-        multiply<3, 5, 7>();
+        multiply<false, 0, 4, 6>();
+        multiply<false, 1, 4, 7>();
+        multiply<false, 2, 5, 6>();
+        multiply<false, 3, 5, 7>();
     }
     return rounds * 4 * kRows * 16 * kInputs;
 }
@@ -363,9 +388,10 @@ void product_i8_amx(const ProductI8 &given) {
         (given.panels > kManyPanels && given.kq <= kInputs / 4))
         return product_i8_avx512vnni(given);
     ProductI8 p = given;
-    if (p.raw)
+    if (p.raw && !p.epilogue->colsum) { // sums are corrected elsewhere
         turn_top_bits(p.raw, p.count * 4 * p.kq, p.operands);
-    p.raw = nullptr;
+        p.raw = nullptr;
+    }
     configure(p.count < kRows ? p.count : kRows);
     const int64_t panels = p.panels > 1 ? p.panels : 1;
     const int most = panels > kManyPanels ? kTogether : p.count;
@@ -376,6 +402,7 @@ void product_i8_amx(const ProductI8 &given) {
         const void *const first = x + r0 * p.row_step;
         part.rows = &first;
         part.count = p.count - r0 < 2 * most ? p.count - r0 : most;
+        part.raw = p.raw ? p.raw + r0 * p.row_step : nullptr;
         part.row_scale = p.row_scale + r0;
         for (int64_t i = 0; i < panels; ++i) {
             part.panel = p.panel + i * 4 * p.kq * p.width;
