@@ -194,8 +194,8 @@ def _notes(layer: PackedModule, kernel: str) -> Iterator[str]:
         yield from _sparse_notes(pattern, layer)
         if kernel == "amx" and _pack_info(layer).get("kind") in (SPARSE_I8, PAIRS_I8):
             yield (
-                "AMX multiplies dense int8 layers alone: with many rows Int8Linear and Int8Conv2d may be faster "
-                "than this pattern below 80 to 95 % zeros"
+                "AMX multiplies dense int8 layers alone: with many rows Int8Linear and Int8Conv2d may be "
+                "faster than this pattern below 80 to 95 % zeros"
             )
     if getattr(layer, "quant", None) == "weight_only":
         rows = " beyond 4 rows" if kernel in dispatch.AVX512 and layer.op == "int8_linear" else ""

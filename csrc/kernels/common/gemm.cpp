@@ -150,7 +150,8 @@ void fused_panels(const Isa &isa, const uint8_t *packed, int64_t group, ProductI
                   int64_t p0, int64_t p1, const Output &out, int64_t m0, const Ahead &ahead) {
     const PackHeader &h = header_of(packed);
     task.panels = 1;
-    const char *const raw = isa.signed_rows && direct_output(out) ? task.raw : nullptr; // of all but the first
+    const char *const raw =
+        isa.signed_rows && direct_output(out) ? task.raw : nullptr; // of all but the first
     if (task.even() && h.taps == 1 && skipped == 0 && task.kq == div_up(h.k, h.kr) && !task.out_row &&
         row_by_row(out, h.k)) {
         const int64_t whole = std::min(p1, h.n / h.nr), most = panels_at_once(packed, group);

@@ -96,8 +96,8 @@ struct PanelRun {
             __m512i sum = start(p, i);
             if (p.raw) // the correction is for x + 128
                 sum = _mm512_add_epi32(
-                    sum, _mm512_slli_epi32(
-                             _mm512_maskz_loadu_epi32(first(p.cols - i), e.colsum + p.n0 + i), 7));
+                    sum,
+                    _mm512_slli_epi32(_mm512_maskz_loadu_epi32(first(p.cols - i), e.colsum + p.n0 + i), 7));
             _mm512_store_si512(from + i, sum);
             _mm512_store_ps(scale + i, load_or(e.w_scale, p.n0 + i, p.cols - i, 1.0f));
             _mm512_store_ps(bias + i, load_or(e.bias, p.n0 + i, p.cols - i, 0.0f));
