@@ -45,13 +45,13 @@ FORBIDDEN = {
     "avxvnni": AVX512,
     "avx512vnni": VBMI,  # Cascade Lake has VNNI without it
     "avx512vbmi": r"\bvpcompress[bw]\b|\bvpexpand[bw]\b|\bvpsh[lr]d[vwdq]",  # VBMI2
-    "amx": r"\btdpb(?!usd)|\btdpf",  # AMX-INT8 alone
+    "amx": r"\btdpb(?![us][us]d\b)|\btdpf",  # AMX-INT8 alone
 }
 CARRIES = {
     "avx2": r"%ymm",
     "avxvnni": r"\bvpdpbusd\b",
     "avx512vnni": r"\bvpdpbusd\b.*%zmm",
-    "amx": r"\btdpbusd\b",
+    "amx": r"(?s)\btdpbusd\b.*\btdpbssd\b|\btdpbssd\b.*\btdpbusd\b",
 }
 
 

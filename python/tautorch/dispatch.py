@@ -193,7 +193,7 @@ def clear_last_python(op: str) -> None:
 AVX512 = ("amx", "avx512vnni")
 
 _CPU_NEEDS = {
-    "amx": "AMX-INT8",
+    "amx": "AMX-INT8 that the operating system lets this process use",
     "avx512vnni": "AVX-512 with VNNI",
     "avxvnni": "AVX-VNNI",
     "avx2": "AVX2, FMA and F16C",

@@ -9,9 +9,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
 from tautorch import _C, dispatch
+from tautorch.nn import LowRankLinear
 from tautorch.ops.int8_conv2d import int8_conv2d
 from tautorch.ops.int8_linear import int8_linear
 
@@ -83,7 +84,9 @@ def test_the_largest_sums() -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_ways_out(dtype: torch.dtype, activation: str) -> None:
     """The bits of the vectors' kernel, whose arithmetic is the same, NaN rows included."""
-    for m, n, k in ((6, 64, 64), (16, 96, 1100), (45, 200, 256), (61, 33, 1024), (200, 130, 100)):
+    shapes = [(6, 64, 64), (16, 96, 1100), (45, 200, 256), (61, 33, 1024), (200, 130, 100)]
+    shapes += [(6, 16, 64), (16, 48, 1100), (17, 80, 64), (45, 112, 1100)]  # 1 and 3 tiles of columns, whole
+    for m, n, k in shapes:
         x, w = operands(m, n, k)
         real = x.float()
         real[m // 2, k // 2] = float("nan")
@@ -135,3 +138,82 @@ def test_convolutions(
             )  # fmt: skip
         want = torch.nn.functional.conv2d(x.double() - zero, w.double(), **how)
         assert torch.equal(y, want.to(torch.int32)), zero
+
+
+def images(
+    x: Tensor, w: Tensor, dtype: torch.dtype, activation: str = "none", **how: int
+) -> tuple[Tensor, Tensor]:
+    """Bits of both kernels' outputs."""
+    options: dict[str, Tensor] = {}
+    if dtype == torch.int8:
+        options = {"out_scale": torch.tensor([30.0]), "out_zero_point": torch.tensor([9], dtype=torch.int32)}
+    outputs = []
+    for kernel in (KERNEL, BESIDE):
+        with dispatch.force("int8_conv2d", kernel):
+            y = int8_conv2d(
+                x, w, torch.linspace(0.01, 0.2, len(w)), torch.linspace(-9, 9, len(w)),
+                x_scale=torch.tensor([0.1]), x_zero_point=torch.tensor([3], dtype=torch.int32),
+                activation=activation, out_dtype=None if options else dtype, **options, **how,
+            )  # fmt: skip
+        assert y.dtype == dtype
+        outputs.append(y.contiguous().view(torch.uint8))
+    return outputs[0], outputs[1]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("shape", "image", "how"), CONVOLUTIONS)
+def test_ways_out_of_convolutions(
+    shape: tuple[int, ...], image: tuple[int, int, int], how: dict[str, int], dtype: torch.dtype
+) -> None:
+    w = torch.randint(-127, 128, shape, dtype=torch.int8)
+    x = torch.randint(
+        -128, 128, (image[0], shape[1] * how.get("groups", 1), *image[1:]), dtype=torch.int8
+    ).to(memory_format=torch.channels_last)
+    for activation in ("relu", "gelu") if dtype != torch.int8 else ("none", "relu", "silu"):
+        assert torch.equal(*images(x, w, dtype, activation, **how)), activation
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("channels", [4, 64, 68, 100, 1028])
+def test_int8_rows_as_they_are(channels: int, dtype: torch.dtype) -> None:
+    """int8 pixels of 1x1 layers, channels last: signed products for every panel, turned ones for gelu."""
+    for outputs in (40, 130, 600):
+        w = torch.randint(-127, 128, (outputs, channels, 1, 1), dtype=torch.int8)
+        for size in ((1, 3), (1, 7), (4, 4), (5, 10), (7, 29)):
+            x = torch.randint(-128, 128, (1, channels, *size), dtype=torch.int8)
+            x = x.to(memory_format=torch.channels_last)
+            for activation in ("none", "relu", "gelu"):
+                assert torch.equal(*images(x, w, dtype, activation)), (outputs, size, activation)
+
+
+@pytest.mark.parametrize("activation", ["none", "relu"])
+@pytest.mark.parametrize("k", [64, 68, 130, 256])
+def test_many_panels_of_few_inputs(k: int, activation: str) -> None:
+    """Rows that take all panels before the next begin."""
+    for m, n in itertools.product((5, 63, 64, 65, 95, 96, 192), (192, 320, 576, 700)):
+        x, w = operands(m, n, k)
+        outputs = []
+        for kernel in (KERNEL, BESIDE):
+            with dispatch.force("int8_linear", kernel):
+                outputs.append(
+                    int8_linear(
+                        x, w, torch.linspace(0.01, 0.2, n), torch.linspace(-9, 9, n), activation=activation,
+                        x_scale=torch.rand(m, generator=torch.Generator().manual_seed(m)),
+                    )
+                )  # fmt: skip
+        assert torch.equal(*outputs), (m, n)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
+def test_addends(dtype: torch.dtype) -> None:
+    """Low rank and a dense residual: sums leave on top of floats."""
+    for m, n, k, rank in ((5, 64, 64, 16), (33, 112, 130, 64), (100, 200, 256, 70)):
+        layer = nn.Linear(k, n)
+        low = LowRankLinear.from_float(layer, rank=rank, weight_dtype=torch.int8, residual="int8").to(dtype)
+        x = torch.randn(m, k, dtype=dtype)
+        x[m // 2, 1] = float("nan")
+        outputs = []
+        for kernel in (KERNEL, BESIDE):
+            with dispatch.force("lowrank_linear", kernel), torch.inference_mode():
+                outputs.append(low(x).view(torch.uint8))
+        assert torch.equal(*outputs), (m, n, k)

@@ -251,7 +251,7 @@ void gemm_block_taps(const Isa &isa, const uint8_t *packed, int64_t group, const
         task.row_scale = row_scale;
         task.out_row = out_row;
         const void *first;
-        if (isa.even_rows && !task.even() && kq == div_up(h.k, h.kr)) {
+        if (isa.even_rows && rows >= kLeastTileRows && !task.even() && kq == div_up(h.k, h.kr)) {
             const int64_t bytes = kq * h.kr, step = round_up(taps * bytes, 64) | 64; // of all sets of L1
             char *const at = static_cast<char *>(scratch(Scratch::even, static_cast<size_t>(rows * step)));
             isa.even_rows(pointers, ld, rows, taps, bytes, at, step);

@@ -40,6 +40,8 @@ struct ProductI8 : ToOutput {
 };
 
 void product_i8_avx512vnni(const ProductI8 &p);
+// Fewer rows are faster by vectors: a tile takes as long with one row as with 16.
+constexpr int kLeastTileRows = 5;
 void product_i8_amx(const ProductI8 &p);
 int64_t peak_i8_amx(int64_t rounds); // see Isa::peak_i8
 void even_rows_amx(const void *const *rows, int64_t ld, int count, int64_t taps, int64_t bytes, char *out,

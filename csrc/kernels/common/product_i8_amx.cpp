@@ -12,12 +12,11 @@ constexpr int kRows = 16;         // of a tile
 constexpr int64_t kInputs = 64;   // of a step
 constexpr int kChunk = 4;         // rows that leave together
 constexpr int64_t kMostLines = 8; // fetched beside a step
-// Fewer rows are faster by vectors: a tile takes as long with one row as with 16.
-constexpr int kLeastRows = 5;
 // Panels one after another (few inputs): from so many on, rows that take all of them before the next ones
-// begin (1.35 times as fast at 128 x 4096, 0.9 times at 128 x 512), and vectors for a single step (1.3 times
-// as fast at 64 x 1024): rows a multiple of 4 KB apart share few sets of L1, and stores have few pages.
-constexpr int64_t kManyPanels = 8;
+// begin (1.35 times as fast at 128 x 4096, 0.9 times at 128 x 512), as rows a multiple of 4 KB apart share
+// few sets of L1, and stores have few pages. A single step of inputs is left to vectors sooner (1.3 times as
+// fast at 64 x 1024, and at 64 x 256 with 3136 rows; 0.85 times with 1024).
+constexpr int64_t kManyPanels = 8, kManyPanelsOfStep = 4;
 constexpr int kTogether = 32; // such rows
 
 // asm, because the intrinsics take nothing but literal numbers of tiles.
@@ -44,7 +43,8 @@ struct alignas(64) TileConfig {
             rows[i] = static_cast<uint8_t>(i < 6 ? n : kRows);
     }
 };
-// Reading the configuration takes 5 ns, writing it 50, and what runs does not overlap it.
+// Reading the configuration takes 5 ns, writing it 50, and what runs does not overlap it. So it stays when a
+// call ends: whoever uses tiles besides configures them anew, as we do.
 void configure(int rows) {
     const TileConfig want(rows);
     TileConfig is(0);
@@ -384,8 +384,8 @@ void even_rows_amx(const void *const *rows, int64_t ld, int count, int64_t taps,
 }
 
 void product_i8_amx(const ProductI8 &given) {
-    if (given.count < kLeastRows || !given.even() || given.gap != 0 ||
-        (given.panels > kManyPanels && given.kq <= kInputs / 4))
+    if (given.count < kLeastTileRows || !given.even() || given.gap != 0 ||
+        (given.panels >= kManyPanelsOfStep && given.kq <= kInputs / 4))
         return product_i8_avx512vnni(given);
     ProductI8 p = given;
     if (p.raw && !p.epilogue->colsum) { // sums are corrected elsewhere
