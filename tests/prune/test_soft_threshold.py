@@ -76,6 +76,15 @@ def step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     optimizer.step()
 
 
+def test_what_is_the_threshold_itself_is_zero() -> None:
+    """49 times the reciprocal of 49 is less than 1."""
+    layer = nn.Linear(100, 1)
+    with torch.no_grad():
+        layer.weight.copy_(torch.arange(1.0, 101.0))
+    SoftThreshold(layer, torch.optim.SGD(layer.parameters(), 0.0), sparsity=0.49, ramp=1).step()
+    assert int((layer.weight == 0).sum()) == 49
+
+
 @pytest.mark.parametrize("pattern", ["unstructured", "4x1"])
 def test_a_target_sparsity_is_met_at_every_step_of_its_ramp(pattern: str) -> None:
     model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 8))
