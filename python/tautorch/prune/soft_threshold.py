@@ -121,8 +121,8 @@ class SoftThreshold:
                     left = 1 - min(self.steps_done, self._ramp) / self._ramp
                     theta = _quantile(sizes, self._sparsity * (1 - left**3))
                 if theta > 0:
-                    # Not 1 - theta / sizes: torch takes a number over a tensor by way of the reciprocal, and what
-                    # is theta itself may then keep 1e-16 of its size.
+                    # Not 1 - theta / sizes: torch takes a number over a tensor by way of the reciprocal, and
+                    # what is theta itself may then keep 1e-16 of its size.
                     factor = ((sizes - theta) / sizes.clamp_min(1e-30)).clamp_min(0)
                     layer.weight.mul_(spread(factor).to(layer.weight.dtype))
 
